@@ -1,0 +1,204 @@
+"""The WorkerPool resource as the API server stores it, parsed at the edge.
+
+The CRD in ``crds/`` is canonical: a test holds these models to it field by field and default by default. Field names are
+snake_case here and camelCase on the wire. What only the API server can check (immutability) is not repeated; what a file given
+to ``workerpool check`` or ``workerpool dev`` needs is checked here too, because no API server stands before them.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic.alias_generators import to_camel
+
+GROUP = "workerpool.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "WorkerPool"
+PLURAL = "workerpools"
+WORKER_CONTAINER = "worker"
+
+_DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(alias_generator=to_camel, frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Mode(StrEnum):
+    """What the operator may touch: everything, nothing but the status, or not even its own decisions."""
+
+    ACTIVE = "Active"
+    ADVISORY = "Advisory"
+    PAUSED = "Paused"
+
+
+class SecretKeyRef(_Model):
+    """One key of a Secret in the pool's own namespace."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=253)]
+    key: Annotated[str, StringConstraints(min_length=1, max_length=253)]
+
+
+class UrlFrom(_Model):
+    """Where a broker URL that holds a password comes from."""
+
+    secret_key_ref: SecretKeyRef
+
+
+class Broker(_Model):
+    """The Redis that carries the pool's queues, and the two Kombu transport options that change its keys."""
+
+    url: Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^(redis|rediss)://")] | None = None
+    url_from: UrlFrom | None = None
+    global_key_prefix: Annotated[str, StringConstraints(max_length=128)] = ""
+    priority_steps: Annotated[tuple[Annotated[int, Field(ge=0, le=9)], ...], Field(min_length=1, max_length=10)] = (
+        0,
+        3,
+        6,
+        9,
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.url is None) == (self.url_from is None):
+            raise ValueError("set exactly one of url and urlFrom")
+        return self
+
+    @field_validator("priority_steps")
+    @classmethod
+    def _ascending(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
+        if list(steps) != sorted(set(steps)):
+            raise ValueError("must rise from step to step")
+        return steps
+
+
+class Accelerator(_Model):
+    """The extended resource that every worker pod of the tier asks for."""
+
+    resource: Annotated[
+        str,
+        StringConstraints(max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"),
+    ]
+    count: Annotated[int, Field(ge=1, le=64)] = 1
+
+
+class Replicas(_Model):
+    """Bounds of one tier's replica count."""
+
+    min: Annotated[int, Field(ge=0, le=1000)] = 0
+    max: Annotated[int, Field(ge=0, le=1000)] = 10
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
+class Tier(_Model):
+    """One Deployment of the pool and the queue that it serves."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=30, pattern=_DNS_LABEL)]
+    queue: Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f,]+$")]
+    accelerator: Accelerator | None = None
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 1
+    replicas: Replicas = Replicas()
+    template: dict[str, Any]
+
+    @field_validator("template")
+    @classmethod
+    def _has_worker(cls, template: dict[str, Any]) -> dict[str, Any]:
+        containers = (template.get("spec") or {}).get("containers") or []
+        if not any(isinstance(c, dict) and c.get("name") == WORKER_CONTAINER for c in containers):
+            raise ValueError(f'spec.containers must hold a container named "{WORKER_CONTAINER}"')
+        return template
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether its workers need an accelerator."""
+        return self.accelerator is not None
+
+
+class TaskRoute(_Model):
+    """Tasks whose plain ``delay()`` is routed too, by a shell pattern on the task's name."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=255)]
+    accelerated: Literal[True, False, "required"] = True
+
+
+class Fallback(_Model):
+    """Which ends of an accelerated attempt give the job one more run on the next tier."""
+
+    on_failure: bool = True
+    on_loss: bool = True
+
+
+class Routing(_Model):
+    """What the library in the API pods and in the workers goes by."""
+
+    accelerated_content_types: Annotated[
+        tuple[Annotated[str, StringConstraints(min_length=1, max_length=64)], ...], Field(max_length=32)
+    ] = ("audio", "video", "image")
+    tasks: Annotated[tuple[TaskRoute, ...], Field(max_length=128)] = ()
+    fallback: Fallback = Fallback()
+
+
+class WorkerPoolSpec(_Model):
+    """The ``spec`` of a WorkerPool. The order of the tiers is the order of preference."""
+
+    app: Annotated[
+        str,
+        StringConstraints(
+            max_length=253, pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*(:[A-Za-z_][A-Za-z0-9_.]*)?$"
+        ),
+    ]
+    broker: Broker
+    tiers: Annotated[tuple[Tier, ...], Field(min_length=1, max_length=8)]
+    routing: Routing = Routing()
+    mode: Mode = Mode.ACTIVE
+
+    @model_validator(mode="after")
+    def _tiers_agree(self) -> Self:
+        for field in ("name", "queue"):
+            seen = [getattr(tier, field) for tier in self.tiers]
+            if twice := next((value for value in seen if seen.count(value) > 1), None):
+                raise ValueError(f"tiers: two tiers have the {field} {twice!r}")
+        fallback = self.routing.fallback
+        if (fallback.on_failure or fallback.on_loss) and all(tier.accelerated for tier in self.tiers):
+            raise ValueError("tiers: a fallback needs a tier without an accelerator, or turn routing.fallback off")
+        return self
+
+
+class Problem(BaseModel):
+    """One thing that is wrong with a resource: where, with what value, and what would be right."""
+
+    model_config = ConfigDict(frozen=True)
+
+    field: str
+    message: str
+    value: str = ""
+
+    def __str__(self) -> str:
+        given = f" (given: {self.value})" if self.value else ""
+        return f"{self.field}: {self.message}{given}"
+
+
+def parse_spec(raw: object) -> WorkerPoolSpec | list[Problem]:
+    """Return the spec, or everything that is wrong with it; never raises on user input."""
+    try:
+        return WorkerPoolSpec.model_validate(raw)
+    except ValidationError as error:
+        return [_problem(detail) for detail in error.errors(include_url=False)]
+
+
+def _problem(detail: Any) -> Problem:
+    path = "spec"
+    for part in detail["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    value = detail.get("input")
+    scalar = value if isinstance(value, str | int | float | bool) else ""
+    return Problem(field=path, message=message, value=repr(scalar) if scalar != "" else "")

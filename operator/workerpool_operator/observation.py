@@ -1,0 +1,107 @@
+"""What one pass has seen: of a pool's queues in Redis, and of its workers where they run.
+
+A reading that failed is a value of its own type, :class:`Unavailable`, never a zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from workerpool_routing.wire import Milliseconds, Presence
+
+
+@dataclass(frozen=True, slots=True)
+class Unavailable:
+    """A reading that could not be had, and why, in words for the user."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class QueueReading:
+    """One tier as Redis has it.
+
+    Attributes:
+        waiting: messages in the tier's queue, over all priority steps.
+        in_flight: messages that the tier's workers hold unacknowledged.
+        spilled: jobs that wanted this tier and wait or run elsewhere.
+        workers: the last report of each live worker.
+        lost: workers that reported once and then fell silent, not yet taken over.
+    """
+
+    waiting: int
+    in_flight: int
+    spilled: int
+    workers: tuple[Presence, ...] = ()
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerReading:
+    """All tiers of one pool at one instant.
+
+    Attributes:
+        tiers: by tier name.
+        run_id: identity of the Redis process; another one means that it restarted.
+        time: Redis's own clock.
+        routes: decisions so far, by ``tier:reason``.
+    """
+
+    tiers: Mapping[str, QueueReading]
+    run_id: str
+    time: Milliseconds
+    routes: Mapping[str, int] = field(default_factory=dict)
+
+
+class Phase(StrEnum):
+    """Where one worker stands in its life."""
+
+    STARTING = "Starting"
+    READY = "Ready"
+    UNSCHEDULABLE = "Unschedulable"
+    FAILING = "Failing"
+    STOPPING = "Stopping"
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One worker as the place where it runs shows it; times are wall-clock seconds.
+
+    Attributes:
+        worker: the name under which it reports its presence (the pod's name).
+        ordered_at: when it was created.
+        ready_at: when it became ready, None before that.
+        detail: what it waits for or dies of, in words.
+    """
+
+    worker: str
+    phase: Phase
+    ordered_at: float
+    ready_at: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TierReplicas:
+    """The workers of one tier: how many are ordered, and the state of each that exists."""
+
+    desired: int
+    replicas: tuple[Replica, ...] = ()
+
+    def count(self, phase: Phase) -> int:
+        """How many are in that phase."""
+        return sum(replica.phase is phase for replica in self.replicas)
+
+    @property
+    def starting(self) -> int:
+        """Ordered and on their way: neither ready, nor stuck, nor leaving."""
+        stuck = self.count(Phase.READY) + self.count(Phase.UNSCHEDULABLE) + self.count(Phase.FAILING)
+        return max(0, self.desired - stuck)
+
+    @property
+    def start_seconds(self) -> float | None:
+        """From order to ready, of the worker that became ready last; None when none has."""
+        ready = [(r.ready_at, r.ready_at - r.ordered_at) for r in self.replicas if r.ready_at is not None]
+        return max(ready)[1] if ready else None

@@ -1,0 +1,87 @@
+"""What the pass needs of the world, each defined by what the pass asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from workerpool_operator.model import WorkerPoolSpec
+from workerpool_operator.observation import BrokerReading, TierReplicas, Unavailable
+from workerpool_operator.status import Event, Status
+from workerpool_routing.wire import Capacity, Keyspace, Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """One valid WorkerPool.
+
+    Attributes:
+        created_at: wall-clock seconds; of two pools on one queue the older keeps it.
+        status: the status as last stored, so that a new operator continues where the old one stopped.
+    """
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    created_at: float
+    spec: WorkerPoolSpec
+    status: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """``namespace/name``."""
+        return f"{self.namespace}/{self.name}"
+
+    @property
+    def keys(self) -> Keyspace:
+        """The names of its keys on its broker."""
+        broker = self.spec.broker
+        return Keyspace(self.id, broker.global_key_prefix, broker.priority_steps)
+
+
+class Urls(Protocol):
+    """Where the broker URL of a pool comes from."""
+
+    async def broker_url(self, pool: Pool) -> str | Unavailable:
+        """The URL, password included: never logged."""
+
+
+class Broker(Protocol):
+    """The Redis servers of all pools. No method raises for a broker that is down."""
+
+    async def read(self, url: str, pools: Sequence[Pool]) -> Mapping[str, BrokerReading] | Unavailable:
+        """Read all pools of one broker in one pipeline; by pool id."""
+
+    async def publish(self, url: str, pool: Pool, policy: Policy, capacity: Capacity) -> None:
+        """Tell API pods and workers what they may count on."""
+
+    async def take_over(self, url: str, pool: Pool, tier: str, worker: str) -> list[str]:
+        """Give every job that a lost worker held to whoever the ledger says; return a sentence for each."""
+
+    async def forget(self, url: str, pool: Pool) -> None:
+        """Remove what was published for a pool that is gone."""
+
+
+class Workers(Protocol):
+    """The place where workers run: Deployments, or local processes."""
+
+    async def observe(self, pool: Pool, present: Mapping[str, frozenset[str]]) -> Mapping[str, TierReplicas] | Unavailable:
+        """What runs now, by tier name; ``present`` names the workers of each tier that report to Redis."""
+
+    async def scale(self, pool: Pool, replicas: Mapping[str, int], busy: frozenset[str]) -> None:
+        """Make every tier exist as its spec says, with that many replicas; writes nothing when nothing changed.
+
+        Args:
+            pool: the pool.
+            replicas: by tier name.
+            busy: workers that hold a job; where the place can choose, they leave last.
+        """
+
+
+class Reporter(Protocol):
+    """Where the outcome of a pass is shown."""
+
+    async def report(self, pool: Pool, status: Status | None, events: Sequence[Event]) -> None:
+        """Store the status (None: unchanged, nothing to write) and post the events."""

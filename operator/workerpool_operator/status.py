@@ -1,0 +1,164 @@
+"""The status of a pool: tiers, conditions, and the events that say what changed.
+
+Pure: the previous status and the time come in, the next one goes out. Conditions, replicas and reasons change at once;
+numbers alone are written at most every :data:`NUMBERS_EVERY_SECONDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from pydantic.alias_generators import to_camel
+
+NUMBERS_EVERY_SECONDS = 10.0
+
+
+class ConditionType(StrEnum):
+    """The closed list of conditions."""
+
+    READY = "Ready"
+    BROKER_REACHABLE = "BrokerReachable"
+    CAPACITY_AVAILABLE = "CapacityAvailable"
+    SPILLING = "Spilling"
+    SCALING_LIMITED = "ScalingLimited"
+    QUEUE_SHARED = "QueueShared"
+    PAUSED = "Paused"
+
+
+WARNS_WHEN = {
+    ConditionType.READY: "False",
+    ConditionType.BROKER_REACHABLE: "False",
+    ConditionType.CAPACITY_AVAILABLE: "False",
+    ConditionType.QUEUE_SHARED: "True",
+}
+"""The status of a condition that makes its Event a Warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """One condition as Kubernetes spells it; ``status`` is True, False or Unknown."""
+
+    type: ConditionType
+    status: str
+    reason: str
+    message: str
+    observed_generation: int
+    last_transition_time: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TierStatus:
+    """One tier at a glance; numbers are None when the broker could not be read."""
+
+    name: str
+    desired: int
+    ready: int
+    starting: int
+    unschedulable: int
+    draining: int
+    waiting: int | None
+    in_flight: int | None
+    spilled: int | None
+    reason: str
+    message: str
+
+
+_NUMBERS = ("waiting", "in_flight", "spilled", "message")
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What ``kubectl get wp`` and ``kubectl describe wp`` show.
+
+    ``waiting``, ``in_flight`` and ``replicas`` sum up the tiers for the printer columns; ``replicas`` reads ``gpu 1/2, cpu 3/3``
+    (ready/desired).
+    """
+
+    observed_generation: int
+    conditions: tuple[Condition, ...]
+    tiers: tuple[TierStatus, ...]
+    waiting: int | None
+    in_flight: int | None
+    replicas: str
+
+    def dump(self) -> dict[str, Any]:
+        """As the resource stores it; None is left out."""
+        return {to_camel(name): _camel(value) for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A Kubernetes Event about the pool."""
+
+    warning: bool
+    reason: str
+    message: str
+
+
+def rfc3339(now: float) -> str:
+    """Wall-clock seconds as the API server writes times."""
+    return datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def summary(tiers: Sequence[TierStatus]) -> str:
+    """Ready/desired of each tier, in order of preference."""
+    return ", ".join(f"{tier.name} {tier.ready}/{tier.desired}" for tier in tiers)
+
+
+def total(numbers: Sequence[int | None]) -> int | None:
+    """The sum, or None when any part is unknown."""
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) else None
+
+
+def stamp(conditions: Sequence[Condition], previous: Mapping[str, Any], now: float) -> tuple[Condition, ...]:
+    """Give each condition the time of its last transition: the stored one unless its status changed."""
+    stored = {condition.get("type"): condition for condition in previous.get("conditions", ())}
+    stamped = []
+    for condition in conditions:
+        before = stored.get(condition.type, {})
+        kept = before.get("lastTransitionTime") if before.get("status") == condition.status else None
+        stamped.append(replace(condition, last_transition_time=kept or rfc3339(now)))
+    return tuple(stamped)
+
+
+def flips(status: Status, previous: Mapping[str, Any]) -> list[Event]:
+    """One Event for each condition whose status changed, and for each that starts out as a warning."""
+    stored = {condition.get("type"): condition.get("status") for condition in previous.get("conditions", ())}
+    events = []
+    for condition in status.conditions:
+        warning = WARNS_WHEN.get(condition.type) == condition.status
+        changed = stored.get(condition.type) != condition.status
+        if changed and (warning or condition.type in stored):
+            events.append(Event(warning, condition.reason, condition.message))
+    return events
+
+
+def worth_writing(status: Status, previous: Mapping[str, Any], since_last: float) -> bool:
+    """Whether to write: at once when more than numbers changed, numbers only every :data:`NUMBERS_EVERY_SECONDS`."""
+    new = status.dump()
+    if new == previous:
+        return False
+    return since_last >= NUMBERS_EVERY_SECONDS or _without_numbers(new) != _without_numbers(previous)
+
+
+def _without_numbers(status: Mapping[str, Any]) -> dict[str, Any]:
+    hidden = {to_camel(name) for name in _NUMBERS}
+    tiers = [{k: v for k, v in tier.items() if k not in hidden} for tier in status.get("tiers", ())]
+    conditions = [{k: v for k, v in c.items() if k != "message"} for c in status.get("conditions", ())]
+    rest = {k: v for k, v in status.items() if k not in hidden}
+    return {**rest, "tiers": tiers, "conditions": conditions}
+
+
+def _camel(value: Any) -> Any:
+    match value:
+        case dict():
+            return {to_camel(k): _camel(v) for k, v in value.items() if v is not None}
+        case list() | tuple():
+            return [_camel(v) for v in value]
+        case _:
+            return value

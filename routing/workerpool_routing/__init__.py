@@ -1,0 +1,1 @@
+"""What API pods and workers import: admits each job, routes it to a tier, and fences its attempts."""

@@ -1,0 +1,295 @@
+"""What API pods, workers and the operator say to one another through Redis: every key, format and version.
+
+Nothing else in the project spells a key. Times are milliseconds of the Redis server's own clock, so the clocks of the hosts
+do not matter. The module does no I/O: it builds names and parses values.
+
+Keys of a pool start with ``<global_keyprefix>workerpool:<namespace>/<name>:``.
+
+========================  ======  =====================================================================================
+key                       type    meaning
+========================  ======  =====================================================================================
+``policy``                string  JSON, :class:`Policy`; written by the operator
+``capacity``              string  JSON, :class:`Capacity`; written by the operator each tick, expires by itself
+``seen:<tier>``           zset    worker → time of its last report, until the reaper has taken over what it held
+``slots:<tier>``          zset    ``worker/n`` for each slot of each consuming worker → time of its last report
+``worker:<worker>``       string  JSON, :class:`Presence`; expires by itself
+``held:<worker>``         set     task ids that the worker has claimed and not ended
+``job:<task id>``         hash    the ledger entry, see :mod:`workerpool_routing.ledger`
+``spilled:<tier>``        zset    task ids that wanted the tier and wait or run elsewhere → time of admission
+``routes``                hash    ``<tier>:<reason>`` → decisions so far
+========================  ======  =====================================================================================
+
+Beside them: the pub/sub channel :func:`wake_channel`, a hint for the operator, and one set of in-flight keys per tier in Kombu's
+own format (:func:`unacked_keys`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NewType
+
+SCHEMA_VERSION = 1
+
+PRESENCE_LIFE_MS = 8_000
+"""A worker that has not reported for this long is gone."""
+
+PRESENCE_PERIOD_SECONDS = 1.0
+"""How often a worker reports."""
+
+CAPACITY_LIFE_MS = 10_000
+"""Capacity older than this is stale: nothing is on its way any more."""
+
+JOB_LIFE_SECONDS = 86_400
+"""How long the ledger keeps a job after its last transition."""
+
+ENDED_JOB_LIFE_SECONDS = 3_600
+"""How long the ledger keeps a job that has ended."""
+
+VISIBILITY_TIMEOUT_SECONDS = 60
+"""Kombu's last resort; longer than presence life plus the time in which the operator takes over."""
+
+PRIORITY_SEPARATOR = "\x06\x16"
+"""Between queue name and priority step, as in ``kombu.transport.redis.Channel.sep``."""
+
+PRIORITY_STEPS = (0, 3, 6, 9)
+"""Kombu's default ``priority_steps``."""
+
+HEADER = "workerpool"
+"""The message header that carries what a worker must know: ``{"attempt": 1}``; callers put routing wishes there too."""
+
+ENV_POOL = "WORKERPOOL_POOL"
+ENV_TIER = "WORKERPOOL_TIER"
+ENV_WORKER = "WORKERPOOL_WORKER"
+ENV_QUEUE = "WORKERPOOL_QUEUE"
+ENV_CONCURRENCY = "WORKERPOOL_CONCURRENCY"
+ENV_BROKER_URL = "CELERY_BROKER_URL"
+
+Milliseconds = NewType("Milliseconds", int)
+Wish = Literal[True, False, "required"]
+"""Whether a job asked for an accelerator; a required one never runs elsewhere."""
+
+
+class VersionMismatch(ValueError):
+    """The other side speaks a schema version that this side does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keyspace:
+    """The names of one pool's keys on one broker.
+
+    Args:
+        pool: ``namespace/name``.
+        prefix: Kombu's ``global_keyprefix``.
+        priority_steps: Kombu's ``priority_steps``.
+    """
+
+    pool: str
+    prefix: str = ""
+    priority_steps: tuple[int, ...] = PRIORITY_STEPS
+
+    def _own(self, thing: str) -> str:
+        return f"{self.prefix}workerpool:{self.pool}:{thing}"
+
+    @property
+    def policy(self) -> str:
+        return self._own("policy")
+
+    @property
+    def capacity(self) -> str:
+        return self._own("capacity")
+
+    @property
+    def routes(self) -> str:
+        return self._own("routes")
+
+    def seen(self, tier: str) -> str:
+        return self._own(f"seen:{tier}")
+
+    def slots(self, tier: str) -> str:
+        return self._own(f"slots:{tier}")
+
+    def spilled(self, tier: str) -> str:
+        return self._own(f"spilled:{tier}")
+
+    def worker(self, worker: str) -> str:
+        return self._own(f"worker:{worker}")
+
+    def held(self, worker: str) -> str:
+        return self._own(f"held:{worker}")
+
+    def job(self, task_id: str) -> str:
+        return self._own(f"job:{task_id}")
+
+    def queue_lists(self, queue: str) -> list[str]:
+        """The Redis lists of a queue, one per priority step, most urgent first."""
+        return [self.queue_list(queue, step) for step in self.priority_steps]
+
+    def queue_list(self, queue: str, priority: int) -> str:
+        """The list that Kombu uses for a message of this priority (0 is the most urgent)."""
+        step = max((s for s in self.priority_steps if s <= priority), default=self.priority_steps[0])
+        return f"{self.prefix}{queue}{PRIORITY_SEPARATOR}{step}" if step else f"{self.prefix}{queue}"
+
+    def unacked(self, tier: str) -> str:
+        """The hash of messages that workers of the tier hold: delivery tag → JSON ``[message, exchange, routing_key]``."""
+        return self.prefix + unacked_keys(self.pool, tier)["unacked_key"]
+
+    def unacked_index(self, tier: str) -> str:
+        """The sorted set of the same tags by time of delivery (seconds)."""
+        return self.prefix + unacked_keys(self.pool, tier)["unacked_index_key"]
+
+
+def unacked_keys(pool: str, tier: str) -> dict[str, str]:
+    """Kombu transport options that give a tier in-flight keys of its own (Kombu adds ``global_keyprefix`` itself)."""
+    own = f"workerpool:{pool}:unacked:{tier}"
+    return {"unacked_key": own, "unacked_index_key": f"{own}:index", "unacked_mutex_key": f"{own}:mutex"}
+
+
+def wake_channel(prefix: str = "") -> str:
+    """The pub/sub channel on which admission names the pool that has work, one per broker."""
+    return f"{prefix}workerpool:wake"
+
+
+@dataclass(frozen=True, slots=True)
+class TierPolicy:
+    """What the library must know of a tier. ``max_slots`` is None where no operator bounds it."""
+
+    name: str
+    queue: str
+    accelerated: bool
+    concurrency: int = 1
+    max_slots: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskPolicy:
+    """A shell pattern on task names, and the wish of the jobs it matches."""
+
+    name: str
+    accelerated: Wish = True
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The routing half of a WorkerPool, as the operator publishes it; tiers in order of preference."""
+
+    tiers: tuple[TierPolicy, ...]
+    accelerated_content_types: tuple[str, ...] = ("audio", "video", "image")
+    tasks: tuple[TaskPolicy, ...] = ()
+    fallback_on_failure: bool = True
+    fallback_on_loss: bool = True
+
+    def tier(self, name: str) -> TierPolicy | None:
+        """The tier of that name."""
+        return next((tier for tier in self.tiers if tier.name == name), None)
+
+    def accelerated_tier(self) -> TierPolicy | None:
+        """The preferred tier with an accelerator."""
+        return next((tier for tier in self.tiers if tier.accelerated), None)
+
+    def plain_tier(self) -> TierPolicy | None:
+        """The preferred tier without an accelerator."""
+        return next((tier for tier in self.tiers if not tier.accelerated), None)
+
+    def dump(self) -> str:
+        """As JSON, with the schema version."""
+        return _dump(asdict(self))
+
+    @classmethod
+    def load(cls, raw: str | bytes) -> Policy:
+        """Parse JSON; raises :class:`VersionMismatch` or ValueError."""
+        data = _load(raw, "policy")
+        return cls(
+            tiers=tuple(TierPolicy(**tier) for tier in data["tiers"]),
+            accelerated_content_types=tuple(data["accelerated_content_types"]),
+            tasks=tuple(TaskPolicy(**task) for task in data["tasks"]),
+            fallback_on_failure=data["fallback_on_failure"],
+            fallback_on_loss=data["fallback_on_loss"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TierCapacity:
+    """Slots of a tier that presence cannot show: ordered and starting, still orderable, and ordered but not schedulable."""
+
+    starting: int = 0
+    startable: int = 0
+    unschedulable: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What the operator has ordered, per tier. Absent or expired means: nothing is on its way."""
+
+    tiers: Mapping[str, TierCapacity] = field(default_factory=dict)
+
+    def dump(self) -> str:
+        """As JSON, with the schema version."""
+        return _dump(asdict(self))
+
+    @classmethod
+    def load(cls, raw: str | bytes) -> Capacity:
+        """Parse JSON; raises :class:`VersionMismatch` or ValueError."""
+        data = _load(raw, "capacity")
+        return cls(tiers={name: TierCapacity(**tier) for name, tier in data["tiers"].items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """One worker's last report. ``since`` and ``at`` are Redis milliseconds."""
+
+    worker: str
+    tier: str
+    queue: str
+    slots: int
+    busy: int
+    since: Milliseconds
+    at: Milliseconds
+
+    @classmethod
+    def load(cls, raw: str | bytes) -> Presence:
+        """Parse what ``presence.lua`` wrote; raises :class:`VersionMismatch` or ValueError."""
+        data = _load(raw, "presence")
+        return cls(**data)
+
+
+def _dump(data: dict[str, Any]) -> str:
+    return json.dumps({"version": SCHEMA_VERSION, **data}, separators=(",", ":"))
+
+
+def _load(raw: str | bytes, what: str) -> dict[str, Any]:
+    data = json.loads(raw)
+    version = data.pop("version", None)
+    if version != SCHEMA_VERSION:
+        raise VersionMismatch(
+            f"{what} has schema version {version!r}, this side knows {SCHEMA_VERSION}: use one release on both sides"
+        )
+    return dict(data)
+
+
+def rewrite(message: Mapping[str, Any], *, queue: str, attempt: int, delivery_tag: str) -> dict[str, Any]:
+    """The same Celery message for another queue and attempt, under a fresh delivery tag.
+
+    Args:
+        message: the JSON object that Kombu stores in a queue list or as the first item of an ``unacked`` value.
+        queue: the queue that it goes to.
+        attempt: the number of the attempt that will claim it.
+        delivery_tag: minted by the caller; a late acknowledgement of the old delivery then touches nothing.
+    """
+    headers = dict(message.get("headers") or {})
+    headers[HEADER] = {**(headers.get(HEADER) or {}), "attempt": attempt}
+    properties = dict(message["properties"])
+    properties["delivery_tag"] = delivery_tag
+    properties["delivery_info"] = {**properties.get("delivery_info", {}), "exchange": "", "routing_key": queue}
+    return {**message, "headers": headers, "properties": properties}
+
+
+def priority_of(message: Mapping[str, Any]) -> int:
+    """The message's Celery priority, 0 (most urgent) when it has none."""
+    return int(message["properties"].get("priority") or 0)
+
+
+def slot_members(worker: str, slots: int) -> Sequence[str]:
+    """The members of ``slots:<tier>`` that stand for one worker."""
+    return [f"{worker}/{n}" for n in range(slots)]

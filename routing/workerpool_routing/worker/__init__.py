@@ -1,0 +1,1 @@
+"""Installed in a worker only: presence, fenced attempts."""
