@@ -67,8 +67,8 @@ class Broker(Protocol):
 class Workers(Protocol):
     """The place where workers run: Deployments, or local processes."""
 
-    async def observe(self, pool: Pool, present: Mapping[str, frozenset[str]]) -> Mapping[str, TierReplicas] | Unavailable:
-        """What runs now, by tier name; ``present`` names the workers of each tier that report to Redis."""
+    async def observe(self, pool: Pool) -> Mapping[str, TierReplicas] | Unavailable:
+        """What runs now, by tier name."""
 
     async def scale(self, pool: Pool, replicas: Mapping[str, int], busy: frozenset[str]) -> None:
         """Make every tier exist as its spec says, with that many replicas; writes nothing when nothing changed.
@@ -80,8 +80,18 @@ class Workers(Protocol):
         """
 
 
-class Reporter(Protocol):
-    """Where the outcome of a pass is shown."""
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one pass saw of a pool and made of it; ``events`` are what flipped since the pass before."""
 
-    async def report(self, pool: Pool, status: Status | None, events: Sequence[Event]) -> None:
-        """Store the status (None: unchanged, nothing to write) and post the events."""
+    pool: Pool
+    status: Status
+    reading: BrokerReading | Unavailable
+    events: tuple[Event, ...] = ()
+
+
+class Reporter(Protocol):
+    """Where the outcome of a pass is shown; called for every pool after every pass."""
+
+    async def report(self, report: Report) -> None:
+        """Show it. Never raises for an outage of where it is shown."""
