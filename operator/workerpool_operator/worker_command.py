@@ -1,0 +1,53 @@
+"""How one worker is started: the same command and environment in a pod and as a local process.
+
+Values are written as Kubernetes reads them: ``$(NAME)`` stands for a variable, ``$$`` for a dollar sign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from workerpool_operator.model import WORKER_CONTAINER, Tier
+from workerpool_operator.ports import Pool
+from workerpool_routing import wire
+
+DEFAULT_GRACE_SECONDS = 600
+"""From SIGTERM to SIGKILL where the template says nothing."""
+
+
+def container(tier: Tier) -> Mapping[str, Any]:
+    """The container of the tier's template that runs the worker."""
+    return next(c for c in tier.template["spec"]["containers"] if c.get("name") == WORKER_CONTAINER)
+
+
+def command(app: str, tier: Tier) -> list[str]:
+    """The whole argument vector: the template's own command if it has one, else Celery's; then the template's args."""
+    worker = container(tier)
+    return [*(worker.get("command") or _celery(app, tier)), *(worker.get("args") or ())]
+
+
+def _celery(app: str, tier: Tier) -> list[str]:
+    queue, concurrency, name = literal(tier.queue), str(tier.concurrency), f"celery@$({wire.ENV_WORKER})"
+    options = ["-Q", queue, "-c", concurrency, "-n", name, "--without-gossip", "--without-mingle", "-l", "INFO"]
+    return ["celery", "-A", app, "worker", *options]
+
+
+def environment(pool: Pool, tier: Tier) -> dict[str, str]:
+    """The variables that are the same for every worker of a tier; the worker's name and the broker URL come beside them."""
+    return {
+        wire.ENV_POOL: pool.id,
+        wire.ENV_TIER: tier.name,
+        wire.ENV_QUEUE: literal(tier.queue),
+        wire.ENV_CONCURRENCY: str(tier.concurrency),
+    }
+
+
+def grace_seconds(tier: Tier) -> int:
+    """How long a worker that was told to stop may go on with what it has."""
+    return int(tier.template["spec"].get("terminationGracePeriodSeconds", DEFAULT_GRACE_SECONDS))
+
+
+def literal(text: str) -> str:
+    """Text in which Kubernetes finds no variable."""
+    return text.replace("$", "$$")
