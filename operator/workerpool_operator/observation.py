@@ -28,7 +28,7 @@ class QueueReading:
         in_flight: messages that the tier's workers hold unacknowledged.
         spilled: jobs that wanted this tier and wait or run elsewhere.
         workers: the last report of each live worker.
-        lost: workers that reported once and then fell silent, not yet taken over.
+        lost: owners that reported once and then fell silent, not yet taken over.
     """
 
     waiting: int

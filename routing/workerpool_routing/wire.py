@@ -10,14 +10,16 @@ key                       type    meaning
 ========================  ======  =====================================================================================
 ``policy``                string  JSON, :class:`Policy`; written by the operator
 ``capacity``              string  JSON, :class:`Capacity`; written by the operator each tick, expires by itself
-``seen:<tier>``           zset    worker → time of its last report, until the reaper has taken over what it held
-``slots:<tier>``          zset    ``worker/n`` for each slot of each consuming worker → time of its last report
-``worker:<worker>``       string  JSON, :class:`Presence`; expires by itself
-``held:<worker>``         set     task ids that the worker has claimed and not ended
+``presence:<tier>``       hash    owner → JSON, :class:`Presence`; an entry older than the presence life is a lost worker
+``slots:<tier>``          zset    ``owner/n`` for each slot of each consuming worker → time of its last report
+``held:<owner>``          set     task ids that the worker has claimed and not ended
 ``job:<task id>``         hash    the ledger entry, see :mod:`workerpool_routing.ledger`
 ``spilled:<tier>``        zset    task ids that wanted the tier and wait or run elsewhere → time of admission
 ``routes``                hash    ``<tier>:<reason>`` → decisions so far
 ========================  ======  =====================================================================================
+
+An *owner* is one life of a worker process: the worker's name and a suffix of its own, so that a container that restarts under
+the same pod name is not taken for the one that died.
 
 Beside them: the pub/sub channel :func:`wake_channel`, a hint for the operator, and one set of in-flight keys per tier in Kombu's
 own format (:func:`unacked_keys`).
@@ -26,14 +28,14 @@ own format (:func:`unacked_keys`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NewType
 
 SCHEMA_VERSION = 1
 
 PRESENCE_LIFE_MS = 8_000
-"""A worker that has not reported for this long is gone."""
+"""A worker that has not reported for this long is lost."""
 
 PRESENCE_PERIOD_SECONDS = 1.0
 """How often a worker reports."""
@@ -104,8 +106,8 @@ class Keyspace:
     def routes(self) -> str:
         return self._own("routes")
 
-    def seen(self, tier: str) -> str:
-        return self._own(f"seen:{tier}")
+    def presence(self, tier: str) -> str:
+        return self._own(f"presence:{tier}")
 
     def slots(self, tier: str) -> str:
         return self._own(f"slots:{tier}")
@@ -113,11 +115,8 @@ class Keyspace:
     def spilled(self, tier: str) -> str:
         return self._own(f"spilled:{tier}")
 
-    def worker(self, worker: str) -> str:
-        return self._own(f"worker:{worker}")
-
-    def held(self, worker: str) -> str:
-        return self._own(f"held:{worker}")
+    def held(self, owner: str) -> str:
+        return self._own(f"held:{owner}")
 
     def job(self, task_id: str) -> str:
         return self._own(f"job:{task_id}")
@@ -237,8 +236,9 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """One worker's last report. ``since`` and ``at`` are Redis milliseconds."""
+    """One worker's last report. ``since`` and ``at`` are Redis milliseconds; a worker that is leaving reports no slots."""
 
+    owner: str
     worker: str
     tier: str
     queue: str
@@ -247,11 +247,14 @@ class Presence:
     since: Milliseconds
     at: Milliseconds
 
+    def alive(self, now: Milliseconds) -> bool:
+        """Whether it has reported within the presence life."""
+        return now - self.at < PRESENCE_LIFE_MS
+
     @classmethod
     def load(cls, raw: str | bytes) -> Presence:
         """Parse what ``presence.lua`` wrote; raises :class:`VersionMismatch` or ValueError."""
-        data = _load(raw, "presence")
-        return cls(**data)
+        return cls(**_load(raw, "presence"))
 
 
 def _dump(data: dict[str, Any]) -> str:
@@ -288,8 +291,3 @@ def rewrite(message: Mapping[str, Any], *, queue: str, attempt: int, delivery_ta
 def priority_of(message: Mapping[str, Any]) -> int:
     """The message's Celery priority, 0 (most urgent) when it has none."""
     return int(message["properties"].get("priority") or 0)
-
-
-def slot_members(worker: str, slots: int) -> Sequence[str]:
-    """The members of ``slots:<tier>`` that stand for one worker."""
-    return [f"{worker}/{n}" for n in range(slots)]

@@ -1,0 +1,47 @@
+"""What this process knows of the pool's policy: given in code, or read from Redis and kept for a few seconds."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+from workerpool_routing.connection import Connection, unavailable_when_down
+from workerpool_routing.wire import Keyspace, Policy, VersionMismatch
+
+KEPT_SECONDS = 5.0
+"""A change of the WorkerPool reaches API pods and workers within this time."""
+
+logger = logging.getLogger("workerpool_routing")
+
+
+@dataclass(slots=True)
+class PolicySource:
+    """The policy that the operator published, or the one that the code gave."""
+
+    connection: Connection
+    keys: Keyspace
+    given: Policy | None = None
+    _kept: Policy | None = field(default=None, init=False)
+    _read_at: float = field(default=float("-inf"), init=False)
+
+    def get(self) -> Policy | None:
+        """The policy, or None when there is none that this release understands; raises PoolUnavailable."""
+        if self.given is not None:
+            return self.given
+        if time.monotonic() - self._read_at >= KEPT_SECONDS:
+            with unavailable_when_down():
+                raw = self.connection.client.get(self.keys.policy)
+            self._kept = self._parse(raw)
+            self._read_at = time.monotonic()
+        return self._kept
+
+    def _parse(self, raw: str | None) -> Policy | None:
+        if raw is None:
+            logger.warning("pool %s has no policy in Redis: is its WorkerPool applied, its operator running?", self.keys.pool)
+            return None
+        try:
+            return Policy.load(raw)
+        except VersionMismatch as mismatch:
+            logger.warning("pool %s: %s", self.keys.pool, mismatch)
+            return None
