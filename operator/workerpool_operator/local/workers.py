@@ -1,0 +1,96 @@
+"""The ``Workers`` port with processes of this machine in place of Deployments."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from workerpool_operator.local.guardian import Guardian
+from workerpool_operator.local.launch import launch, unsupported
+from workerpool_operator.local.process import LocalWorker
+from workerpool_operator.model import Tier
+from workerpool_operator.observation import Phase, Replica, TierReplicas
+from workerpool_operator.ports import Pool
+
+_SUFFIX_LETTERS = "bcdfghjklmnpqrstvwxz2456789"
+_SUFFIX_LENGTH = 5
+
+
+class LocalWorkers:
+    """Runs each replica as a Celery process; none outlives this process, however it ends.
+
+    Args:
+        directory: gets one log file a worker.
+        wake: set when a worker became ready, died or is gone.
+    """
+
+    def __init__(self, directory: Path, wake: asyncio.Event) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._wake = wake
+        self._guardian = Guardian()
+        self._workers: dict[tuple[str, str], list[LocalWorker]] = {}
+
+    async def observe(self, pool: Pool) -> Mapping[str, TierReplicas]:
+        """What runs now, by tier name; a worker that is leaving is no longer counted as desired."""
+        return {tier.name: self._observe_tier(pool, tier) for tier in pool.spec.tiers}
+
+    async def scale(self, pool: Pool, replicas: Mapping[str, int], busy: frozenset[str]) -> None:
+        """Start what is missing, tell what is too many to stop; waits for neither.
+
+        Raises ValueError for a pool that needs a cluster.
+        """
+        if problems := unsupported(pool.spec):
+            raise ValueError("; ".join(map(str, problems)))
+        for tier in pool.spec.tiers:
+            staying = [worker for worker in self._of(pool, tier) if worker.phase is not Phase.STOPPING]
+            surplus = len(staying) - replicas[tier.name]
+            for _ in range(-surplus):
+                self._start(pool, tier)
+            leaving = first_to_leave([worker.replica for worker in staying], busy)[: max(0, surplus)]
+            for worker in staying:
+                if worker.name in leaving:
+                    worker.stop()
+
+    async def close(self) -> None:
+        """Stop every worker, each within its grace period; at once when cancelled."""
+        workers = [worker for tier in self._workers.values() for worker in tier]
+        for worker in workers:
+            worker.stop()
+        try:
+            await asyncio.gather(*(worker.life for worker in workers), return_exceptions=True)
+        finally:
+            self._guardian.close()
+
+    def _observe_tier(self, pool: Pool, tier: Tier) -> TierReplicas:
+        replicas = tuple(worker.replica for worker in self._of(pool, tier))
+        return TierReplicas(sum(replica.phase is not Phase.STOPPING for replica in replicas), replicas)
+
+    def _of(self, pool: Pool, tier: Tier) -> list[LocalWorker]:
+        workers = [worker for worker in self._workers.get((pool.id, tier.name), ()) if not worker.life.done()]
+        self._workers[pool.id, tier.name] = workers
+        return workers
+
+    def _start(self, pool: Pool, tier: Tier) -> None:
+        suffix = "".join(secrets.choice(_SUFFIX_LETTERS) for _ in range(_SUFFIX_LENGTH))
+        name = f"{pool.name}-{tier.name}-{suffix}"
+        log = self._directory / f"{name}.log"
+        worker = LocalWorker(name, launch(pool, tier, name), log, self._guardian, self._wake)
+        self._workers[pool.id, tier.name].append(worker)
+
+
+def first_to_leave(replicas: Sequence[Replica], busy: frozenset[str]) -> list[str]:
+    """The workers in the order in which they may go: failing, starting, idle, busy; of equals the youngest first."""
+
+    def order(replica: Replica) -> tuple[int, float]:
+        if replica.phase is Phase.FAILING:
+            rank = 0
+        elif replica.worker in busy:
+            rank = 3
+        else:
+            rank = 1 if replica.phase is Phase.STARTING else 2
+        return rank, -replica.ordered_at
+
+    return [replica.worker for replica in sorted(replicas, key=order)]

@@ -1,0 +1,24 @@
+"""Real parts for the contract tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from redis import Redis
+
+from workerpool_operator.local.redis_server import private_redis
+
+
+@pytest.fixture(scope="session")
+def _redis_server_url() -> Iterator[str]:
+    with private_redis() as server:
+        yield server.url
+
+
+@pytest.fixture
+def redis_url(_redis_server_url: str) -> str:
+    """An empty Redis that no other program uses."""
+    with Redis.from_url(_redis_server_url) as client:
+        client.flushall()
+    return _redis_server_url
