@@ -1,0 +1,35 @@
+.DEFAULT_GOAL := help
+.PHONY: help demo test check generate lock
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY) ## Run the whole system on this machine; ARGS="--json FILE" also writes what happened
+	@$(BIN)/python -m examples.media.demo $(ARGS)
+
+test: $(READY) ## Run every level of test that this machine can run (the first run builds a control plane: about 13 min)
+	@$(BIN)/python -m tests.levels test
+
+check: $(READY) ## Run what has to pass before a commit: format, lint, types, imports, generated files, unit tests
+	@$(BIN)/python -m tests.levels check
+
+generate: $(READY) ## Write the files that are made from others: the chart's CRD and manifests/
+	@$(BIN)/python charts/render.py
+
+lock: $(READY) ## Bring requirements.lock in line with pyproject.toml; ARGS=--upgrade takes the newest versions
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" \
+		--all-extras --group examples --group test --group lint --group build $(ARGS) --output-file requirements.lock pyproject.toml
+
+# uv, itself taken from the lock by pip, installs the rest in a few seconds where pip needs half a minute.
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python %d.%d; this needs 3.11 or newer; name one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" % sys.version_info[:2])'
+	@echo "Setting up .venv from requirements.lock (some 300 MB, once)"
+	@$(PYTHON) -m venv .venv
+	@sed -n '/^uv==/,/# via/p' requirements.lock | $(BIN)/pip install --quiet --require-hashes --requirement /dev/stdin
+	@VIRTUAL_ENV=.venv $(BIN)/uv pip sync $$([ -t 2 ] || echo --quiet) --require-hashes requirements.lock
+	@VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,168 @@
+"""Runs the levels of test, or the checks before a commit, one after the other and live, and ends with one table.
+
+``python -m tests.levels test|check``: exit 1 if anything failed. A level that this machine cannot run is "not run", with the
+reason and the remedy; a level that finds no test has failed.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from e2e.cluster import binaries
+
+from workerpool_operator.local.redis_server import RedisServerError, find_redis_server
+
+ROOT = Path(__file__).parents[1]
+
+
+class CannotRun(Exception):
+    """This machine lacks what a level needs; the message says what, and how to get it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table; neither passed nor failed means not run."""
+
+    name: str
+    passed: int
+    failed: int
+    seconds: float
+    note: str = ""
+
+    @property
+    def result(self) -> str:
+        if self.failed:
+            return f"failed {self.failed}"
+        return f"passed {self.passed}" if self.passed else "not run"
+
+
+def need_nothing() -> None:
+    """Python is enough."""
+
+
+def need_redis() -> None:
+    try:
+        find_redis_server()
+    except RedisServerError as error:
+        raise CannotRun(str(error)) from error
+
+
+def need_control_plane() -> None:
+    """Build it if need be; a build that fails where there is a Go is a failure, not a lack."""
+    need_redis()
+    with suppress(binaries.BinariesMissing):
+        binaries.find()
+        return
+    try:
+        binaries.find_go()
+    except binaries.BinariesMissing as error:
+        raise CannotRun(str(error)) from error
+    binaries.ensure(lambda line: print(line, flush=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """The tests with one marker, in the folder of the same name."""
+
+    name: str
+    need: Callable[[], None]
+    options: tuple[str, ...] = ()
+
+    def run(self) -> Row:
+        """Run it, its progress on this process's own output."""
+        started = time.monotonic()
+        try:
+            self.need()
+        except CannotRun as error:
+            return Row(self.name, 0, 0, 0.0, str(error))
+        except binaries.BinariesMissing as error:
+            return Row(self.name, 0, 1, time.monotonic() - started, str(error))
+        passed, failed, note = self._pytest()
+        return Row(self.name, passed, failed, time.monotonic() - started, note)
+
+    def _pytest(self) -> tuple[int, int, str]:
+        selection = ["-m", self.name, f"tests/{self.name}", *self.options]
+        say(self.name, ["pytest", *selection])
+        with tempfile.TemporaryDirectory() as directory:
+            report = Path(directory) / "junit.xml"
+            status = call([sys.executable, "-m", "pytest", "--quiet", f"--junit-xml={report}", *selection])
+            passed, failed, skipped = count(report)
+        if status and not failed:
+            return passed, 1, "no test was collected" if status == 5 else f"pytest ended with exit code {status}"
+        if not passed and not failed:
+            return 0, 1, "every test was skipped"
+        return passed, failed, f"{skipped} skipped" if skipped else ""
+
+
+LEVELS = (
+    Level("unit", need_nothing),
+    Level("contract", need_redis),
+    Level("api", need_control_plane),
+    Level("demo", need_redis, ("--capture=no",)),
+)
+
+CHECKS: Mapping[str, Sequence[str]] = {
+    "format": ("ruff", "format", "--check", "--quiet"),
+    "lint": ("ruff", "check", "--quiet"),
+    "types": ("mypy",),
+    "imports": ("lint-imports", "--no-logo"),
+    "generated": ("python", "charts/render.py", "--check"),
+    "unit": ("pytest", "--quiet", "-m", "unit", "tests/unit"),
+}
+
+
+def check(name: str) -> Row:
+    """Run one of the checks."""
+    started = time.monotonic()
+    say(name, CHECKS[name])
+    tool, *arguments = CHECKS[name]
+    failed = int(call([str(Path(sys.executable).with_name(tool)), *arguments]) != 0)
+    return Row(name, 1 - failed, failed, time.monotonic() - started)
+
+
+def count(report: Path) -> tuple[int, int, int]:
+    """Passed, failed and skipped, from a JUnit report; zeros where pytest wrote none."""
+    if not report.exists():
+        return 0, 0, 0
+    suites = [suite.attrib for suite in ET.parse(report).iter("testsuite")]
+    failed = sum(int(suite["failures"]) + int(suite["errors"]) for suite in suites)
+    skipped = sum(int(suite["skipped"]) for suite in suites)
+    return sum(int(suite["tests"]) for suite in suites) - failed - skipped, failed, skipped
+
+
+def say(name: str, command: Sequence[str]) -> None:
+    print(f"\n== {name}: {' '.join(command)}", flush=True)
+
+
+def call(command: Sequence[str]) -> int:
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Name, result, seconds and a note, in columns."""
+    lines = [("", "result", "seconds", "")]
+    lines += [(row.name, row.result, f"{row.seconds:.1f}", row.note) for row in rows]
+    return "\n".join(f"{name:<10}  {result:<12}  {seconds:>7}  {note}".rstrip() for name, result, seconds, note in lines)
+
+
+def main(what: str) -> int:
+    """Run everything of one kind, failures or not, and show the table."""
+    rows = [level.run() for level in LEVELS] if what == "test" else [check(name) for name in CHECKS]
+    failed = sum(row.failed for row in rows)
+    print(f"\n{table(rows)}\n\n{sum(row.passed for row in rows)} passed, {failed} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1]))
+    except KeyboardInterrupt:
+        sys.exit(130)

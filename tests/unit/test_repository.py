@@ -1,0 +1,84 @@
+"""What holds for the repository as a whole."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from tests.levels import LEVELS
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LOCK = (ROOT / "requirements.lock").read_text()
+
+
+def direct_requirements() -> list[Requirement]:
+    project = PYPROJECT["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values(), *PYPROJECT["dependency-groups"].values()]
+    return [Requirement(line) for group in groups for line in group] + [
+        Requirement(r) for r in PYPROJECT["build-system"]["requires"]
+    ]
+
+
+def test_the_operator_directory_is_not_a_package_that_would_shadow_the_standard_library() -> None:
+    entries = {path.name for path in (ROOT / "operator").iterdir()}
+    assert entries == {"workerpool_operator", "README.md"}
+
+
+def test_the_lock_holds_every_direct_dependency_at_a_version_that_pyproject_allows() -> None:
+    locked = defaultdict(list)
+    for name, version in re.findall(r"^([\w.-]+)==(\S+)", LOCK, re.MULTILINE):
+        locked[canonicalize_name(name)].append(version)
+    unmet = [
+        str(wanted)
+        for wanted in direct_requirements()
+        if not any(wanted.specifier.contains(version) for version in locked[canonicalize_name(wanted.name)])
+    ]
+    assert unmet == [], "run make lock"
+
+
+def test_the_lock_names_no_address_and_pins_every_package_by_hash() -> None:
+    assert "://" not in LOCK
+    assert "--index-url" not in LOCK
+    entries = re.split(r"\n(?=[\w-])", LOCK)[1:]
+    assert len(entries) > 50
+    assert [entry.splitlines()[0] for entry in entries if "--hash=sha256:" not in entry] == []
+
+
+def test_the_changelog_begins_with_the_version_of_the_package() -> None:
+    heading = re.search(r"^## \[?([^\s\]]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heading is not None
+    assert heading.group(1) == PYPROJECT["project"]["version"]
+
+
+def test_every_test_file_carries_the_marker_of_its_level() -> None:
+    files = list((ROOT / "tests").glob("*/**/test_*.py"))
+    levels = {path: path.relative_to(ROOT / "tests").parts[0] for path in files}
+    assert set(levels.values()) <= {level.name for level in LEVELS}
+    unmarked = [
+        p.name for p, level in levels.items() if not re.search(rf"\npytestmark = \[?pytest\.mark\.{level}\b", p.read_text())
+    ]
+    assert unmarked == []
+
+
+def test_the_markers_of_pytest_are_the_levels() -> None:
+    assert [marker.partition(":")[0] for marker in PYPROJECT["tool"]["pytest"]["markers"]] == [level.name for level in LEVELS]
+
+
+def test_nothing_is_put_off_by_a_note_in_the_text() -> None:
+    # Ruff watches the Python files.
+    texts = [
+        p
+        for kind in ("lua", "md", "toml", "yaml")
+        for p in ROOT.glob(f"*/**/*.{kind}")
+        if not p.relative_to(ROOT).parts[0].startswith(".")
+    ]
+    assert len(texts) > 5
+    assert [path.name for path in texts if re.search(r"\b(TODO|FIXME)\b", path.read_text())] == []
