@@ -10,7 +10,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, StringConstraints, ValidationError, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
 GROUP = "workerpool.dev"
@@ -20,11 +20,24 @@ KIND = "WorkerPool"
 PLURAL = "workerpools"
 WORKER_CONTAINER = "worker"
 
+# Strict, as the API server: "4" is not a number and "yes" is not a boolean.
+Int = Annotated[int, Strict()]
+Bool = Annotated[bool, Strict()]
+
 _DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(alias_generator=to_camel, frozen=True, extra="forbid", populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, raw: Any) -> Any:
+        # As the API server: it drops the null of a known field before it fills in defaults.
+        if not isinstance(raw, dict):
+            return raw
+        known = {field.alias for field in cls.model_fields.values()}
+        return {key: value for key, value in raw.items() if value is not None or key not in known}
 
 
 class Mode(StrEnum):
@@ -54,7 +67,7 @@ class Broker(_Model):
     url: Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^(redis|rediss)://")] | None = None
     url_from: UrlFrom | None = None
     global_key_prefix: Annotated[str, StringConstraints(max_length=128)] = ""
-    priority_steps: Annotated[tuple[Annotated[int, Field(ge=0, le=9)], ...], Field(min_length=1, max_length=10)] = (
+    priority_steps: Annotated[tuple[Annotated[Int, Field(ge=0, le=9)], ...], Field(min_length=1, max_length=10)] = (
         0,
         3,
         6,
@@ -82,14 +95,14 @@ class Accelerator(_Model):
         str,
         StringConstraints(max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"),
     ]
-    count: Annotated[int, Field(ge=1, le=64)] = 1
+    count: Annotated[Int, Field(ge=1, le=64)] = 1
 
 
 class Replicas(_Model):
     """Bounds of one tier's replica count."""
 
-    min: Annotated[int, Field(ge=0, le=1000)] = 0
-    max: Annotated[int, Field(ge=0, le=1000)] = 10
+    min: Annotated[Int, Field(ge=0, le=1000)] = 0
+    max: Annotated[Int, Field(ge=0, le=1000)] = 10
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -104,15 +117,18 @@ class Tier(_Model):
     name: Annotated[str, StringConstraints(min_length=1, max_length=30, pattern=_DNS_LABEL)]
     queue: Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f,]+$")]
     accelerator: Accelerator | None = None
-    concurrency: Annotated[int, Field(ge=1, le=256)] = 1
+    concurrency: Annotated[Int, Field(ge=1, le=256)] = 1
     replicas: Replicas = Replicas()
     template: dict[str, Any]
 
     @field_validator("template")
     @classmethod
     def _has_worker(cls, template: dict[str, Any]) -> dict[str, Any]:
-        containers = (template.get("spec") or {}).get("containers") or []
-        if not any(isinstance(c, dict) and c.get("name") == WORKER_CONTAINER for c in containers):
+        spec = template.get("spec")
+        containers = spec.get("containers") if isinstance(spec, dict) else None
+        if not isinstance(containers, list) or not all(isinstance(container, dict) for container in containers):
+            raise ValueError("spec.containers must be a list of containers")
+        if not any(container.get("name") == WORKER_CONTAINER for container in containers):
             raise ValueError(f'spec.containers must hold a container named "{WORKER_CONTAINER}"')
         return template
 
@@ -132,8 +148,8 @@ class TaskRoute(_Model):
 class Fallback(_Model):
     """Which ends of an accelerated attempt give the job one more run on the next tier."""
 
-    on_failure: bool = True
-    on_loss: bool = True
+    on_failure: Bool = True
+    on_loss: Bool = True
 
 
 class Routing(_Model):
@@ -160,12 +176,17 @@ class WorkerPoolSpec(_Model):
     routing: Routing = Routing()
     mode: Mode = Mode.ACTIVE
 
-    @model_validator(mode="after")
-    def _tiers_agree(self) -> Self:
+    @field_validator("tiers")
+    @classmethod
+    def _distinct(cls, tiers: tuple[Tier, ...]) -> tuple[Tier, ...]:
         for field in ("name", "queue"):
-            seen = [getattr(tier, field) for tier in self.tiers]
+            seen = [getattr(tier, field) for tier in tiers]
             if twice := next((value for value in seen if seen.count(value) > 1), None):
-                raise ValueError(f"tiers: two tiers have the {field} {twice!r}")
+                raise ValueError(f"two tiers have the {field} {twice!r}")
+        return tiers
+
+    @model_validator(mode="after")
+    def _can_fall_back(self) -> Self:
         fallback = self.routing.fallback
         if (fallback.on_failure or fallback.on_loss) and all(tier.accelerated for tier in self.tiers):
             raise ValueError("tiers: a fallback needs a tier without an accelerator, or turn routing.fallback off")
@@ -189,7 +210,7 @@ class Problem(BaseModel):
 def parse_spec(raw: object) -> WorkerPoolSpec | list[Problem]:
     """Return the spec, or everything that is wrong with it; never raises on user input."""
     try:
-        return WorkerPoolSpec.model_validate(raw)
+        return WorkerPoolSpec.model_validate(raw, by_alias=True, by_name=False)
     except ValidationError as error:
         return [_problem(detail) for detail in error.errors(include_url=False)]
 
