@@ -1,0 +1,159 @@
+"""What a pass's plan means to people: the status with its conditions, and the Events that say what changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from workerpool_operator import scaling
+from workerpool_operator.model import Mode
+from workerpool_operator.observation import Phase, Unavailable
+from workerpool_operator.planning import TierPlan
+from workerpool_operator.ports import Pool
+from workerpool_operator.sharing import Conflict
+from workerpool_operator.status import Condition, ConditionType, Event, Status, TierStatus, flips, stamp, summary, total
+
+_ASIDE = {
+    Mode.ACTIVE: "the operator acts",
+    Mode.ADVISORY: "mode: Advisory: decides and reports, touches nothing",
+    Mode.PAUSED: "mode: Paused: touches nothing",
+}
+
+
+def assess(
+    pool: Pool,
+    plans: Sequence[TierPlan],
+    broker: Unavailable | None,
+    workers: Unavailable | None,
+    conflict: Conflict | None,
+    previous: Mapping[str, Any],
+    now: float,
+) -> tuple[Status, tuple[Event, ...]]:
+    """The status of one pool after a pass, and what is worth an Event.
+
+    Args:
+        pool: the pool.
+        plans: one for each tier; empty when the workers could not be seen.
+        broker: why the broker could not be read, None when it could.
+        workers: the same of the workers.
+        conflict: the queue that another pool owns.
+        previous: the status of the pass before, as stored.
+        now: wall-clock seconds.
+    """
+    tiers = tuple(_tier(plan) for plan in plans)
+    found = [
+        _broker(broker),
+        _capacity(plans, workers),
+        _spilling(plans, broker),
+        _limited(plans),
+        _shared(conflict),
+        _paused(pool.spec.mode),
+    ]
+    conditions = [Condition(*fields, pool.generation) for fields in [_ready(found, plans, workers), *found]]
+    status = Status(
+        observed_generation=pool.generation,
+        conditions=stamp(conditions, previous, now),
+        tiers=tiers,
+        waiting=total([tier.waiting for tier in tiers]) if tiers else None,
+        in_flight=total([tier.in_flight for tier in tiers]) if tiers else None,
+        replicas=summary(tiers),
+    )
+    return status, (*flips(status, previous), *_scaled(pool, plans, held=conflict is not None))
+
+
+_Fields = tuple[ConditionType, str, str, str]
+
+
+def _tier(plan: TierPlan) -> TierStatus:
+    queue, workers, decision = plan.queue, plan.workers, plan.decision
+    return TierStatus(
+        name=plan.tier.name,
+        desired=decision.replicas,
+        ready=workers.count(Phase.READY),
+        starting=workers.starting,
+        unschedulable=workers.count(Phase.UNSCHEDULABLE),
+        draining=workers.count(Phase.STOPPING),
+        waiting=queue.waiting if queue else None,
+        in_flight=queue.in_flight if queue else None,
+        spilled=queue.spilled if queue else None,
+        reason=decision.reason,
+        message=decision.message,
+    )
+
+
+def _ready(found: Sequence[_Fields], plans: Sequence[TierPlan], workers: Unavailable | None) -> _Fields:
+    kind = ConditionType.READY
+    if workers:
+        return kind, "Unknown", "WorkersUnreadable", workers.why
+    wrong = {ConditionType.BROKER_REACHABLE: "False", ConditionType.QUEUE_SHARED: "True"}
+    for what, status, reason, message in found:
+        if wrong.get(what) == status:
+            return kind, "False", reason, message
+    for plan in plans:
+        if plan.decision.replicas and not plan.workers.count(Phase.READY) and plan.workers.count(Phase.FAILING):
+            return kind, "False", "WorkersFailing", _details(plan, Phase.FAILING)
+    return kind, "True", "Working", "the broker answers and no tier is down"
+
+
+def _broker(unavailable: Unavailable | None) -> _Fields:
+    kind = ConditionType.BROKER_REACHABLE
+    if unavailable:
+        return kind, "False", "BrokerUnreadable", f"{unavailable.why}; replicas stay as they are"
+    return kind, "True", "Answering", "the queues are read every second"
+
+
+def _capacity(plans: Sequence[TierPlan], workers: Unavailable | None) -> _Fields:
+    kind = ConditionType.CAPACITY_AVAILABLE
+    if workers:
+        return kind, "Unknown", "WorkersUnreadable", workers.why
+    for phase, reason in ((Phase.UNSCHEDULABLE, "Unschedulable"), (Phase.FAILING, "WorkersFailing")):
+        stuck = [_details(plan, phase) for plan in plans if plan.workers.count(phase)]
+        if stuck:
+            return kind, "False", reason, "; ".join(stuck)
+    return kind, "True", "AsOrdered", "every worker that was ordered runs or starts"
+
+
+def _details(plan: TierPlan, phase: Phase) -> str:
+    stuck = [replica for replica in plan.workers.replicas if replica.phase is phase]
+    return f"{plan.tier.name}: {len(stuck)} of {plan.decision.replicas} {phase.lower()}: {stuck[0].detail}"
+
+
+def _spilling(plans: Sequence[TierPlan], unavailable: Unavailable | None) -> _Fields:
+    kind = ConditionType.SPILLING
+    if unavailable or not plans:
+        return kind, "Unknown", "BrokerUnreadable", unavailable.why if unavailable else "the tiers could not be read"
+    spilled = [f"{plan.spilled} jobs that wanted {plan.tier.name} wait or run elsewhere" for plan in plans if plan.spilled]
+    if spilled:
+        return kind, "True", "JobsElsewhere", "; ".join(spilled)
+    return kind, "False", "NoJobsElsewhere", "every job is on the tier that it wanted"
+
+
+def _limited(plans: Sequence[TierPlan]) -> _Fields:
+    kind = ConditionType.SCALING_LIMITED
+    limited = [f"{p.tier.name}: {p.decision.message}" for p in plans if p.decision.reason is scaling.Reason.AT_MAXIMUM]
+    if limited:
+        return kind, "True", "AtMaximum", "; ".join(limited)
+    return kind, "False", "WithinBounds", "no tier needs more than its maximum"
+
+
+def _shared(conflict: Conflict | None) -> _Fields:
+    kind = ConditionType.QUEUE_SHARED
+    if conflict:
+        message = f"queue {conflict.queue} belongs to WorkerPool {conflict.owner}, which is older; this pool is held"
+        return kind, "True", "QueueTaken", message
+    return kind, "False", "QueuesOwned", "no other pool has these queues"
+
+
+def _paused(mode: Mode) -> _Fields:
+    return ConditionType.PAUSED, "False" if mode is Mode.ACTIVE else "True", mode.value, _ASIDE[mode]
+
+
+def _scaled(pool: Pool, plans: Sequence[TierPlan], *, held: bool) -> list[Event]:
+    if held or pool.spec.mode is not Mode.ACTIVE:
+        return []
+    return [
+        Event(False, plan.decision.reason, f"{plan.tier.name}: {plan.workers.desired} → {plan.decision.replicas}: "
+              f"{plan.decision.message}")
+        for plan in plans
+        if plan.decision.replicas != plan.workers.desired
+    ]  # fmt: skip

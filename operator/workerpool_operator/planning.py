@@ -1,0 +1,103 @@
+"""From what a pass has seen of one pool to what it will do: pure, tier by tier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from workerpool_operator import scaling
+from workerpool_operator.model import Tier, WorkerPoolSpec
+from workerpool_operator.observation import BrokerReading, Phase, QueueReading, TierReplicas, Unavailable
+from workerpool_operator.ports import Pool
+from workerpool_routing.wire import Capacity, Policy, TaskPolicy, TierCapacity, TierPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class TierPlan:
+    """One tier: what was seen of it, and what it should have. ``queue`` is None when the broker could not be read."""
+
+    tier: Tier
+    queue: QueueReading | None
+    workers: TierReplicas
+    decision: scaling.Decision
+
+    @property
+    def spilled(self) -> int | None:
+        """Jobs that wanted this tier and wait or run elsewhere."""
+        return self.queue.spilled if self.queue else None
+
+
+def plan(
+    pool: Pool,
+    reading: BrokerReading | Unavailable,
+    workers: Mapping[str, TierReplicas],
+    memory: Mapping[str, scaling.Memory],
+    now: float,
+) -> list[TierPlan]:
+    """Decide for every tier.
+
+    Args:
+        pool: the pool.
+        reading: its queues.
+        workers: its workers, by tier name.
+        memory: what the last decisions returned, by tier name.
+        now: seconds.
+    """
+    plans = []
+    for tier in pool.spec.tiers:
+        live = workers[tier.name]
+        queue = None if isinstance(reading, Unavailable) else _bounded(reading, tier)
+        bounds = scaling.Policy(tier.replicas.min, tier.replicas.max, tier.concurrency)
+        observed: scaling.Demand | scaling.Unread
+        if queue is None:
+            assert isinstance(reading, Unavailable)
+            observed = scaling.Unread(live.desired, reading)
+        else:
+            observed = scaling.Demand(queue.waiting, queue.in_flight, queue.spilled, live.desired, live.start_seconds)
+        decision = scaling.decide(bounds, observed, memory.get(tier.name, scaling.Memory()), now)
+        plans.append(TierPlan(tier, queue, live, decision))
+    return plans
+
+
+def _bounded(reading: BrokerReading, tier: Tier) -> QueueReading:
+    """The tier's reading; no more jobs can be spilled than the other tiers hold, whatever a purged queue has left on the
+    ledger.
+    """
+    own = reading.tiers[tier.name]
+    elsewhere = sum(q.waiting + q.in_flight for name, q in reading.tiers.items() if name != tier.name)
+    return QueueReading(own.waiting, own.in_flight, min(own.spilled, elsewhere), own.workers, own.lost)
+
+
+def policy(spec: WorkerPoolSpec) -> Policy:
+    """What API pods and workers have to know of the pool."""
+    return Policy(
+        tiers=tuple(
+            TierPolicy(t.name, t.queue, t.accelerated, t.concurrency, t.replicas.max * t.concurrency) for t in spec.tiers
+        ),
+        accelerated_content_types=spec.routing.accelerated_content_types,
+        tasks=tuple(TaskPolicy(task.name, task.accelerated) for task in spec.routing.tasks),
+        fallback_on_failure=spec.routing.fallback.on_failure,
+        fallback_on_loss=spec.routing.fallback.on_loss,
+    )
+
+
+def capacity(plans: list[TierPlan]) -> Capacity:
+    """The slots that presence cannot show: ordered and not there yet, and those that may still be ordered."""
+    return Capacity({plan.tier.name: _capacity(plan) for plan in plans})
+
+
+def _capacity(plan: TierPlan) -> TierCapacity:
+    slots = plan.tier.concurrency
+    stuck = plan.workers.count(Phase.UNSCHEDULABLE) + plan.workers.count(Phase.FAILING)
+    present = sum(worker.slots > 0 for worker in plan.queue.workers) if plan.queue else 0
+    return TierCapacity(
+        starting=slots * max(0, plan.decision.replicas - present - stuck),
+        # Where one worker cannot be placed or does not come up, another would not either.
+        startable=0 if stuck else slots * max(0, plan.tier.replicas.max - plan.decision.replicas),
+        unschedulable=slots * plan.workers.count(Phase.UNSCHEDULABLE),
+    )
+
+
+def busy(plans: list[TierPlan]) -> frozenset[str]:
+    """The workers that hold a job."""
+    return frozenset(worker.worker for plan in plans if plan.queue for worker in plan.queue.workers if worker.busy)
