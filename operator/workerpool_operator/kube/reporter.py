@@ -1,0 +1,112 @@
+"""The outcome of a pass as the resource's status, as Events about it, and as lines of the log."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Any
+
+from workerpool_operator.deployment import MANAGER
+from workerpool_operator.kube.api import Api, ApiError, path_to
+from workerpool_operator.kube.seen import Refused
+from workerpool_operator.model import API_VERSION, KIND, PLURAL
+from workerpool_operator.ports import Pool, Report
+from workerpool_operator.status import Condition, ConditionType, Event, Status, flips, stamp, worth_writing
+
+LONGEST_NOTE = 1024
+"""Bytes that the API server takes as the text of an Event."""
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    status: Mapping[str, Any]
+    at: float
+
+
+class KubeReporter:
+    """The ``Reporter`` port on Kubernetes."""
+
+    def __init__(self, api: Api, clock: Callable[[], float] = time.time) -> None:
+        self._api = api
+        self._clock = clock
+        self._written: dict[str, _Written] = {}
+
+    async def report(self, report: Report) -> None:
+        """Write what changed."""
+        await self._write(report.pool, report.status, report.events)
+
+    async def refuse(self, refused: Refused) -> None:
+        """Say that a stored resource is not valid; its workers are left as they are."""
+        sentence = "; ".join(str(problem) for problem in refused.problems)
+        ready = Condition(ConditionType.READY, "False", "InvalidSpec", sentence, refused.generation)
+        previous = self._previous(refused)
+        status = Status(
+            observed_generation=refused.generation,
+            conditions=stamp((ready,), previous, self._clock()),
+            tiers=(),
+            waiting=None,
+            in_flight=None,
+            replicas="",
+        )
+        await self._write(refused, status, flips(status, previous))
+
+    def forget(self, uid: str) -> None:
+        """Drop what is remembered of a resource that is gone."""
+        self._written.pop(uid, None)
+
+    def _previous(self, subject: Pool | Refused) -> Mapping[str, Any]:
+        written = self._written.get(subject.uid)
+        return written.status if written else subject.status
+
+    async def _write(self, subject: Pool | Refused, status: Status, events: Sequence[Event]) -> None:
+        previous, now = self._previous(subject), self._clock()
+        written = self._written.get(subject.uid)
+        if worth_writing(status, previous, now - written.at if written else float("inf")):
+            await self._write_status(subject, status, previous, now)
+        for event in events:
+            await self._write_event(subject, event, now)
+
+    async def _write_status(self, subject: Pool | Refused, status: Status, previous: Mapping[str, Any], now: float) -> None:
+        new = status.dump()
+        # In a merge patch a field goes away by null only: an unknown number must not leave the old one standing.
+        body = {"metadata": {"uid": subject.uid}, "status": dict.fromkeys(previous) | new}
+        try:
+            await self._api.merge(path_to(API_VERSION, subject.namespace, PLURAL, subject.name, "status"), body)
+        except ApiError as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                _LOG.warning("%s/%s: status not written: %s", subject.namespace, subject.name, error)
+            return
+        self._written[subject.uid] = _Written(new, now)
+
+    async def _write_event(self, subject: Pool | Refused, event: Event, now: float) -> None:
+        level = logging.WARNING if event.warning else logging.INFO
+        _LOG.log(level, "%s/%s: %s: %s", subject.namespace, subject.name, event.reason, event.message)
+        body = {
+            "apiVersion": "events.k8s.io/v1",
+            "kind": "Event",
+            "metadata": {"generateName": f"{subject.name}-", "namespace": subject.namespace},
+            "eventTime": datetime.fromtimestamp(now, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+            "reportingController": f"workerpool.dev/{MANAGER}",
+            "reportingInstance": MANAGER,
+            "action": "Reconcile",
+            "type": "Warning" if event.warning else "Normal",
+            "reason": event.reason,
+            "note": event.message.encode()[:LONGEST_NOTE].decode(errors="ignore"),
+            "regarding": {
+                "apiVersion": API_VERSION,
+                "kind": KIND,
+                "namespace": subject.namespace,
+                "name": subject.name,
+                "uid": subject.uid,
+            },
+        }
+        try:
+            await self._api.post(path_to("events.k8s.io/v1", subject.namespace, "events"), body)
+        except ApiError as error:
+            _LOG.warning("%s/%s: Event %s not written: %s", subject.namespace, subject.name, event.reason, error)

@@ -1,0 +1,291 @@
+"""What the watches have shown of WorkerPools, Deployments and pods, kept in memory as small values."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from workerpool_operator.deployment import MANAGED_BY, MANAGER, POOL_LABEL, TIER_LABEL
+from workerpool_operator.kube.api import Api, path_to
+from workerpool_operator.model import API_VERSION, PLURAL, Problem, parse_spec
+from workerpool_operator.observation import Phase, Replica
+from workerpool_operator.ports import Pool
+
+TEMPLATE_MANAGER = "workerpool"
+"""Field manager of everything in a Deployment but its replica count."""
+
+SCALE_MANAGER = "workerpool-scale"
+"""Field manager of the replica count."""
+
+Key: TypeAlias = tuple[str, str]
+"""Namespace and name."""
+
+Group: TypeAlias = tuple[str, str, str]
+"""Namespace, pool label, tier label."""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveDeployment:
+    """A Deployment as the API server has it.
+
+    Attributes:
+        owner: ``(kind, name, uid)`` of its controller.
+        fingerprint: changes with anything that a user or another controller could change in it, except the replica count.
+        replicas_in_template: the replica count still belongs to the manager of the template.
+        failure: why its pods cannot be created.
+    """
+
+    replicas: int
+    labels: Mapping[str, str]
+    owner: tuple[str, str, str] | None
+    deleting: bool
+    fingerprint: str
+    replicas_in_template: bool
+    failure: str
+
+
+@dataclass(frozen=True, slots=True)
+class LivePod:
+    """A pod that is not over: its worker, and the deletion cost that it carries."""
+
+    replica: Replica
+    deletion_cost: str
+
+
+SELECTOR = f"{MANAGED_BY}={MANAGER}"
+"""Which Deployments and pods are watched."""
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Cache(Generic[T]):
+    """The objects of one kind, by name and by tier. Whatever arrives late and is older than what is known changes nothing."""
+
+    parse: Callable[[Mapping[str, Any], T | None], T | None]
+    _values: dict[Key, T] = field(default_factory=dict)
+    _groups: dict[Group, set[Key]] = field(default_factory=dict)
+    _group_of: dict[Key, Group] = field(default_factory=dict)
+    _versions: dict[Key, int] = field(default_factory=dict)
+
+    def get(self, namespace: str, name: str) -> T | None:
+        """The object of that name."""
+        return self._values.get((namespace, name))
+
+    def keys(self) -> list[Key]:
+        """Namespace and name of every object."""
+        return list(self._values)
+
+    def members(self, group: Group) -> list[T]:
+        """All objects of a tier."""
+        return [self._values[key] for key in sorted(self._groups.get(group, ()))]
+
+    def put(self, raw: Mapping[str, Any]) -> None:
+        """Take in an object that exists."""
+        key, version = _key(raw), _version(raw)
+        if version < self._versions.get(key, 0):
+            return
+        value = self.parse(raw, self._values.get(key))
+        self._remove(key)
+        self._versions[key] = version
+        if value is not None:
+            self._values[key] = value
+            self._group_of[key] = _group(raw)
+            self._groups.setdefault(_group(raw), set()).add(key)
+
+    def drop(self, raw: Mapping[str, Any]) -> None:
+        """Take in that an object is gone."""
+        key, version = _key(raw), _version(raw)
+        if version >= self._versions.get(key, 0):
+            self._remove(key)
+            # Kept until the next listing: a late answer about its last state must not bring it back.
+            self._versions[key] = version
+
+    def amend(self, namespace: str, name: str, version: str, value: T) -> None:
+        """Take in an answer that shows only a part of the object."""
+        key = (namespace, name)
+        if key in self._values and int(version) >= self._versions[key]:
+            self._values[key] = value
+            self._versions[key] = int(version)
+
+    def relist(self, namespace: str | None, listing: Mapping[str, Any]) -> None:
+        """Take in a complete listing of a namespace, or of all: what is neither in it nor newer is gone."""
+        for raw in listing["items"]:
+            self.put(raw)
+        listed = {_key(raw) for raw in listing["items"]}
+        at = _version(listing)
+        for key, version in list(self._versions.items()):
+            if key not in listed and version <= at and namespace in {None, key[0]}:
+                self._remove(key)
+                del self._versions[key]
+
+    def _remove(self, key: Key) -> None:
+        self._values.pop(key, None)
+        group = self._group_of.pop(key, None)
+        if group is not None:
+            self._groups[group].discard(key)
+            if not self._groups[group]:
+                del self._groups[group]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A WorkerPool that the API server stored and that is nevertheless not valid."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    status: Mapping[str, Any]
+    problems: Sequence[Problem]
+
+
+class Seen:
+    """Every WorkerPool, and the Deployments and pods that carry the operator's label."""
+
+    def __init__(self) -> None:
+        self.pools: Cache[Pool | Refused] = Cache(worker_pool)
+        self.deployments: Cache[LiveDeployment] = Cache(deployment)
+        self.pods: Cache[LivePod] = Cache(pod)
+        self.complete = False
+        """Whether everything that existed at the start is in."""
+
+    async def relist(self, api: Api, namespaces: Sequence[str]) -> None:
+        """List everything: a watch tells neither when its first listing is complete nor what was deleted while it was away."""
+        for namespace in namespaces or (None,):
+            self.pools.relist(namespace, await api.get(path_to(API_VERSION, namespace, PLURAL)))
+            deployments = await api.get(path_to("apps/v1", namespace, "deployments"), labelSelector=SELECTOR)
+            self.deployments.relist(namespace, deployments)
+            self.pods.relist(namespace, await api.get(path_to("v1", namespace, "pods"), labelSelector=SELECTOR))
+        self.complete = True
+
+
+def worker_pool(raw: Mapping[str, Any], _before: Pool | Refused | None = None) -> Pool | Refused | None:
+    """Parse a WorkerPool; None for one that is being deleted."""
+    metadata, status = raw["metadata"], raw.get("status") or {}
+    if "deletionTimestamp" in metadata:
+        return None
+    namespace, name, uid, generation = (metadata[field] for field in ("namespace", "name", "uid", "generation"))
+    spec = parse_spec(raw.get("spec"))
+    if isinstance(spec, list):
+        return Refused(namespace, name, uid, generation, status, spec)
+    return Pool(namespace, name, uid, generation, _seconds(metadata["creationTimestamp"]), spec, status)
+
+
+def deployment(raw: Mapping[str, Any], _before: LiveDeployment | None = None) -> LiveDeployment:
+    """Parse a Deployment."""
+    metadata, spec = raw["metadata"], raw["spec"]
+    return LiveDeployment(
+        replicas=int(spec.get("replicas", 1)),
+        labels=metadata.get("labels") or {},
+        owner=_controller(metadata),
+        deleting="deletionTimestamp" in metadata,
+        fingerprint=_fingerprint(metadata, spec),
+        replicas_in_template=_owns_replicas(metadata, TEMPLATE_MANAGER),
+        failure=next(
+            (c.get("message", c["type"]) for c in _conditions(raw) if c["type"] == "ReplicaFailure" and c["status"] == "True"), ""
+        ),
+    )
+
+
+def pod(raw: Mapping[str, Any], before: LivePod | None = None) -> LivePod | None:
+    """Parse a pod; None for one that has ended, because its ReplicaSet has replaced it."""
+    metadata, status = raw["metadata"], raw.get("status") or {}
+    if status.get("phase") in {"Succeeded", "Failed"}:
+        return None
+    phase, detail = _phase(raw)
+    ready = _condition(raw, "Ready")
+    became_ready = _seconds(ready["lastTransitionTime"]) if ready.get("status") == "True" else None
+    replica = Replica(
+        worker=metadata["name"],
+        phase=phase,
+        ordered_at=_seconds(metadata["creationTimestamp"]),
+        ready_at=became_ready,
+        detail=detail,
+    )
+    if before is not None and before.replica.ready_at is not None:
+        # A pod that was un-Ready for a while still took as long to start as it took the first time.
+        replica = replace(replica, ready_at=before.replica.ready_at)
+    cost = (metadata.get("annotations") or {}).get(DELETION_COST, "")
+    return LivePod(replica, cost)
+
+
+DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
+"""Of pods that are equally ready, the one with the lower cost is removed first."""
+
+
+def _phase(raw: Mapping[str, Any]) -> tuple[Phase, str]:
+    if "deletionTimestamp" in raw["metadata"]:
+        return Phase.STOPPING, "it has been told to stop"
+    scheduled = _condition(raw, "PodScheduled")
+    if scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable":
+        return Phase.UNSCHEDULABLE, scheduled.get("message", "no node can take it")
+    if _condition(raw, "Ready").get("status") == "True":
+        return Phase.READY, ""
+    status = raw.get("status") or {}
+    containers = [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]
+    if trouble := next((why for container in containers if (why := _trouble(container))), ""):
+        return Phase.FAILING, trouble
+    return Phase.STARTING, ""
+
+
+_NORMAL_WAITS = {"ContainerCreating", "PodInitializing"}
+
+
+def _trouble(container: Mapping[str, Any]) -> str:
+    """Why a container does not run, empty when it does or soon will."""
+    state = container.get("state") or {}
+    waiting, over = state.get("waiting") or {}, state.get("terminated") or {}
+    if waiting.get("reason", "ContainerCreating") not in _NORMAL_WAITS:
+        return ": ".join(filter(None, (f"container {container['name']}", waiting["reason"], waiting.get("message"))))
+    if over.get("exitCode"):
+        return f"container {container['name']}: exited with code {over['exitCode']} ({over.get('reason', 'Error')})"
+    return ""
+
+
+def _conditions(raw: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    return (raw.get("status") or {}).get("conditions") or ()
+
+
+def _condition(raw: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    return next((c for c in _conditions(raw) if c["type"] == kind), {})
+
+
+def _controller(metadata: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    owners = metadata.get("ownerReferences") or ()
+    return next(((o["kind"], o["name"], o["uid"]) for o in owners if o.get("controller")), None)
+
+
+def _owns_replicas(metadata: Mapping[str, Any], manager: str) -> bool:
+    return any(
+        entry.get("manager") == manager
+        and entry.get("operation") == "Apply"
+        and "f:replicas" in (entry.get("fieldsV1") or {}).get("f:spec", {})
+        for entry in metadata.get("managedFields") or ()
+    )
+
+
+def _fingerprint(metadata: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
+    ours = [metadata.get("labels"), metadata.get("ownerReferences"), {k: v for k, v in spec.items() if k != "replicas"}]
+    return hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()
+
+
+def _key(raw: Mapping[str, Any]) -> Key:
+    return raw["metadata"]["namespace"], raw["metadata"]["name"]
+
+
+def _group(raw: Mapping[str, Any]) -> Group:
+    labels = raw["metadata"].get("labels") or {}
+    return raw["metadata"]["namespace"], labels.get(POOL_LABEL, ""), labels.get(TIER_LABEL, "")
+
+
+def _version(raw: Mapping[str, Any]) -> int:
+    return int(raw["metadata"]["resourceVersion"])
+
+
+def _seconds(timestamp: str) -> float:
+    return datetime.fromisoformat(timestamp).timestamp()
