@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from e2e.cluster import binaries
 
 from workerpool_operator.local.redis_server import RedisServerError, find_redis_server
@@ -39,8 +40,9 @@ class Row:
 
     @property
     def result(self) -> str:
+        total = self.passed + self.failed
         if self.failed:
-            return f"failed {self.failed}"
+            return f"failed {self.failed} of {total}"
         return f"passed {self.passed}" if self.passed else "not run"
 
 
@@ -94,16 +96,33 @@ class Level:
         with tempfile.TemporaryDirectory() as directory:
             report = Path(directory) / "junit.xml"
             status = call([sys.executable, "-m", "pytest", "--quiet", f"--junit-xml={report}", *selection])
-            passed, failed, skipped = count(report)
-        if status and not failed:
-            return passed, 1, "no test was collected" if status == 5 else f"pytest ended with exit code {status}"
-        if not passed and not failed:
-            return 0, 1, "every test was skipped"
-        return passed, failed, f"{skipped} skipped" if skipped else ""
+            return judge(status, *count(report))
 
 
+def count(report: Path) -> tuple[int, int, int]:
+    """Passed, failed and skipped, from a JUnit report; zeros where pytest wrote none."""
+    if not report.exists():
+        return 0, 0, 0
+    suites = [suite.attrib for suite in ET.parse(report).iter("testsuite")]
+    failed = sum(int(suite["failures"]) + int(suite["errors"]) for suite in suites)
+    skipped = sum(int(suite["skipped"]) for suite in suites)
+    return sum(int(suite["tests"]) for suite in suites) - failed - skipped, failed, skipped
+
+
+def judge(status: int, passed: int, failed: int, skipped: int) -> tuple[int, int, str]:
+    """Passed and failed as the table shows them, and a note: a level passes only by tests that ran."""
+    if status == pytest.ExitCode.NO_TESTS_COLLECTED:
+        return 0, 1, "no test was collected"
+    if status and not failed:
+        return passed, 1, f"pytest ended with exit code {status}"
+    if not passed and not failed:
+        return 0, 1, "every test was skipped"
+    return passed, failed, f"{skipped} skipped" if skipped else ""
+
+
+UNIT = Level("unit", need_nothing)
 LEVELS = (
-    Level("unit", need_nothing),
+    UNIT,
     Level("contract", need_redis),
     Level("api", need_control_plane),
     Level("demo", need_redis, ("--capture=no",)),
@@ -115,7 +134,6 @@ CHECKS: Mapping[str, Sequence[str]] = {
     "types": ("mypy",),
     "imports": ("lint-imports", "--no-logo"),
     "generated": ("python", "charts/render.py", "--check"),
-    "unit": ("pytest", "--quiet", "-m", "unit", "tests/unit"),
 }
 
 
@@ -126,16 +144,6 @@ def check(name: str) -> Row:
     tool, *arguments = CHECKS[name]
     failed = int(call([str(Path(sys.executable).with_name(tool)), *arguments]) != 0)
     return Row(name, 1 - failed, failed, time.monotonic() - started)
-
-
-def count(report: Path) -> tuple[int, int, int]:
-    """Passed, failed and skipped, from a JUnit report; zeros where pytest wrote none."""
-    if not report.exists():
-        return 0, 0, 0
-    suites = [suite.attrib for suite in ET.parse(report).iter("testsuite")]
-    failed = sum(int(suite["failures"]) + int(suite["errors"]) for suite in suites)
-    skipped = sum(int(suite["skipped"]) for suite in suites)
-    return sum(int(suite["tests"]) for suite in suites) - failed - skipped, failed, skipped
 
 
 def say(name: str, command: Sequence[str]) -> None:
@@ -155,7 +163,7 @@ def table(rows: Iterable[Row]) -> str:
 
 def main(what: str) -> int:
     """Run everything of one kind, failures or not, and show the table."""
-    rows = [level.run() for level in LEVELS] if what == "test" else [check(name) for name in CHECKS]
+    rows = [level.run() for level in LEVELS] if what == "test" else [*(check(name) for name in CHECKS), UNIT.run()]
     failed = sum(row.failed for row in rows)
     print(f"\n{table(rows)}\n\n{sum(row.passed for row in rows)} passed, {failed} failed")
     return int(failed > 0)
