@@ -1,0 +1,103 @@
+"""The command ``workerpool``."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+import click
+from rich.console import Console
+
+from workerpool_operator import dev as dev_mode
+from workerpool_operator import manifest
+from workerpool_operator.live import LiveView
+from workerpool_operator.local.redis_server import RedisServerError
+from workerpool_operator.ports import Pool
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="celery-workerpool")
+def main() -> None:
+    """GPU and CPU Celery workers as one pool, on Kubernetes and on a laptop."""
+
+
+@main.command()
+@click.option("--namespace", "-n", "namespaces", multiple=True, help="Watch this namespace only; may be repeated. Default: all.")
+def run(namespaces: Sequence[str]) -> None:
+    """Run the operator against the cluster of this pod, or of KUBECONFIG."""
+    from workerpool_operator.main import run as run_operator  # kopf and the client take a second to import
+
+    run_operator(namespaces)
+
+
+@main.command()
+@click.option("--file", "-f", "file", type=_FILE, required=True, help="A YAML file with one WorkerPool.")
+def check(file: Path) -> None:
+    """Say whether a WorkerPool is valid, without a cluster. Exit 2 when it is not."""
+    pool = _read(file)
+    click.echo(f"{file}: WorkerPool {pool.id} is valid")
+    width = max(len(tier.name) for tier in pool.spec.tiers)
+    for tier in pool.spec.tiers:
+        accelerator = f", {tier.accelerator.count} x {tier.accelerator.resource}" if tier.accelerator else ""
+        click.echo(
+            f"  {tier.name:<{width}}  queue {tier.queue}, {tier.replicas.min} to {tier.replicas.max} workers "
+            f"of {tier.concurrency} slots{accelerator}"
+        )
+
+
+@main.command()
+@click.option("--file", "-f", "file", type=_FILE, required=True, help="A YAML file with one WorkerPool.")
+@click.option("--broker-url", metavar="URL", help="Use this Redis in place of the file's; default: a private one.")
+@click.option("--logs", type=click.Path(file_okay=False, path_type=Path), help="Where the workers log; default: a new directory.")
+@click.option("--debug", is_flag=True, help="Show a traceback for what goes wrong.")
+def dev(file: Path, broker_url: str | None, logs: Path | None, debug: bool) -> None:
+    """Run a WorkerPool on this machine: real Redis, real workers as local processes, the operator's own decisions.
+
+    Start it where `celery -A APP` would find the app. Point the API at the broker URL that it prints. Ctrl-C ends it:
+    workers finish what they have; a second Ctrl-C cuts them off.
+    """
+    pool = _read(file)
+    directory = logs or Path(tempfile.mkdtemp(prefix=f"workerpool-{pool.name}-"))
+    try:
+        asyncio.run(_dev(pool, directory, broker_url))
+    except (dev_mode.CannotStart, RedisServerError, OSError) as error:
+        if debug:
+            raise
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+async def _dev(pool: Pool, directory: Path, broker_url: str | None) -> None:
+    console = Console()
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    with suppress(asyncio.CancelledError), LiveView(console) as view:
+        async with dev_mode.session(pool, directory=directory, reporter=view, broker_url=broker_url) as session:
+            console.print(f"broker  {session.broker_url}", highlight=False)
+            console.print(f"logs    {directory}", highlight=False)
+            console.print(f"in the API: CELERY_BROKER_URL={session.broker_url}, WorkerPool({pool.id!r}, app)", highlight=False)
+            await asyncio.Event().wait()
+
+
+def _read(file: Path) -> Pool:
+    pool = manifest.parse(file.read_text(errors="replace"))
+    if isinstance(pool, list):
+        _fail(f"{file} is not a valid WorkerPool:", *(f"  {problem}" for problem in pool))
+    return pool
+
+
+def _fail(*lines: str) -> NoReturn:
+    for line in lines:
+        click.echo(line, err=True)
+    sys.exit(2)

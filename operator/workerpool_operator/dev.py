@@ -1,0 +1,116 @@
+"""The whole system on one laptop: the operator's own pass, with local processes in place of Deployments."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from workerpool_operator.broker import RedisBroker
+from workerpool_operator.local.launch import launch, unsupported
+from workerpool_operator.local.redis_server import private_redis
+from workerpool_operator.local.workers import LocalWorkers
+from workerpool_operator.model import Broker, Problem
+from workerpool_operator.observation import Unavailable
+from workerpool_operator.ports import Pool, Reporter
+from workerpool_operator.reconcile import Reconciler
+
+APP_CHECK_SECONDS = 30.0
+
+
+class CannotStart(Exception):
+    """Nothing was left running; the message names what is wrong and the next step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What a running dev mode is made of."""
+
+    broker_url: str
+    pool: Pool
+    workers: LocalWorkers
+    reconciler: Reconciler
+
+
+@asynccontextmanager
+async def session(pool: Pool, *, directory: Path, reporter: Reporter, broker_url: str | None = None) -> AsyncIterator[Session]:
+    """Run a pool until the block is left; then stop its workers, each within its grace period.
+
+    Args:
+        pool: the pool; the broker that it names is replaced.
+        directory: gets the workers' logs.
+        reporter: is told of every pass.
+        broker_url: a Redis that is there already; None starts a private one.
+
+    Raises:
+        CannotStart: Redis, the app or the template is unusable here.
+        RedisServerError: there is no redis-server to start.
+    """
+    async with AsyncExitStack() as stack:
+        url = broker_url or stack.enter_context(private_redis()).url
+        broker = pool.spec.broker.model_copy(update={"url": url, "url_from": None})
+        pool = replace(pool, spec=pool.spec.model_copy(update={"broker": Broker.model_validate(broker.model_dump())}))
+        _fail_if(unsupported(pool.spec))
+        wake = asyncio.Event()
+        redis = RedisBroker(wake)
+        stack.push_async_callback(redis.close)
+        if isinstance(answer := await redis.read(url, [pool]), Unavailable):
+            raise CannotStart(f"{answer.why}. Start it, or leave out --broker-url to get a private one.")
+        await _check_app(pool)
+        workers = LocalWorkers(directory, wake)
+        stack.push_async_callback(workers.close)
+        reconciler = Reconciler(urls=_OneUrl(url), broker=redis, workers=workers, reporter=reporter, wake=wake)
+        reconciler.pools[pool.id] = pool
+        passes = asyncio.create_task(reconciler.run())
+        try:
+            yield Session(url, pool, workers, reconciler)
+        finally:
+            passes.cancel()
+            with suppress(asyncio.CancelledError):
+                await passes
+
+
+@dataclass(frozen=True, slots=True)
+class _OneUrl:
+    url: str
+
+    async def broker_url(self, pool: Pool) -> str | Unavailable:  # noqa: ARG002 the port's signature
+        return self.url
+
+
+def _fail_if(problems: list[Problem]) -> None:
+    if problems:
+        raise CannotStart("\n".join(map(str, problems)))
+
+
+async def _check_app(pool: Pool) -> None:
+    """Load the app once as a worker would, so that a wrong module is one message and not a worker that dies again and again."""
+    start = launch(pool, pool.spec.tiers[0], "check")
+    if "-A" not in start.command:
+        return
+    until_app = start.command[: start.command.index("-A") + 2]
+    process = await asyncio.create_subprocess_exec(
+        *until_app,
+        "report",
+        env={name: value for name, value in start.environment.items() if not name.startswith("WORKERPOOL_")},
+        cwd=start.directory,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), APP_CHECK_SECONDS)
+    except TimeoutError:
+        raise CannotStart(f"spec.app: {pool.spec.app} was not imported within {APP_CHECK_SECONDS:.0f} s") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
+        last = [line for line in output.decode(errors="replace").splitlines() if line.strip()][-1:] or ["it said nothing"]
+        raise CannotStart(
+            f"spec.app: {pool.spec.app} cannot be loaded from {start.directory}: {last[0].strip()}. "
+            "Start in the directory that the module's name begins in, with its dependencies installed."
+        )
