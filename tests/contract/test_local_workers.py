@@ -1,0 +1,316 @@
+"""Real Celery workers as local processes: started, scaled, restarted, ended, and never left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from workerpool_operator.local import LocalWorkers
+from workerpool_operator.model import WorkerPoolSpec
+from workerpool_operator.observation import Phase, Replica
+from workerpool_operator.ports import Pool
+
+pytestmark = pytest.mark.contract
+
+APP = """
+import json, os, pathlib, time
+from celery import Celery
+
+app = Celery("tasks")
+
+@app.task
+def work(path, seconds):
+    path = pathlib.Path(path)
+    path.with_suffix(".started").write_text(json.dumps({**os.environ, "ppid": os.getppid()}))
+    time.sleep(seconds)
+    path.touch()
+"""
+
+
+@pytest.fixture
+def pool(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pool:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tasks.py").write_text(APP)
+    return make_pool(redis_url)
+
+
+def make_pool(url: str, grace: int = 30, app: str = "tasks", **worker: Any) -> Pool:
+    template = {"spec": {"terminationGracePeriodSeconds": grace, "containers": [{"name": "worker", **worker}]}}
+    spec = WorkerPoolSpec.model_validate(
+        {"app": app, "broker": {"url": url}, "tiers": [{"name": "cpu", "queue": "cpu-tasks", "template": template}]}
+    )
+    return Pool("test", f"pool-{uuid.uuid4().hex[:12]}", "u", 1, 0.0, spec)
+
+
+class Driver:
+    """One pool of one tier, driven as the pass drives it."""
+
+    def __init__(self, pool: Pool, workers: LocalWorkers, wake: asyncio.Event) -> None:
+        self.pool, self.workers, self.wake = pool, workers, wake
+
+    async def scale(self, replicas: int, *busy: str) -> None:
+        await self.workers.scale(self.pool, {"cpu": replicas}, frozenset(busy))
+
+    async def replicas(self) -> tuple[Replica, ...]:
+        return (await self.workers.observe(self.pool))["cpu"].replicas
+
+    async def until(self, phases: list[Phase], seconds: float = 20) -> tuple[Replica, ...]:
+        """Wait, on the wake event alone, until the workers are in these phases."""
+        try:
+            async with asyncio.timeout(seconds):
+                while [replica.phase for replica in await self.replicas()] != phases:
+                    await self.wake.wait()
+                    self.wake.clear()
+        except TimeoutError:
+            pytest.fail(f"expected {phases}, got {await self.replicas()}")
+        return await self.replicas()
+
+    def submit(self, path: Path, seconds: float) -> None:
+        with Celery(broker=self.pool.spec.broker.url) as app:
+            app.send_task("tasks.work", args=(str(path), seconds), queue="cpu-tasks")
+
+
+@asynccontextmanager
+async def driving(pool: Pool, tmp_path: Path) -> AsyncIterator[Driver]:
+    wake = asyncio.Event()
+    workers = LocalWorkers(tmp_path / "logs", wake)
+    try:
+        yield Driver(pool, workers, wake)
+    finally:
+        await workers.close()
+
+
+async def started(path: Path) -> dict[str, Any]:
+    """The environment of the task that has started to write ``path``."""
+    file = path.with_suffix(".started")
+    await becomes(lambda: file.exists() and file.stat().st_size > 0)
+    return dict(json.loads(file.read_text()))
+
+
+async def becomes(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+
+
+def processes(mark: str) -> dict[int, str]:
+    """Every live process whose environment holds the mark: a worker, its children, whatever its group."""
+    found = {}
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (directory / "environ").read_bytes():
+                found[int(directory.name)] = (directory / "cmdline").read_text().replace("\0", " ")
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return found
+
+
+def test_a_tier_goes_from_zero_to_two_ready_workers_and_back(pool: Pool, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with driving(pool, tmp_path) as driver:
+            assert await driver.replicas() == ()
+            await driver.scale(2)
+            await driver.scale(2)
+            assert [replica.phase for replica in await driver.replicas()] == [Phase.STARTING, Phase.STARTING]
+            ready = await driver.until([Phase.READY, Phase.READY])
+            assert len({replica.worker for replica in ready}) == 2
+            for replica in ready:
+                assert replica.worker.startswith(f"{pool.name}-cpu-")
+                assert replica.ready_at
+                assert 0 < replica.ready_at - replica.ordered_at < 20
+            assert len(processes(pool.id)) == 4
+            await driver.scale(0)
+            observed = (await driver.workers.observe(pool))["cpu"]
+            assert (observed.desired, observed.count(Phase.STOPPING)) == (0, 2)
+            await driver.until([])
+            assert processes(pool.id) == {}
+
+    asyncio.run(scenario())
+
+
+def test_the_idle_leave_first_and_a_running_task_is_finished(pool: Pool, tmp_path: Path) -> None:
+    result = tmp_path / "result"
+
+    async def scenario() -> None:
+        async with driving(pool, tmp_path) as driver:
+            await driver.scale(2)
+            await driver.until([Phase.READY, Phase.READY])
+            driver.submit(result, 3)
+            busy = (await started(result))["WORKERPOOL_WORKER"]
+            await driver.scale(1, busy)
+            (left,) = await driver.until([Phase.READY])
+            assert left.worker == busy
+            await driver.scale(0, busy)
+            await driver.scale(0, busy)
+            assert not result.exists()
+            await driver.until([])
+            assert result.exists()
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_outstays_its_grace_period_is_killed_with_its_children(redis_url: str, pool: Pool, tmp_path: Path) -> None:
+    impatient = make_pool(redis_url, grace=1)
+    result = tmp_path / "result"
+
+    async def scenario() -> None:
+        async with driving(impatient, tmp_path) as driver:
+            await driver.scale(1)
+            await driver.until([Phase.READY])
+            driver.submit(result, 60)
+            await started(result)
+            began = time.monotonic()
+            await driver.scale(0)
+            await driver.until([])
+            assert 0.9 < time.monotonic() - began < 3
+            assert processes(impatient.id) == {}
+
+    asyncio.run(scenario())
+    assert not result.exists()
+
+
+def test_a_worker_whose_main_process_is_killed_comes_back_without_the_old_children(pool: Pool, tmp_path: Path) -> None:
+    result = tmp_path / "result"
+
+    async def scenario() -> None:
+        async with driving(pool, tmp_path) as driver:
+            await driver.scale(1)
+            (before,) = await driver.until([Phase.READY])
+            driver.submit(result, 60)
+            old = processes(pool.id)
+            os.kill((await started(result))["ppid"], signal.SIGKILL)
+            (failing,) = await driver.until([Phase.FAILING])
+            assert failing.detail == "killed by SIGKILL"
+            await becomes(lambda: processes(pool.id) == {}, seconds=0.5)
+            (after,) = await driver.until([Phase.READY])
+            assert (after.worker, after.ready_at) == (before.worker, before.ready_at)
+            assert not old.keys() & processes(pool.id).keys()
+
+    asyncio.run(scenario())
+
+
+def test_an_app_that_cannot_be_imported_says_so(redis_url: str, pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import no_such_library\n")
+    broken = make_pool(redis_url, app="broken")
+
+    async def scenario() -> None:
+        async with driving(broken, tmp_path) as driver:
+            await driver.scale(1)
+            (failing,) = await driver.until([Phase.FAILING])
+            assert failing.detail == "ModuleNotFoundError: No module named 'no_such_library'"
+            await driver.scale(0)
+            await driver.until([], seconds=0.5)
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_dies_again_and_again_is_restarted_ever_more_slowly(redis_url: str, pool: Pool, tmp_path: Path) -> None:
+    dying = make_pool(redis_url, command=["/bin/sh", "-c", "date +%s.%N >>starts; exit 3"])
+
+    async def scenario() -> None:
+        async with driving(dying, tmp_path) as driver:
+            await driver.scale(1)
+            (failing,) = await driver.until([Phase.FAILING])
+            assert failing.detail == "exited with status 3"
+            await becomes(lambda: len((tmp_path / "starts").read_text().split()) == 3)
+
+    asyncio.run(scenario())
+    first, second, third = map(float, (tmp_path / "starts").read_text().split())
+    assert 1 <= second - first < 1.9
+    assert 2 <= third - second < 2.9
+
+
+def test_a_program_that_does_not_exist_is_a_failing_worker(redis_url: str, pool: Pool, tmp_path: Path) -> None:
+    async def scenario(wrong: Pool, detail: str) -> None:
+        async with driving(wrong, tmp_path) as driver:
+            await driver.scale(1)
+            (failing,) = await driver.until([Phase.FAILING])
+            assert detail in failing.detail
+
+    asyncio.run(scenario(make_pool(redis_url, command=["./nowhere"]), "./nowhere: not found"))
+    asyncio.run(scenario(make_pool(redis_url, workingDir="/nowhere"), "No such file or directory: PosixPath('/nowhere')"))
+
+
+def test_a_pool_that_needs_a_cluster_is_refused(redis_url: str, pool: Pool, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with driving(make_pool(redis_url, envFrom=[{"secretRef": {"name": "s"}}]), tmp_path) as driver:
+            with pytest.raises(ValueError, match=r"containers\[0\]\.envFrom: needs a cluster"):
+                await driver.scale(1)
+            assert await driver.replicas() == ()
+
+    asyncio.run(scenario())
+
+
+def test_closing_leaves_nothing_and_when_cancelled_waits_for_nothing(pool: Pool, tmp_path: Path) -> None:
+    result = tmp_path / "result"
+
+    async def scenario() -> None:
+        wake = asyncio.Event()
+        driver = Driver(pool, LocalWorkers(tmp_path / "logs", wake), wake)
+        await driver.scale(2)
+        await driver.until([Phase.READY, Phase.READY])
+        driver.submit(result, 60)
+        await started(result)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await driver.workers.close()
+        await becomes(lambda: processes(pool.id) == {}, seconds=0.5)
+
+    asyncio.run(scenario())
+
+
+PARENT = """
+import asyncio, sys
+from pathlib import Path
+from tests.contract.test_local_workers import Driver, make_pool
+from workerpool_operator.local import LocalWorkers
+from workerpool_operator.local.redis_server import private_redis
+
+async def main(kill_after):
+    with private_redis() as server:
+        wake = asyncio.Event()
+        driver = Driver(make_pool(server.url), LocalWorkers(Path("logs"), wake), wake)
+        await driver.scale(2)
+        if kill_after is None:
+            await driver.until(["Ready", "Ready"])
+            driver.submit(Path("result").absolute(), 60)
+        print("running", flush=True)
+        await asyncio.sleep(60 if kill_after is None else kill_after)
+        __import__("os").kill(__import__("os").getpid(), 9)
+
+asyncio.run(main(eval(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("kill_after", [0, 0.002, 0.3, None])
+def test_a_parent_that_is_killed_leaves_nothing(kill_after: float | None, pool: Pool, tmp_path: Path) -> None:
+    mark = f"mark-{uuid.uuid4().hex}"
+    environment = {**os.environ, "MARK": mark, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", PARENT, str(kill_after)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as parent:
+        try:
+            assert parent.stdout
+            assert parent.stdout.readline() == b"running\n"
+            if kill_after is None:
+                asyncio.run(started(tmp_path / "result"))
+                # The parent, two guardians, two workers with a child each; redis-server writes over its environment.
+                assert len(processes(mark)) == 7
+        finally:
+            if kill_after is None:
+                parent.kill()
+    assert parent.returncode == -signal.SIGKILL
+    asyncio.run(becomes(lambda: processes(mark) == {}, seconds=6))
