@@ -144,6 +144,14 @@ class TaskRoute(_Model):
     name: Annotated[str, StringConstraints(min_length=1, max_length=255)]
     accelerated: Literal[True, False, "required"] = True
 
+    @field_validator("accelerated", mode="before")
+    @classmethod
+    def _in_words_of_yaml(cls, wish: Any) -> Any:
+        # By identity: to Python 1 equals True.
+        if not (wish is True or wish is False or wish == "required"):
+            raise ValueError('must be true, false or "required"')
+        return wish
+
 
 class Fallback(_Model):
     """Which ends of an accelerated attempt give the job one more run on the next tier."""
