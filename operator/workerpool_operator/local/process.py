@@ -91,6 +91,11 @@ class LocalWorker:
         """What the pass sees of it."""
         return Replica(self.name, self.phase, self.ordered_at, self._ready_at, self._detail)
 
+    @property
+    def process_group(self) -> int | None:
+        """Of its process and all children; None when it does not run."""
+        return self._process.pid if self._process else None
+
     def stop(self) -> None:
         """SIGTERM, on which Celery finishes the tasks it runs; SIGKILL for the whole group after the grace period."""
         if self._stopping:

@@ -54,6 +54,10 @@ class LocalWorkers:
                 if worker.name in leaving:
                     worker.stop()
 
+    def process_group(self, worker: str) -> int | None:
+        """The process group of a worker and all its children; None when it does not run."""
+        return next((w.process_group for tier in self._workers.values() for w in tier if w.name == worker), None)
+
     async def close(self) -> None:
         """Stop every worker, each within its grace period; at once when cancelled."""
         workers = [worker for tier in self._workers.values() for worker in tier]
