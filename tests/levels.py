@@ -158,7 +158,8 @@ def table(rows: Iterable[Row]) -> str:
     """Name, result, seconds and a note, in columns."""
     lines = [("", "result", "seconds", "")]
     lines += [(row.name, row.result, f"{row.seconds:.1f}", row.note) for row in rows]
-    return "\n".join(f"{name:<10}  {result:<12}  {seconds:>7}  {note}".rstrip() for name, result, seconds, note in lines)
+    names, results = (max(len(line[column]) for line in lines) for column in (0, 1))
+    return "\n".join(f"{name:<{names}}  {result:<{results}}  {took:>7}  {note}".rstrip() for name, result, took, note in lines)
 
 
 def main(what: str) -> int:
