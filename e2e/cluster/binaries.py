@@ -188,6 +188,8 @@ def main(arguments: list[str]) -> int:
     except BinariesMissing as missing:
         print(missing, file=sys.stdout if check else sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

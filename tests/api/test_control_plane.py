@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,6 +99,11 @@ def test_a_process_that_dies_at_start_is_named_with_the_end_of_its_log(tmp_path:
     (tmp_path / "kube-apiserver").write_text("#!/bin/sh\necho no such flag\nexit 3\n")
     for name in ("etcd", "kube-apiserver"):
         (tmp_path / name).chmod(0o755)
-    with pytest.raises(ControlPlaneFailed, match="kube-apiserver ended with code 3; the end of its log:\nno such flag"):
-        ControlPlane(tmp_path).__enter__()
+    files = tmp_path / "files"
+    files.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(files))
+    expected = "kube-apiserver ended with code 3; the end of its log:\nno such flag"
+    with pytest.raises(ControlPlaneFailed, match=expected), ControlPlane(tmp_path):
+        pass
     assert not processes_of(tmp_path)
+    assert not any(files.iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import time
 from typing import Any, NamedTuple
 
 import pytest
@@ -151,8 +152,9 @@ def title(bad: Bad) -> str:
     return re.sub(r"\W+", "-", f"{bad.at} {'gone' if bad.value is GONE else json.dumps(bad.value)}")[:60]
 
 
+@pytest.mark.usefixtures("kubeconfig")
 @pytest.mark.parametrize("bad", BAD, ids=title)
-def test_a_bad_pool_is_refused_with_the_field_that_is_wrong(bad: Bad, kubectl: Kubectl, kubeconfig: object) -> None:
+def test_a_bad_pool_is_refused_with_the_field_that_is_wrong(bad: Bad, kubectl: Kubectl) -> None:
     answer = kubectl("create", "--dry-run=server", "-f", "-", stdin=resource(changed(bad.at, bad.value)))
     assert answer.returncode != 0
     assert f"{bad.field}: " in answer.stderr or f'"{bad.field}"' in answer.stderr, answer.stderr
@@ -166,7 +168,8 @@ def test_the_model_refuses_it_too_and_names_the_field(bad: Bad) -> None:
     assert any(bad.field.startswith(problem.field) and leaf in str(problem) for problem in problems), problems
 
 
-def test_all_that_is_wrong_comes_in_one_answer(kubectl: Kubectl, kubeconfig: object) -> None:
+@pytest.mark.usefixtures("kubeconfig")
+def test_all_that_is_wrong_comes_in_one_answer(kubectl: Kubectl) -> None:
     spec = changed("tiers.0.replicas", {"min": 3, "max": 2})
     spec["tiers"][1]["queue"] = spec["tiers"][0]["queue"]
     answer = kubectl("create", "--dry-run=server", "-f", "-", stdin=resource(spec))
@@ -288,7 +291,12 @@ def test_kubectl_get_shows_whether_the_pool_keeps_up(kubectl: Kubectl, namespace
     assert (wide["MODE"], wide["SPILLING"], wide["REASON"]) == ("Active", "False", "Serving")
 
 
-def test_kubectl_explain_describes_the_fields(kubectl: Kubectl, kubeconfig: object) -> None:
-    explained = re.sub(r"\s+", " ", kubectl("explain", "wp.spec.tiers").stdout)
+@pytest.mark.usefixtures("kubeconfig")
+def test_kubectl_explain_describes_the_fields(kubectl: Kubectl) -> None:
+    deadline = time.monotonic() + 20
+    # The API server publishes its OpenAPI document a few seconds after it serves the resource.
+    while (answer := kubectl("explain", "wp.spec.tiers")).returncode and time.monotonic() < deadline:
+        time.sleep(0.2)
+    explained = re.sub(r"\s+", " ", answer.stdout)
     assert "queue <string> -required- The Celery queue that the workers of this tier" in explained
     assert "in order of preference" in explained
