@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Annotated, Any, Literal
 
-from examples.media.kinds import KINDS, Kind, kind_of
+from examples.media.kinds import KINDS, MAX_BYTES, Kind, kind_of
 from examples.media.tasks import TASKS, app, pool
 from fastapi import FastAPI, Form, HTTPException, Request, UploadFile
 from fastapi.responses import JSONResponse
@@ -22,7 +22,6 @@ from pydantic import BaseModel, Json
 from workerpool_routing import NoAcceleratedTier, PoolUnavailable
 
 MEDIA_DIR = Path(os.environ.get("MEDIA_DIR", "media-files")).absolute()
-MAX_BYTES = 50 * 1024 * 1024
 RETRY_AFTER_SECONDS = 5
 
 api = FastAPI(title="media")

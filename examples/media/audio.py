@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-SECONDS = 20
+SECONDS = 10
 """Only the beginning of a recording is measured."""
 
 FRAME = 1024

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-LONGEST_SIDE = 1600
+LONGEST_SIDE = 1200
 """Pictures are shrunk to this many pixels before they are measured."""
 
 SHORTEST_SIDE = 16

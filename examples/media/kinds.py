@@ -1,4 +1,4 @@
-"""Which kind of file it is, told by its bytes: by the very libraries that will decode it."""
+"""Which files the service accepts: of a kind that is told by their bytes, by the very libraries that will decode them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from PIL import Image
 
 Kind = Literal["image", "audio"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+MAX_BYTES = 50 * 1024 * 1024
 
 
 def kind_of(file: BinaryIO) -> Kind | None:

@@ -13,10 +13,12 @@ RATE = 16_000
 SECONDS = 20
 
 
-def write(directory: Path, count: int) -> list[Path]:
-    """Write that many files, two pictures to each recording."""
+def write(directory: Path, count: int) -> Path:
+    """Write that many files, two pictures to each recording; return the directory."""
     directory.mkdir(parents=True, exist_ok=True)
-    return [recording(directory, n) if n % 3 == 2 else picture(directory, n) for n in range(count)]
+    for n in range(count):
+        (recording if n % 3 == 2 else picture)(directory, n)
+    return directory
 
 
 def picture(directory: Path, seed: int) -> Path:
