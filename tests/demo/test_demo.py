@@ -19,7 +19,8 @@ LONGEST_SECONDS = 60
 @pytest.fixture(scope="module")
 def summary(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("demo") / "summary.json"
-    subprocess.run([sys.executable, "-m", "examples.media.demo", "--json", str(path)], cwd=ROOT, check=True)
+    demo = subprocess.run([sys.executable, "-m", "examples.media.demo", "--json", str(path)], cwd=ROOT, check=False)
+    assert demo.returncode == 0
     parsed: dict[str, Any] = json.loads(path.read_text())
     return parsed
 
