@@ -49,7 +49,7 @@ BURST_SECONDS = 48.0
 """From the start until every job has ended and the GPU tier is back at zero."""
 
 STOP_SECONDS = 6.0
-UPLOADS_AT_ONCE = 4
+UPLOADS_AT_ONCE = 2
 SAMPLE_FILES = 9
 PLAIN_EVERY = 6
 """Every so many uploads, one does not ask for a GPU."""

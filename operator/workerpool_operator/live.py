@@ -62,7 +62,7 @@ def render(report: Report, events: Iterable[TimedEvent] = ()) -> RenderableType:
 
 def line(report: Report) -> str:
     """The same pool in one plain line, without the time."""
-    tiers = "   ".join(_tier_words(tier) for tier in report.status.tiers)
+    tiers = "   ".join(_tier_words(tier) for tier in report.status.tiers).rstrip()
     outage = f"   broker unreachable: {report.reading.why}" if isinstance(report.reading, Unavailable) else ""
     return f"{report.pool.name}  {tiers}{outage}"
 
@@ -134,7 +134,7 @@ def _worth_seeing(condition: Condition) -> bool:
 def _condition(condition: Condition) -> Text:
     style = "bold red" if WARNS_WHEN.get(condition.type) == condition.status else "yellow"
     name = condition.type.value if condition.status == "True" else f"not {condition.type.value}"
-    return Text.assemble((name, style), " ", condition.message)
+    return Text.assemble((name, style), " ", condition.message, no_wrap=True, overflow="ellipsis")
 
 
 def _tier_table(tiers: Iterable[TierStatus]) -> Table:
@@ -152,7 +152,7 @@ def _tier_table(tiers: Iterable[TierStatus]) -> Table:
 
 
 def _route_table(routes: Mapping[str, int]) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for route, count in sorted(routes.items(), key=lambda item: -item[1]):
         tier, _, reason = route.partition(":")
         table.add_row(Text(f"→ {tier}", "bold"), Text(str(count), justify="right"), Text(reason, "dim"))
@@ -161,7 +161,8 @@ def _route_table(routes: Mapping[str, int]) -> Table:
 
 def _event(timed: TimedEvent) -> Text:
     style = "yellow" if timed.event.warning else "dim"
-    return Text(f"{_clock(timed.at)}  {timed.event.reason}: {timed.event.message}", style)
+    sentence = f"{_clock(timed.at)}  {timed.event.reason}: {timed.event.message}"
+    return Text(sentence, style, no_wrap=True, overflow="ellipsis")
 
 
 def _replicas(tier: TierStatus) -> Text:

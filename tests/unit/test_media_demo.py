@@ -1,0 +1,61 @@
+"""The demo's command line: what it takes, and how it refuses."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from examples.media import demo
+from PIL import Image
+
+pytestmark = pytest.mark.unit
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        demo.main(arguments)
+    assert ended.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "nowhere"
+    assert refusal(["--files", str(missing)], capsys).endswith(f"argument --files: {missing} is not a directory")
+
+
+def test_a_folder_that_is_empty_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = f"argument --files: {tmp_path} holds no picture or recording of at most 50 MiB (0 other files)"
+    assert refusal(["--files", str(tmp_path)], capsys).endswith(expected)
+
+
+def test_a_folder_of_other_types_says_how_many_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("words")
+    (tmp_path / "empty.jpg").touch()
+    assert refusal(["--files", str(tmp_path)], capsys).endswith("(2 other files)")
+
+
+def test_a_file_where_a_folder_should_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "one.png"
+    Image.new("L", (8, 8)).save(file)
+    assert refusal(["--files", str(file)], capsys).endswith("is not a directory")
+
+
+@pytest.mark.parametrize("jobs", ["0", "-3", "many"])
+def test_a_number_of_jobs_that_is_none_is_refused(jobs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--jobs" in refusal(["--jobs", jobs], capsys)
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no such directory" in refusal(["--json", str(tmp_path / "missing" / "demo.json")], capsys)
+
+
+def test_a_folder_of_ones_own_is_used_without_what_is_not_media(tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    Image.new("L", (8, 8)).save(picture)
+    (tmp_path / "notes.txt").write_text("words")
+    (tmp_path / "deeper").mkdir()
+    shutil.copy(picture, tmp_path / "named-like-nothing")
+    assert demo.usable(tmp_path) == {picture: "image", tmp_path / "named-like-nothing": "image"}
