@@ -69,7 +69,7 @@ class KubeReporter:
         written = self._written.get(subject.uid)
         if worth_writing(status, previous, now - written.at if written else float("inf")):
             await self._write_status(subject, status, previous, now)
-        for event in events:
+        for event in dict.fromkeys(events):
             await self._write_event(subject, event, now)
 
     async def _write_status(self, subject: Pool | Refused, status: Status, previous: Mapping[str, Any], now: float) -> None:

@@ -1,0 +1,44 @@
+{{- define "celery-workerpool.name" -}}
+{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name | trunc 63 | trimSuffix "-" }}
+{{- else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 63 | trimSuffix "-" }}{{ end }}
+{{- end }}
+
+{{- define "celery-workerpool.selector" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "celery-workerpool.labels" -}}
+{{ include "celery-workerpool.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+{{- end }}
+
+{{- define "celery-workerpool.rules" -}}
+- apiGroups: [workerpool.dev]
+  resources: [workerpools]
+  verbs: [list, watch]
+- apiGroups: [workerpool.dev]
+  resources: [workerpools/status]
+  verbs: [patch]
+- apiGroups: [workerpool.dev]
+  resources: [workerpools/finalizers]  # some clusters ask for it before a WorkerPool may own a Deployment
+  verbs: [update]
+- apiGroups: [apps]
+  resources: [deployments]
+  verbs: [get, list, watch, create, patch]
+- apiGroups: [apps]
+  resources: [deployments/scale]
+  verbs: [patch]
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [list, watch, patch]
+- apiGroups: [""]
+  resources: [secrets]
+  verbs: [get]
+  {{- with .Values.brokerSecrets }}
+  resourceNames: {{ toJson . }}
+  {{- end }}
+- apiGroups: [events.k8s.io]
+  resources: [events]
+  verbs: [create]
+{{- end }}
