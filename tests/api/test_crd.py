@@ -6,9 +6,11 @@ import copy
 import json
 import re
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 from tests.api.conftest import Kubectl
 
 from workerpool_operator.model import API_VERSION, KIND, WorkerPoolSpec, parse_spec
@@ -17,6 +19,7 @@ from workerpool_operator.status import Condition, ConditionType, Status, TierSta
 pytestmark = pytest.mark.api
 
 Spec = dict[str, Any]
+ROOT = Path(__file__).parents[2]
 GONE = object()
 
 
@@ -187,6 +190,7 @@ ALLOWED = {
     "every wish": changed("routing", {"tasks": [{**TASK, "accelerated": wish} for wish in (True, False, "required")]}),
     "nothing under a key": changed("routing", None) | {"mode": None},
     "an app as module:attribute": changed("app", "media.tasks:app"),
+    "the sample": yaml.safe_load((ROOT / "examples" / "media" / "workerpool.yaml").read_text())["spec"],
     "every bound at its limit": changed("tiers.0.replicas", {"min": 1000, "max": 1000}),
 }
 
