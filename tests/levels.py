@@ -151,7 +151,12 @@ def say(name: str, command: Sequence[str]) -> None:
 
 
 def call(command: Sequence[str]) -> int:
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it got the same signal, and may have servers to stop
+            raise
 
 
 def table(rows: Iterable[Row]) -> str:
