@@ -90,7 +90,7 @@ def preselect(policy: Policy, request: Request) -> Choice | tuple[TierPolicy, Ti
 
 def gains(policy: Policy, content_type: str) -> bool:
     """Whether content of that type runs faster on an accelerator; only the main type counts."""
-    return content_type.partition("/")[0].strip().lower() in policy.accelerated_content_types
+    return content_type.partition("/")[0].strip().lower() in map(str.lower, policy.accelerated_content_types)
 
 
 def place(accelerated: Load, plain: Load) -> Reason:

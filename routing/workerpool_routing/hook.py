@@ -28,7 +28,7 @@ logger = logging.getLogger("workerpool_routing")
 
 @dataclass(frozen=True, slots=True)
 class _Routed:
-    pool: str
+    by: RoutingHook
     request: Request
     admission: Admission
 
@@ -64,12 +64,12 @@ class RoutingHook:
             return None
         if request is None or admission is None:
             return None
-        _routed.set(_Routed(self._pool.name, request, admission))
+        _routed.set(_Routed(self, request, admission))
         return {"queue": admission.choice.tier.queue}
 
     def _record(self, sender: str, headers: dict[str, Any], **_: Any) -> None:
         routed = _routed.get()
-        if routed is None or routed.pool != self._pool.name or routed.request.task != sender:
+        if routed is None or routed.by is not self or routed.request.task != sender:
             return
         _routed.set(None)
         try:

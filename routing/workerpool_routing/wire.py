@@ -28,7 +28,9 @@ own format (:func:`unacked_keys`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from bisect import bisect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NewType
 
@@ -127,7 +129,7 @@ class Keyspace:
 
     def queue_list(self, queue: str, priority: int) -> str:
         """The list that Kombu uses for a message of this priority (0 is the most urgent)."""
-        step = max((s for s in self.priority_steps if s <= priority), default=self.priority_steps[0])
+        step = self.priority_steps[bisect(self.priority_steps, priority) - 1]
         return f"{self.prefix}{queue}{PRIORITY_SEPARATOR}{step}" if step else f"{self.prefix}{queue}"
 
     def unacked(self, tier: str) -> str:
@@ -198,14 +200,14 @@ class Policy:
     @classmethod
     def load(cls, raw: str | bytes) -> Policy:
         """Parse JSON; raises :class:`VersionMismatch` or ValueError."""
-        data = _load(raw, "policy")
-        return cls(
-            tiers=tuple(TierPolicy(**tier) for tier in data["tiers"]),
-            accelerated_content_types=tuple(data["accelerated_content_types"]),
-            tasks=tuple(TaskPolicy(**task) for task in data["tasks"]),
-            fallback_on_failure=data["fallback_on_failure"],
-            fallback_on_loss=data["fallback_on_loss"],
-        )
+        with _loading(raw, "policy") as data:
+            return cls(
+                tiers=tuple(TierPolicy(**tier) for tier in data["tiers"]),
+                accelerated_content_types=tuple(data["accelerated_content_types"]),
+                tasks=tuple(TaskPolicy(**task) for task in data["tasks"]),
+                fallback_on_failure=data["fallback_on_failure"],
+                fallback_on_loss=data["fallback_on_loss"],
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +232,8 @@ class Capacity:
     @classmethod
     def load(cls, raw: str | bytes) -> Capacity:
         """Parse JSON; raises :class:`VersionMismatch` or ValueError."""
-        data = _load(raw, "capacity")
-        return cls(tiers={name: TierCapacity(**tier) for name, tier in data["tiers"].items()})
+        with _loading(raw, "capacity") as data:
+            return cls(tiers={name: TierCapacity(**tier) for name, tier in data["tiers"].items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,21 +256,27 @@ class Presence:
     @classmethod
     def load(cls, raw: str | bytes) -> Presence:
         """Parse what ``presence.lua`` wrote; raises :class:`VersionMismatch` or ValueError."""
-        return cls(**_load(raw, "presence"))
+        with _loading(raw, "presence") as data:
+            return cls(**data)
 
 
 def _dump(data: dict[str, Any]) -> str:
     return json.dumps({"version": SCHEMA_VERSION, **data}, separators=(",", ":"))
 
 
-def _load(raw: str | bytes, what: str) -> dict[str, Any]:
-    data = json.loads(raw)
-    version = data.pop("version", None)
-    if version != SCHEMA_VERSION:
-        raise VersionMismatch(
-            f"{what} has schema version {version!r}, this side knows {SCHEMA_VERSION}: use one release on both sides"
-        )
-    return dict(data)
+@contextmanager
+def _loading(raw: str | bytes, what: str) -> Iterator[dict[str, Any]]:
+    """The fields of a JSON object of this schema version; whatever does not fit them is a ValueError."""
+    try:
+        data = json.loads(raw)
+        version = data.pop("version", None)
+        if version != SCHEMA_VERSION:
+            raise VersionMismatch(
+                f"{what} has schema version {version!r}, this side knows {SCHEMA_VERSION}: use one release on both sides"
+            )
+        yield data
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{what} is not as schema version {SCHEMA_VERSION} has it: {error!r}") from error
 
 
 def rewrite(message: Mapping[str, Any], *, queue: str, attempt: int, delivery_tag: str) -> dict[str, Any]:
@@ -289,5 +297,8 @@ def rewrite(message: Mapping[str, Any], *, queue: str, attempt: int, delivery_ta
 
 
 def priority_of(message: Mapping[str, Any]) -> int:
-    """The message's Celery priority, 0 (most urgent) when it has none."""
-    return int(message["properties"].get("priority") or 0)
+    """The message's priority as Kombu reads it: 0 (most urgent) to 9, 0 when it has none."""
+    try:
+        return min(max(int(message["properties"]["priority"]), 0), 9)
+    except (KeyError, TypeError, ValueError):
+        return 0

@@ -22,7 +22,7 @@ logger = logging.getLogger("workerpool_routing.worker")
 class Outcome(Enum):
     """What became of an attempt that failed or was lost."""
 
-    MOVED = "moved"
+    MOVED = "moved to another run"
     FINAL = "final"
     RELEASED = "given back by a cold shutdown, to be delivered again"
     NOT_OURS = "another attempt counts by now"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from workerpool_routing.errors import JobLost
 from workerpool_routing.ledger import Claim, Job, Move, State
 from workerpool_routing.wire import Policy
 from workerpool_routing.worker.attempt import Attempt, Outcome, WorkerLife
+
+logger = logging.getLogger("workerpool_routing.worker")
 
 
 def fence(task: Task, life: WorkerLife) -> None:
@@ -48,7 +51,7 @@ class FencedTask(Task):
             case Claim.POISON:
                 raise JobLost(f"the workers that ran {self.name} on tier {self.life.tier} were lost each time; not run again")
             case answer:
-                raise Ignore(f"delivery of {attempt.task_id} dropped: {answer}")
+                raise self._dropped(attempt, f"its delivery is {answer}")
 
     def _run(self, attempt: Attempt, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -65,10 +68,14 @@ class FencedTask(Task):
                 raise
             if outcome is Outcome.RELEASED:
                 raise Reject(str(error), requeue=True) from error
-            raise Ignore(f"attempt {attempt.number} of {attempt.task_id} does not count any more") from error
+            raise self._dropped(attempt, f"it raised {error!r}: {outcome.value}") from error
         if not attempt.settle(State.CLAIMED, State.FINISHING):
-            raise Ignore(f"attempt {attempt.number} of {attempt.task_id} was taken over")
+            raise self._dropped(attempt, "it was taken over")
         return result
+
+    def _dropped(self, attempt: Attempt, why: str) -> Ignore:
+        logger.warning("dropped task_id=%s task=%s attempt=%d: %s", attempt.task_id, self.name, attempt.number, why)
+        return Ignore(why)
 
     def on_success(self, retval: Any, task_id: str, args: Any, kwargs: Any) -> None:
         """Close the ledger entry: Celery has stored the result."""

@@ -1,0 +1,79 @@
+"""The app of the contract tests: tasks that end in every way that a task can end, on the tier that they are told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from celery import Celery
+
+from workerpool_routing import Tier, WorkerPool
+
+URL = os.environ.get("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")
+TIER = os.environ.get("WORKERPOOL_TIER", "none")
+
+app = Celery("jobs", broker=URL, backend=URL)
+app.conf.update(broker_connection_retry_on_startup=True)
+pool = WorkerPool("test/jobs", app, tiers=[Tier("gpu", "gpu-jobs", accelerated=True), Tier("cpu", "cpu-jobs", accelerated=False)])
+
+
+def end(how: str) -> None:
+    """End in some way other than returning."""
+    if how == "raise":
+        raise ValueError("asked to fail")
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "exit":
+        sys.exit(3)
+    if how == "hang":
+        time.sleep(60)
+
+
+@app.task  # type: ignore[untyped-decorator]
+def work(endings: dict[str, str], seconds: float = 0) -> str:
+    """Run for some seconds, end as told for this tier, else return the tier's name."""
+    time.sleep(seconds)
+    end(endings.get(TIER, "return"))
+    return TIER
+
+
+@app.task(time_limit=1.5)  # type: ignore[untyped-decorator]
+def hard_limited(endings: dict[str, str]) -> str:
+    """The same under a hard time limit."""
+    end(endings.get(TIER, "return"))
+    return TIER
+
+
+@app.task(soft_time_limit=1)  # type: ignore[untyped-decorator]
+def soft_limited(endings: dict[str, str]) -> str:
+    """The same under a soft time limit."""
+    end(endings.get(TIER, "return"))
+    return TIER
+
+
+@app.task(bind=True, max_retries=3)  # type: ignore[untyped-decorator]
+def retried(self: Any, times: int) -> tuple[str, int]:
+    """Ask for some retries, then return the tier and the count."""
+    if self.request.retries < times:
+        raise self.retry(countdown=0)
+    return TIER, self.request.retries
+
+
+class Based(app.Task):  # type: ignore[name-defined,misc]
+    """An author's own base class, with hooks of its own."""
+
+    abstract = True
+
+    def on_success(self, retval: Any, task_id: str, *_: Any) -> None:
+        """Leave a trace."""
+        self.backend.client.set(f"success-of:{task_id}", retval)
+
+
+@app.task(base=Based)  # type: ignore[untyped-decorator]
+def based(endings: dict[str, str]) -> str:
+    """A task with a base class of its author."""
+    end(endings.get(TIER, "return"))
+    return TIER

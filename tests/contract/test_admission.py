@@ -1,0 +1,277 @@
+"""Admission against a real Redis: the two forms of the rule agree, and the API side says what it did."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+from celery import Celery, chain
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from redis import Redis
+
+from workerpool_operator.local.redis_server import private_redis
+from workerpool_routing import NoAcceleratedTier, NotConfigured, PoolUnavailable, Reason, State, Tier, WorkerPool
+from workerpool_routing.decide import Load, place
+from workerpool_routing.wire import Capacity, Policy, TaskPolicy, TierCapacity
+
+pytestmark = pytest.mark.contract
+
+GPU, CPU = Tier("gpu", "gpu-jobs", accelerated=True), Tier("cpu", "cpu-jobs", accelerated=False)
+TIERS = (GPU, CPU)
+
+
+def media_app(url: str) -> Celery:
+    """An app as an API process has it."""
+    app = Celery("api", broker=url)
+    app.conf.broker_transport_options = {"global_keyprefix": "test-"}
+
+    @app.task(name="media.transcribe", shared=False)  # type: ignore[untyped-decorator]
+    def transcribe(path: str) -> str:
+        return path
+
+    @app.task(name="media.index", shared=False)  # type: ignore[untyped-decorator]
+    def index(path: str) -> str:
+        return path
+
+    return app
+
+
+@pytest.fixture
+def app(redis_url: str) -> Celery:
+    return media_app(redis_url)
+
+
+@pytest.fixture
+def pool(app: Celery) -> WorkerPool:
+    return WorkerPool("ml/media", app, tiers=TIERS)
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[Any]:
+    with Redis.from_url(redis_url, decode_responses=True) as client:
+        yield client
+
+
+def load(client: Any, pool: WorkerPool, tier: Tier, seen: Load) -> None:
+    """Make Redis hold what a tier would look like under that load."""
+    keys = pool.keys
+    for n in range(seen.waiting):
+        client.lpush(keys.queue_list(tier.queue, (0, 3, 6, 9)[n % 4]), "{}")
+    for n in range(seen.in_flight):
+        client.hset(keys.unacked(tier.name), f"tag-{n}", "[]")
+    seconds, micros = client.time()
+    for n in range(seen.ready):
+        client.zadd(keys.slots(tier.name), {f"worker/{n}": seconds * 1000 + micros // 1000})
+    client.zadd(keys.slots(tier.name), {"lost/0": (seconds - 9) * 1000})
+
+
+loads = st.builds(Load, *(st.integers(0, 12) for _ in range(4)))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(accelerated=loads, plain=loads)
+@example(Load(6, 0, 0, 1), Load(1, 0, 0, 0))
+@example(Load(7, 0, 0, 1), Load(1, 0, 0, 0))
+@example(Load(1, 1, 2, 1), Load(0, 0, 0, 0))
+@example(Load(0, 1, 2, 0), Load(0, 0, 0, 0))
+def test_the_script_measures_what_is_there_and_decides_as_the_python_rule_does(
+    pool: WorkerPool, app: Celery, client: Any, accelerated: Load, plain: Load
+) -> None:
+    client.flushall()
+    load(client, pool, GPU, accelerated)
+    load(client, pool, CPU, plain)
+    starting = accelerated.coming // 2
+    coming = TierCapacity(starting=starting, startable=accelerated.coming - starting)
+    client.set(pool.keys.capacity, Capacity({"gpu": coming, "cpu": TierCapacity(startable=plain.coming)}).dump())
+    before = sorted(client.keys())
+    decision = pool.should_accelerate(app.tasks["media.transcribe"])
+    expected = place(accelerated, plain)
+    assert decision.reason is expected
+    assert decision.tier == ("cpu" if expected in {Reason.NO_CAPACITY, Reason.QUEUE_TOO_LONG} else "gpu")
+    numbers = f"({accelerated.ready} slots ready, {accelerated.coming} may still start, {accelerated.in_flight} in flight, "
+    assert f"{numbers}{accelerated.waiting} waiting; {plain.waiting} waiting on the plain tier)" in decision.message
+    assert sorted(client.keys()) == before, "deciding changes nothing"
+
+
+def test_submit_writes_message_ledger_and_counters_and_wakes_the_operator(
+    pool: WorkerPool, app: Celery, client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with client.pubsub(ignore_subscribe_messages=True) as subscription, caplog.at_level(logging.INFO, "workerpool_routing"):
+        subscription.subscribe("test-workerpool:wake")
+        subscription.get_message(timeout=1)
+        decision = pool.submit(app.tasks["media.transcribe"], ("a.wav",), accelerated=True, content_type="audio/wav", priority=6)
+        woken = [m["data"] for _ in range(3) if (m := subscription.get_message(timeout=1))]
+    assert (decision.tier, decision.queue, decision.reason) == ("cpu", "cpu-jobs", Reason.NO_CAPACITY)
+    message = json.loads(client.lindex(pool.keys.queue_list("cpu-jobs", 6), 0))
+    assert message["headers"]["id"] == decision.task_id
+    assert message["headers"]["workerpool"] == {"attempt": 1}
+    job = pool.job(str(decision.task_id))
+    assert job is not None
+    assert (job.state, job.attempt, job.tier, job.wanted, job.reason) == (State.ADMITTED, 1, "cpu", "gpu", Reason.NO_CAPACITY)
+    assert client.zrange(pool.keys.spilled("gpu"), 0, -1) == [decision.task_id]
+    assert client.hgetall(pool.keys.routes) == {"cpu:NoCapacity": "1"}
+    assert woken == ["ml/media"]
+    assert client.ttl(pool.keys.job(job.task_id)) > 0
+    lines = [record.getMessage() for record in caplog.records if "routed" in record.getMessage()]
+    assert lines == [
+        f"routed task_id={job.task_id} task=media.transcribe tier=cpu queue=cpu-jobs content_type=audio/wav reason=NoCapacity"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wish", "content_type", "tier", "reason"),
+    [
+        (False, "audio", "cpu", Reason.NOT_REQUESTED),
+        (True, "text/plain", "cpu", Reason.CONTENT_TYPE_GAINS_NOTHING),
+        (True, "Audio/WAV", "cpu", Reason.NO_CAPACITY),
+        (True, None, "cpu", Reason.NO_CAPACITY),
+        ("required", "text/plain", "gpu", Reason.REQUIRED),
+    ],
+)
+def test_a_job_goes_where_its_wish_and_its_content_say(
+    pool: WorkerPool, app: Celery, wish: Any, content_type: str | None, tier: str, reason: Reason
+) -> None:
+    decision = pool.submit(app.tasks["media.index"], ("a",), accelerated=wish, content_type=content_type)
+    assert (decision.tier, decision.reason) == (tier, reason)
+    assert pool.queue_length(decision.queue) == 1
+
+
+def test_what_the_policy_names_is_routed_by_plain_delay_and_in_canvases_and_nothing_else_is(app: Celery, client: Any) -> None:
+    pool = WorkerPool("ml/media", app)
+    policy = Policy(TIERS, tasks=(TaskPolicy("media.trans*", accelerated=True),))
+    client.set(pool.keys.policy, policy.dump())
+    transcribe, index = app.tasks["media.transcribe"], app.tasks["media.index"]
+    routed = transcribe.delay("a")
+    named = app.send_task("media.transcribe", ("b",))
+    chain(transcribe.s("c"), index.s()).apply_async()
+    explicit = transcribe.apply_async(("d",), queue="elsewhere")
+    other = index.delay("e")
+    wished = index.apply_async(("f",), headers={"workerpool": {"accelerated": "required"}})
+    assert pool.queue_length("cpu-jobs") == 3
+    assert [getattr(pool.job(r.id), "tier", None) for r in (routed, named, explicit, other, wished)] == [
+        "cpu", "cpu", None, None, "gpu",
+    ]  # fmt: skip
+    assert pool.queue_length("elsewhere") == pool.queue_length("celery") == 1
+    [message] = [json.loads(raw) for raw in client.lrange(pool.keys.queue_list("gpu-jobs", 0), 0, -1)]
+    assert message["headers"]["workerpool"] == {"accelerated": "required", "attempt": 1}
+
+
+def test_a_pool_that_nobody_described_leaves_every_job_to_the_app(app: Celery, caplog: pytest.LogCaptureFixture) -> None:
+    pool = WorkerPool("ml/media", app)
+    decision = pool.submit(app.tasks["media.index"], ("a",), accelerated=True)
+    assert (decision.tier, decision.queue, decision.reason) == (None, "celery", Reason.POLICY_UNKNOWN)
+    assert pool.queue_length("celery") == 1
+    assert "has no policy in Redis" in caplog.text
+
+
+def test_a_policy_of_another_release_is_refused_by_its_number(app: Celery, client: Any, caplog: pytest.LogCaptureFixture) -> None:
+    pool = WorkerPool("ml/media", app)
+    client.set(pool.keys.policy, json.dumps({**json.loads(Policy(TIERS).dump()), "version": 99}))
+    assert pool.should_accelerate(app.tasks["media.index"]).reason is Reason.POLICY_UNKNOWN
+    assert "schema version 99" in caplog.text
+
+
+def test_a_broken_script_sends_the_job_to_the_last_tier(pool: WorkerPool, app: Celery, client: Any) -> None:
+    client.set(pool.keys.slots("gpu"), "not a sorted set")
+    decision = pool.submit(app.tasks["media.index"], ("a",), accelerated=True)
+    assert (decision.tier, decision.reason) == ("cpu", Reason.ADMISSION_FAILED)
+    assert pool.queue_length("cpu-jobs") == 1
+
+
+def test_scripts_that_redis_has_forgotten_are_loaded_again(pool: WorkerPool, app: Celery, client: Any) -> None:
+    pool.submit(app.tasks["media.index"], ("a",))
+    client.script_flush()
+    pool.submit(app.tasks["media.index"], ("b",))
+    assert pool.queue_length("cpu-jobs") == 2
+
+
+def test_a_required_job_without_an_accelerated_tier_is_refused(app: Celery) -> None:
+    pool = WorkerPool("ml/media", app, tiers=[CPU])
+    with pytest.raises(NoAcceleratedTier, match=r"media\.index"):
+        pool.submit(app.tasks["media.index"], ("a",), accelerated="required")
+    assert pool.queue_length("cpu-jobs") == 0
+
+
+@pytest.mark.parametrize("option", ["queue", "task_id", "expires"])
+def test_submit_refuses_what_it_decides_itself(pool: WorkerPool, app: Celery, option: str) -> None:
+    with pytest.raises(TypeError, match=option):
+        pool.submit(app.tasks["media.index"], ("a",), **cast("dict[str, Any]", {option: "x"}))
+
+
+@pytest.mark.parametrize("name", ["media", "ML/media", "ml/media/x", ""])
+def test_a_name_that_is_no_namespace_and_name_is_refused(app: Celery, name: str) -> None:
+    with pytest.raises(NotConfigured, match="namespace/name"):
+        WorkerPool(name, app)
+
+
+def test_an_app_without_a_redis_broker_is_refused() -> None:
+    app = Celery("api", broker="amqp://localhost")
+    with pytest.raises(NotConfigured, match="broker_url"):
+        WorkerPool("ml/media", app, tiers=TIERS).queue_length("celery")
+
+
+@pytest.mark.parametrize("fault", ["stopped", "gone", "read-only", "out of memory"])
+def test_a_redis_that_does_not_take_the_job_is_an_error_within_a_bounded_time_and_leaves_nothing(fault: str) -> None:
+    with private_redis() as server, Redis.from_url(server.url, decode_responses=True) as client:
+        app = media_app(server.url)
+        task, pool = app.tasks["media.index"], WorkerPool("ml/media", app, tiers=TIERS)
+        pool.submit(task, ("before",))
+        if fault == "stopped":
+            os.kill(server.pid, signal.SIGSTOP)
+        if fault == "gone":
+            os.kill(server.pid, signal.SIGKILL)
+        if fault == "read-only":
+            client.replicaof("127.0.0.1", 1)
+        if fault == "out of memory":
+            client.config_set("maxmemory", "1mb")
+        started = time.monotonic()
+        try:
+            with pytest.raises(PoolUnavailable):
+                pool.submit(task, ("after",))
+            assert time.monotonic() - started < 2
+        finally:
+            if fault != "gone":
+                os.kill(server.pid, signal.SIGCONT)
+        if fault != "gone":
+            assert pool.queue_length("cpu-jobs") == 1
+
+
+def test_a_job_that_cannot_be_published_is_not_left_on_the_ledger(
+    pool: WorkerPool, app: Celery, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app.conf.broker_url = "redis://127.0.0.1:1/0"  # the library's own connection is open already
+    monkeypatch.setattr(pool._connection, "_client", client)
+    with pytest.raises(PoolUnavailable, match="could not be published"):
+        pool.submit(app.tasks["media.index"], ("a",), accelerated=True)
+    assert client.keys("*:job:*") == client.keys("*:spilled:*") == []
+
+
+def test_workers_and_status_count_the_living(pool: WorkerPool, client: Any) -> None:
+    seconds, _ = client.time()
+    for tier, owner, busy, age in (("gpu", "g.1", 1, 0), ("gpu", "g.2", 0, 9), ("cpu", "c.1", 0, 0)):
+        report = {
+            "version": 1, "owner": owner, "worker": owner[0], "tier": tier, "queue": f"{tier}-jobs", "slots": 1, "busy": busy,
+            "since": 0, "at": (seconds - age) * 1000,
+        }  # fmt: skip
+        client.hset(pool.keys.presence(tier), owner, json.dumps(report))
+    client.lpush(pool.keys.queue_list("gpu-jobs", 9), "{}")
+    assert set(pool.workers()) == {"g.1", "c.1"}
+    assert not pool.has_accelerated_workers()
+    assert pool.status() == {
+        "workers": {
+            "total": 2, "gpu": 1, "cpu": 1,
+            "details": {
+                "g.1": {"type": "gpu", "active_tasks": 1, "max_tasks": 1, "queues": ["gpu-jobs"]},
+                "c.1": {"type": "cpu", "active_tasks": 0, "max_tasks": 1, "queues": ["cpu-jobs"]},
+            },
+        },
+        "queues": {"gpu-jobs": {"length": 1, "workers": 1}, "cpu-jobs": {"length": 0, "workers": 1}},
+        "gpu_available": False,
+    }  # fmt: skip

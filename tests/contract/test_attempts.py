@@ -1,0 +1,262 @@
+"""Every way in which an attempt can end, in real workers: exactly one accepted outcome, and at most one start a tier."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from workerpool_operator.broker import RedisBroker
+from workerpool_operator.local.redis_server import private_redis
+from workerpool_operator.model import WorkerPoolSpec
+from workerpool_operator.ports import Pool
+from workerpool_routing import Reason, State
+from workerpool_routing.wire import PRESENCE_LIFE_MS
+
+pytestmark = pytest.mark.contract
+
+ROOT = Path(__file__).parents[2]
+APP = "tests.contract.jobs"
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with private_redis() as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def jobs(url: str) -> Iterator[ModuleType]:
+    """The app as an API process has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CELERY_BROKER_URL", url)
+        sys.modules.pop(APP, None)
+        yield import_module(APP)
+
+
+@contextmanager
+def worker(url: str, tier: str, queue: str, name: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """One Celery worker of a tier, ready; its whole process group is gone afterwards."""
+    environment = {
+        **os.environ, "CELERY_BROKER_URL": url, "WORKERPOOL_POOL": "test/jobs", "WORKERPOOL_TIER": tier,
+        "WORKERPOOL_WORKER": name, "WORKERPOOL_QUEUE": queue, "WORKERPOOL_CONCURRENCY": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "celery", "-A", APP, "worker", "-Q", queue, "-c", "1", "-n", f"{name}@test", "-l", "INFO"]
+    path = log / f"{name}.log"
+    with path.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--without-gossip", "--without-mingle"],
+            env=environment, cwd=ROOT, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+    try:
+        until(lambda: " ready." in path.read_text(), f"{name} is ready")
+        yield process
+    finally:
+        if process.poll() is None or group_lives(process.pid):
+            os.killpg(process.pid, signal.SIGCONT)
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def until(true: Callable[[], Any], what: str, seconds: float = 20) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := true():
+            return found
+        time.sleep(0.05)
+    pytest.fail(f"not within {seconds} s: {what}")
+
+
+@pytest.fixture(scope="module")
+def two_tiers(url: str, jobs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """The app, with a worker on either tier that no test kills."""
+    log = tmp_path_factory.mktemp("workers")
+    with ExitStack() as stack:
+        stack.enter_context(worker(url, "gpu", "gpu-jobs", "gpu-a", log))
+        stack.enter_context(worker(url, "cpu", "cpu-jobs", "cpu-a", log))
+        yield jobs
+
+
+def submit(jobs: ModuleType, task: Any, *args: Any, **options: Any) -> Any:
+    """Submit to the GPU tier, when it has its slot free."""
+    until(jobs.pool.has_accelerated_workers, "a GPU slot is free")
+    until(lambda: jobs.pool.should_accelerate(task).reason is Reason.FREE_SLOT, "the GPU queue is empty")
+    return jobs.pool.submit(task, args, accelerated=True, **options)
+
+
+def outcome(jobs: ModuleType, task_id: str) -> tuple[State, dict[str, int]]:
+    """How the job ended on the ledger, and how often each tier started it."""
+    job = until(lambda: (j := jobs.pool.job(task_id)) and j.state.ended and j, f"{task_id} has ended")
+    return job.state, job.starts
+
+
+@pytest.mark.parametrize("ending", ["raise", "kill", "exit"])
+@pytest.mark.parametrize("task", ["work", "based"])
+def test_an_accelerated_attempt_that_ends_badly_runs_once_more_on_the_plain_tier(
+    two_tiers: ModuleType, task: str, ending: str
+) -> None:
+    decision = submit(two_tiers, getattr(two_tiers, task), {"gpu": ending})
+    assert decision.tier == "gpu"
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "cpu"
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
+    job = two_tiers.pool.job(decision.task_id)
+    assert (job.attempt, job.tier, job.wanted) == (2, "cpu", "gpu")
+    assert job.reason is (Reason.ATTEMPT_FAILED if ending == "raise" else Reason.ATTEMPT_LOST)
+
+
+@pytest.mark.parametrize("task", ["hard_limited", "soft_limited"])
+def test_an_accelerated_attempt_over_its_time_limit_runs_once_more_on_the_plain_tier(two_tiers: ModuleType, task: str) -> None:
+    decision = submit(two_tiers, getattr(two_tiers, task), {"gpu": "hang"})
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "cpu"
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
+
+
+def test_a_job_that_succeeds_runs_once_and_keeps_its_authors_hooks(two_tiers: ModuleType) -> None:
+    decision = submit(two_tiers, two_tiers.based, {})
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "gpu"
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1})
+    assert until(lambda: two_tiers.app.backend.client.get(f"success-of:{decision.task_id}"), "the hook ran") == b"gpu"
+
+
+def test_a_job_that_raises_on_both_tiers_fails_with_its_own_exception(two_tiers: ModuleType) -> None:
+    decision = submit(two_tiers, two_tiers.work, {"gpu": "raise", "cpu": "raise"})
+    with pytest.raises(ValueError, match="asked to fail"):
+        two_tiers.app.AsyncResult(decision.task_id).get(timeout=20)
+    assert outcome(two_tiers, decision.task_id) == (State.FAILED, {"gpu": 1, "cpu": 1})
+
+
+def test_a_required_job_that_raises_fails_where_it_is(two_tiers: ModuleType) -> None:
+    decision = two_tiers.pool.submit(two_tiers.work, ({"gpu": "raise"},), accelerated="required")
+    with pytest.raises(ValueError, match="asked to fail"):
+        two_tiers.app.AsyncResult(decision.task_id).get(timeout=20)
+    assert outcome(two_tiers, decision.task_id) == (State.FAILED, {"gpu": 1})
+
+
+def test_a_poison_job_gets_one_accelerated_and_two_plain_attempts_then_fails_for_good(two_tiers: ModuleType) -> None:
+    decision = submit(two_tiers, two_tiers.work, {"gpu": "kill", "cpu": "kill"})
+    with pytest.raises(Exception, match="lost each time"):
+        two_tiers.app.AsyncResult(decision.task_id).get(timeout=30)
+    assert outcome(two_tiers, decision.task_id) == (State.FAILED, {"gpu": 1, "cpu": 2})
+
+
+def test_retries_that_the_author_asked_for_stay_on_their_tier_and_are_no_attempts(two_tiers: ModuleType) -> None:
+    decision = submit(two_tiers, two_tiers.retried, 2)
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == ["gpu", 2]
+    assert outcome(two_tiers, decision.task_id)[0] is State.DONE
+    assert two_tiers.pool.job(decision.task_id).attempt == 1
+
+
+def test_a_job_past_its_deadline_expires_and_never_starts(two_tiers: ModuleType) -> None:
+    blocking = submit(two_tiers, two_tiers.work, {}, 1.5)
+    late = two_tiers.pool.submit(two_tiers.work, ({},), accelerated="required", deadline=0.5)
+    assert outcome(two_tiers, late.task_id) == (State.EXPIRED, {})
+    assert outcome(two_tiers, blocking.task_id)[0] is State.DONE
+
+
+def test_a_message_that_was_never_admitted_runs_as_plain_celery(two_tiers: ModuleType) -> None:
+    result = two_tiers.work.apply_async(({},), queue="cpu-jobs")
+    assert result.get(timeout=20) == "cpu"
+    assert two_tiers.pool.job(result.id) is None
+
+
+def test_nothing_is_left_in_flight_spilled_or_held(two_tiers: ModuleType) -> None:
+    keys, client = two_tiers.pool.keys, two_tiers.pool.connection.client
+    until(lambda: len(two_tiers.pool.workers()) == 2, "both workers are there")
+    until(lambda: not client.hlen(keys.unacked("gpu")) and not client.hlen(keys.unacked("cpu")), "nothing is in flight")
+    assert not client.exists(*(keys.spilled(tier) for tier in ("gpu", "cpu")))
+    assert not client.exists(*(keys.held(owner) for owner in two_tiers.pool.workers()))
+
+
+def operator_pool(url: str) -> Pool:
+    template = {"spec": {"containers": [{"name": "worker"}]}}
+    tiers = [
+        {"name": "gpu", "queue": "gpu-jobs", "accelerator": {"resource": "nvidia.com/gpu"}, "template": template},
+        {"name": "cpu", "queue": "cpu-jobs", "template": template},
+    ]
+    spec = WorkerPoolSpec.model_validate({"app": APP, "broker": {"url": url}, "tiers": tiers})
+    return Pool("test", "jobs", "uid", 1, 0.0, spec)
+
+
+async def take_over_the_lost(url: str, tier: str) -> list[str]:
+    """What the operator's pass does once presence has run out."""
+    broker, pool = RedisBroker(asyncio.Event()), operator_pool(url)
+    try:
+        reading = await broker.read(url, [pool])
+        assert isinstance(reading, dict)
+        return [s for owner in reading[pool.id].tiers[tier].lost for s in await broker.take_over(url, pool, tier, owner)]
+    finally:
+        await broker.close()
+
+
+def claimed(jobs: ModuleType, task_id: str) -> Any:
+    return until(lambda: (job := jobs.pool.job(task_id)) and job.state is State.CLAIMED and job, "it is claimed")
+
+
+def test_the_job_of_a_killed_worker_is_taken_over_once_and_runs_on_the_plain_tier(
+    url: str, two_tiers: ModuleType, tmp_path: Path
+) -> None:
+    busy = submit(two_tiers, two_tiers.work, {}, 6)
+    claimed(two_tiers, busy.task_id)
+    with worker(url, "gpu", "gpu-jobs", "gpu-killed", tmp_path) as doomed:
+        decision = submit(two_tiers, two_tiers.work, {"gpu": "hang"})
+        assert claimed(two_tiers, decision.task_id).owner.startswith("gpu-killed.")
+        os.killpg(doomed.pid, signal.SIGKILL)
+    assert asyncio.run(take_over_the_lost(url, "gpu")) == []  # its presence has not run out
+    time.sleep(PRESENCE_LIFE_MS / 1000 + 1)
+    sentences = asyncio.run(take_over_the_lost(url, "gpu"))
+    assert any(decision.task_id in sentence and "cpu" in sentence for sentence in sentences)
+    assert asyncio.run(take_over_the_lost(url, "gpu")) == []
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "cpu"
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
+    assert outcome(two_tiers, busy.task_id) == (State.DONE, {"gpu": 1})
+
+
+def test_a_zombie_changes_neither_the_ledger_nor_the_result(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
+    busy = submit(two_tiers, two_tiers.work, {}, 4)
+    claimed(two_tiers, busy.task_id)
+    with worker(url, "gpu", "gpu-jobs", "gpu-zombie", tmp_path) as zombie:
+        decision = submit(two_tiers, two_tiers.work, {}, 3)
+        assert claimed(two_tiers, decision.task_id).owner.startswith("gpu-zombie.")
+        os.killpg(zombie.pid, signal.SIGSTOP)
+        time.sleep(PRESENCE_LIFE_MS / 1000 + 1)
+        asyncio.run(take_over_the_lost(url, "gpu"))
+        assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "cpu"
+        os.killpg(zombie.pid, signal.SIGCONT)
+        until(lambda: "it was taken over" in (tmp_path / "gpu-zombie.log").read_text(), "the zombie noticed")
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=1) == "cpu"
+
+
+def test_a_warm_shutdown_finishes_and_a_cold_one_gives_back_uncounted(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
+    busy = submit(two_tiers, two_tiers.work, {}, 4)
+    claimed(two_tiers, busy.task_id)
+    with worker(url, "gpu", "gpu-jobs", "gpu-leaving", tmp_path) as leaving:
+        decision = submit(two_tiers, two_tiers.work, {}, 3)
+        assert claimed(two_tiers, decision.task_id).owner.startswith("gpu-leaving.")
+        leaving.send_signal(signal.SIGTERM)
+        until(lambda: not any(w.worker == "gpu-leaving" and w.slots for w in two_tiers.pool.workers().values()), "no more slots")
+        leaving.send_signal(signal.SIGQUIT)
+        assert leaving.wait(20) is not None
+    assert outcome(two_tiers, busy.task_id) == (State.DONE, {"gpu": 1})
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 2})
+    assert two_tiers.pool.job(decision.task_id).attempt == 1
+    assert not [owner for owner in two_tiers.pool.workers() if owner.startswith("gpu-leaving")]
