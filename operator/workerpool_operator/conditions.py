@@ -44,8 +44,8 @@ def assess(
     found = [
         _broker(broker),
         _capacity(plans, workers),
-        _spilling(plans, broker),
-        _limited(plans),
+        _spilling(plans, broker, workers),
+        _limited(plans, broker, workers),
         _shared(conflict),
         _paused(pool.spec.mode),
     ]
@@ -118,18 +118,26 @@ def _details(plan: TierPlan, phase: Phase) -> str:
     return f"{plan.tier.name}: {len(stuck)} of {plan.decision.replicas} {phase.lower()}: {stuck[0].detail}"
 
 
-def _spilling(plans: Sequence[TierPlan], unavailable: Unavailable | None) -> _Fields:
+def _unread(kind: ConditionType, broker: Unavailable | None, workers: Unavailable | None) -> _Fields | None:
+    if workers:
+        return kind, "Unknown", "WorkersUnreadable", workers.why
+    return (kind, "Unknown", "BrokerUnreadable", broker.why) if broker else None
+
+
+def _spilling(plans: Sequence[TierPlan], broker: Unavailable | None, workers: Unavailable | None) -> _Fields:
     kind = ConditionType.SPILLING
-    if unavailable or not plans:
-        return kind, "Unknown", "BrokerUnreadable", unavailable.why if unavailable else "the tiers could not be read"
+    if unread := _unread(kind, broker, workers):
+        return unread
     spilled = [f"{plan.spilled} jobs that wanted {plan.tier.name} wait or run elsewhere" for plan in plans if plan.spilled]
     if spilled:
         return kind, "True", "JobsElsewhere", "; ".join(spilled)
     return kind, "False", "NoJobsElsewhere", "every job is on the tier that it wanted"
 
 
-def _limited(plans: Sequence[TierPlan]) -> _Fields:
+def _limited(plans: Sequence[TierPlan], broker: Unavailable | None, workers: Unavailable | None) -> _Fields:
     kind = ConditionType.SCALING_LIMITED
+    if unread := _unread(kind, broker, workers):
+        return unread
     limited = [f"{p.tier.name}: {p.decision.message}" for p in plans if p.decision.reason is scaling.Reason.AT_MAXIMUM]
     if limited:
         return kind, "True", "AtMaximum", "; ".join(limited)

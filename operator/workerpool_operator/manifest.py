@@ -10,6 +10,9 @@ import yaml
 from workerpool_operator.model import API_VERSION, KIND, Problem, parse_spec
 from workerpool_operator.ports import Pool
 
+_UNREADABLE = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
+"""PyYAML lets more than its own error out: of a date without such a day, of a tag that the value does not fit."""
+
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
@@ -20,7 +23,7 @@ def parse(text: str) -> Pool | list[Problem]:
     """
     try:
         documents = [document for document in yaml.safe_load_all(text) if document is not None]
-    except yaml.YAMLError as error:
+    except _UNREADABLE as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         return [Problem(field="file", message=f"is not YAML: {getattr(error, 'problem', None) or error}{where}")]
@@ -33,7 +36,7 @@ def _pool(document: object) -> Pool | list[Problem]:
     if not isinstance(document, dict):
         return [Problem(field="file", message=f"must hold a {KIND}: a map with apiVersion, kind, metadata and spec")]
     problems = [
-        Problem(field=field, message=f"must be {expected}", value=repr(document.get(field)))
+        Problem(field=field, message=f"must be {expected}", value=_shown(document.get(field)))
         for field, expected in (("apiVersion", API_VERSION), ("kind", KIND))
         if document.get(field) != expected
     ]
@@ -51,5 +54,9 @@ def _name(metadata: Any, field: str, default: str | None, problems: list[Problem
     given = metadata.get(field, default)
     if not isinstance(given, str) or not _NAME.fullmatch(given):
         message = "must be a name of lower-case letters, digits and hyphens, at most 63 characters"
-        problems.append(Problem(field=f"metadata.{field}", message=message, value=repr(given)))
+        problems.append(Problem(field=f"metadata.{field}", message=message, value=_shown(given)))
     return str(given)
+
+
+def _shown(value: object) -> str:
+    return "" if value is None else repr(value)

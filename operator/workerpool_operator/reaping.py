@@ -12,7 +12,7 @@ from workerpool_operator.observation import Unavailable
 from workerpool_routing.wire import PRESENCE_LIFE_MS
 
 LONGEST_GAP_SECONDS = 3.0
-"""Two passes further apart than this have not watched Redis without a gap."""
+"""Two passes further apart than this, or a clock that was set back between them, have not watched Redis without a gap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ def witness(before: Witness | None, run_id: str | Unavailable, now: float) -> Wi
     """What this pass's answer adds; None when there was no answer."""
     if isinstance(run_id, Unavailable):
         return None
-    if before is None or before.run_id != run_id or now - before.last > LONGEST_GAP_SECONDS:
+    if before is None or before.run_id != run_id or not 0 <= now - before.last <= LONGEST_GAP_SECONDS:
         return Witness(run_id, now, now)
     return replace(before, last=now)
 

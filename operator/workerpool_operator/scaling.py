@@ -8,6 +8,7 @@ The rule (in order):
 4. Down waits until the need has stayed lower for as long as a new worker would take to start: an idle worker that is kept
    that long costs at most as much as starting another one (the ski-rental bound of DelayedOff: Gandhi, Harchol-Balter,
    Raghunathan, Kozuch, "AutoScale", ACM TOCS 30(4), 2012).
+   Where nothing is remembered, after a start of the operator or an outage of the broker, what is ordered counts as the need.
 5. The bounds of the pool hold last.
 """
 
@@ -81,7 +82,9 @@ class Unread:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What the rule remembers from pass to pass: recent needs as ``(time, replicas)``, falling in replicas, oldest first."""
+    """What the rule remembers from pass to pass: recent needs as ``(time, replicas)``, falling in replicas, oldest first; at most
+    the maximum and two of them.
+    """
 
     needs: tuple[tuple[float, int], ...] = ()
 
@@ -111,14 +114,13 @@ def decide(policy: Policy, observed: Demand | Unread, memory: Memory, now: float
     """
     if isinstance(observed, Unread):
         message = f"held at {observed.replicas}: {observed.unavailable.why}"
-        return Decision(observed.replicas, Reason.BROKER_UNREADABLE, message, memory, observed.replicas)
+        return Decision(observed.replicas, Reason.BROKER_UNREADABLE, message, Memory(), observed.replicas)
 
     needed = math.ceil(observed.total / policy.concurrency)
     linger = max(MIN_LINGER_SECONDS, START_SECONDS_UNTIL_KNOWN if observed.start_seconds is None else observed.start_seconds)
-    needs = _remember(memory.needs, needed, now, linger)
-    kept = needs[0][1]
-    replicas = min(max(kept, policy.minimum), policy.maximum)
-    reason = _reason(policy, observed, needed, kept, replicas)
+    needs = _remember(memory.needs or ((now, observed.replicas),), min(needed, policy.maximum), now, linger)
+    replicas = min(max(needs[0][1], policy.minimum), policy.maximum)
+    reason = _reason(policy, observed, needed, replicas)
     return Decision(replicas, reason, _sentence(observed, reason, needed, replicas, linger), Memory(needs), needed)
 
 
@@ -128,16 +130,16 @@ def _remember(needs: tuple[tuple[float, int], ...], needed: int, now: float, lin
     return (*recent, (now, needed))
 
 
-def _reason(policy: Policy, observed: Demand, needed: int, kept: int, replicas: int) -> Reason:
-    if max(kept, policy.minimum) > policy.maximum:
+def _reason(policy: Policy, observed: Demand, needed: int, replicas: int) -> Reason:
+    if needed > policy.maximum:
         return Reason.AT_MAXIMUM
-    if replicas > observed.replicas:
-        return Reason.AT_MINIMUM if kept < policy.minimum else Reason.BACKLOG_EXCEEDS_CAPACITY
     if replicas < observed.replicas:
         return Reason.DEMAND_FELL
+    if replicas > max(needed, policy.minimum):
+        return Reason.WAITING_TO_LOWER
     if needed < policy.minimum:
         return Reason.AT_MINIMUM
-    return Reason.WAITING_TO_LOWER if needed < replicas else Reason.AS_NEEDED
+    return Reason.BACKLOG_EXCEEDS_CAPACITY if replicas > observed.replicas else Reason.AS_NEEDED
 
 
 def _sentence(observed: Demand, reason: Reason, needed: int, replicas: int, linger: float) -> str:
