@@ -99,6 +99,8 @@ def same(result: Any, expected: Mapping[str, Any]) -> bool:
 def sparkline(values: Iterable[tuple[float, int]], width: int) -> str:
     """The highest value of each of ``width`` equal spans of time, from ``(time, value)`` in order of time."""
     points = list(values)
+    if not points:
+        return ""
     begin, end = points[0][0], points[-1][0]
     highest, most = [0] * width, max(1, max(value for _, value in points))
     for at, value in points:
