@@ -199,7 +199,8 @@ def pod(raw: Mapping[str, Any], before: LivePod | None = None) -> LivePod | None
         return None
     phase, detail = _phase(raw)
     ready = _condition(raw, "Ready")
-    became_ready = _seconds(ready["lastTransitionTime"]) if ready.get("status") == "True" else None
+    since = ready.get("lastTransitionTime")
+    became_ready = _seconds(since) if since and ready["status"] == "True" else None
     replica = Replica(
         worker=metadata["name"],
         phase=phase,
