@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import redis
@@ -45,6 +46,9 @@ class RedisBroker:
         """Read all pools of one server in one pipeline."""
         try:
             client = self._client(url)
+        except ValueError:  # what it says may quote a part of the password
+            return Unavailable("the broker's URL cannot be read; a password with any of :/?#[]@ in it has to be percent-encoded")
+        try:
             for prefix in {pool.keys.prefix for pool in pools}:
                 self._listen(url, prefix)
             async with client.pipeline(transaction=False) as pipe:
@@ -74,7 +78,8 @@ class RedisBroker:
             client = self._client(url)
             for task_id in sorted(await client.smembers(pool.keys.held(owner))):
                 job = Job.load(task_id, await client.hgetall(pool.keys.job(task_id)))
-                if job and job.owner == owner and job.state in (State.CLAIMED, State.FINISHING):
+                # One that is finishing may have stored its result: Kombu delivers it again, and whoever gets it looks first.
+                if job and job.owner == owner and job.state is State.CLAIMED:
                     sentences += await self._move(client, pool, job)
             await self._run(client, "leave", ledger.leave(pool.keys, tier, owner))
             sentences.append(f"{tier}: worker {owner} is lost, it has not reported for too long")
@@ -113,7 +118,8 @@ class RedisBroker:
                 decode_responses=True,
                 socket_timeout=TIMEOUT_SECONDS,
                 socket_connect_timeout=TIMEOUT_SECONDS,
-                retry=Retry(NoBackoff(), 1),
+                # A connection that broke since the last pass is made again at once; an answer is waited for only once.
+                retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
             )
         return self._clients[url]
 
@@ -123,13 +129,18 @@ class RedisBroker:
 
     async def _follow(self, url: str, prefix: str) -> None:
         """Pass wake messages on; losing one costs a tick, so an outage needs no more than another try."""
+        task = asyncio.current_task()
+        assert task is not None
         while True:
             with contextlib.suppress(redis.RedisError, OSError):
                 async with self._client(url).pubsub(ignore_subscribe_messages=True) as subscription:
                     await subscription.subscribe(wake_channel(prefix))
-                    while True:
+                    while not task.cancelling():
                         if await subscription.get_message(timeout=TIMEOUT_SECONDS / 2):
                             self._wake.set()
+            # On Python 3.11 the wait_for inside redis-py may swallow a cancellation.
+            if task.cancelling():
+                return
             await asyncio.sleep(RESUBSCRIBE_SECONDS)
 
 
@@ -166,17 +177,19 @@ def _reading(pool: Pool, answers: Iterator[Any], run_id: str, now: Milliseconds)
 def _logged(pool: Pool) -> Iterator[None]:
     try:
         yield
-    except (redis.RedisError, OSError) as error:
+    except (redis.RedisError, OSError, VersionMismatch) as error:
         logger.warning("%s: %s", pool.id, error)
 
 
 def _why(url: str, error: Exception) -> str:
     """What is wrong with the broker, in words, without the password that its URL may hold."""
-    place = url.rpartition("@")[2].partition("://")[2] or url.rpartition("@")[2]
+    address = urlsplit(url)
+    place = f"{address.hostname}:{address.port or 6379}"
+    said = str(error).rstrip(".")
     if isinstance(error, redis.AuthenticationError):
-        return f"Redis at {place} refuses the user or the password: {error}"
+        return f"Redis at {place} refuses the user or the password: {said}"
     if isinstance(error, redis.TimeoutError):
         return f"Redis at {place} does not answer within {TIMEOUT_SECONDS:.0f} s"
     if isinstance(error, redis.ConnectionError | OSError):
-        return f"Redis at {place} cannot be reached: {error}"
-    return f"Redis at {place}: {error}"
+        return f"Redis at {place} cannot be reached: {said}"
+    return f"Redis at {place}: {said}"

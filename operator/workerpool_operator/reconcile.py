@@ -71,7 +71,8 @@ class Reconciler:
                 logger.exception("the pass failed, the next one tries again")
             await asyncio.sleep(SHORTEST_PAUSE_SECONDS)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), TICK_SECONDS - SHORTEST_PAUSE_SECONDS)
+                async with asyncio.timeout(TICK_SECONDS - SHORTEST_PAUSE_SECONDS):
+                    await self._wake.wait()
 
     async def reconcile_once(self) -> None:
         """One pass over all pools."""
