@@ -7,6 +7,7 @@ to ``workerpool check`` or ``workerpool dev`` needs is checked here too, because
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
@@ -220,7 +221,14 @@ def parse_spec(raw: object) -> WorkerPoolSpec | list[Problem]:
     try:
         return WorkerPoolSpec.model_validate(raw, by_alias=True, by_name=False)
     except ValidationError as error:
-        return [_problem(detail) for detail in error.errors(include_url=False)]
+        details = error.errors(include_url=False)
+        return [_problem(detail) for detail in details if not _only_follows(detail, details)]
+
+
+def _only_follows(detail: Any, details: Sequence[Any]) -> bool:
+    """Whether a list counts as too short only because items of it are wrong."""
+    loc = detail["loc"]
+    return detail["type"] == "too_short" and any(other is not detail and other["loc"][: len(loc)] == loc for other in details)
 
 
 def _problem(detail: Any) -> Problem:
