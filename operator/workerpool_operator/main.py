@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from http import HTTPStatus
@@ -58,15 +58,20 @@ async def _serve(namespaces: Sequence[str], health_port: int) -> None:
     except ConfigException as error:
         raise CannotStart(f"no cluster to connect to: {error}; set KUBECONFIG, or run inside a cluster") from error
     try:
+        _check_port(health_port)
         await _wait_for_resource(api)
         _LOG.info("serving the WorkerPools of %s at %s", ", ".join(namespaces) or "all namespaces", api.host)
         await Operator(api, namespaces).run(health_port)
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise
-        raise CannotStart(f"port {health_port} for /healthz is in use; choose another") from error
     finally:
         await api.close()
+
+
+def _check_port(port: int) -> None:
+    """Look before kopf does, which would end in a traceback."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise CannotStart(f"port {port} for /healthz cannot be had: {error.strerror}; end what holds it") from error
 
 
 async def _wait_for_resource(api: Api) -> None:

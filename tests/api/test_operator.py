@@ -12,15 +12,17 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.error import URLError
 
 import pytest
 import yaml
 from celery import Celery
 from e2e.cluster.control_plane import ControlPlane
+from helm_python import Chart
 from tests.api.conftest import CRD, Kubectl
 
 from workerpool_operator.local.guardian import Guardian
@@ -28,6 +30,7 @@ from workerpool_operator.local.redis_server import RedisServer, private_redis
 
 pytestmark = pytest.mark.api
 
+CHART = Path(__file__).parents[2] / "charts" / "celery-workerpool"
 INSTALL = Path(__file__).parents[2] / "manifests" / "install.yaml"
 SAMPLE = Path(__file__).parents[2] / "manifests" / "samples" / "workerpool.yaml"
 PROGRAM = "import sys; from workerpool_operator.main import run; run(sys.argv[2:], health_port=int(sys.argv[1]))"
@@ -40,18 +43,20 @@ T = TypeVar("T")
 class Operator:
     """The operator's process. It reaches the API server as its own service account."""
 
-    def __init__(self, kubeconfig: Path, log: Path, guardian: Guardian, port: int) -> None:
-        self._kubeconfig, self._log, self._guardian, self.port = kubeconfig, log, guardian, port
+    def __init__(self, kubeconfig: Path, guardian: Guardian, namespaces: Sequence[str] = ()) -> None:
+        self.kubeconfig, self._guardian, self._namespaces = kubeconfig, guardian, namespaces
+        self._log = kubeconfig.with_suffix(".log")
+        self.port = free_port()
         self.start()
 
     def start(self) -> None:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._guardian.wrap([sys.executable, "-c", PROGRAM, str(self.port)]),
+                self._guardian.wrap([sys.executable, "-c", PROGRAM, str(self.port), *self._namespaces]),
                 stdin=self._guardian.pipe,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "KUBECONFIG": str(self._kubeconfig)},
+                env={**os.environ, "KUBECONFIG": str(self.kubeconfig)},
                 start_new_session=True,
             )
 
@@ -59,8 +64,24 @@ class Operator:
         self._process.send_signal(how)
         return self._process.wait(10)
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def running(self) -> bool:
         return self._process.poll() is None
+
+    def healthy(self) -> None:
+        """Wait until the probe is answered."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/healthz", timeout=5) as answer:
+                    assert answer.status == 200
+                    return
+            except URLError:
+                assert time.monotonic() < deadline, self.log()[-3000:]
+                time.sleep(0.1)
 
     def log(self) -> str:
         return self._log.read_text()
@@ -153,17 +174,22 @@ def redis_server() -> Iterator[RedisServer]:
 def operator(
     kubeconfig: Path, kubectl: Kubectl, guardian: Guardian, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Operator]:
-    directory = tmp_path_factory.mktemp("operator")
     installed = kubectl("apply", "--server-side", "-f", str(INSTALL))
     assert installed.returncode == 0, installed.stderr
-    token = kubectl("create", "token", "celery-workerpool", "--namespace", "celery-workerpool")
-    assert token.returncode == 0, token.stderr
-    login = json.loads(kubeconfig.read_text())
-    login["users"][0]["user"] = {"token": token.stdout.strip()}
-    (directory / "kubeconfig").write_text(json.dumps(login))
-    operator = Operator(directory / "kubeconfig", directory / "log", guardian, free_port())
+    login = tmp_path_factory.mktemp("operator") / "kubeconfig"
+    log_in(kubeconfig, login, kubectl, "celery-workerpool", "celery-workerpool")
+    operator = Operator(login, guardian)
     yield operator
     operator.end(signal.SIGKILL)
+
+
+def log_in(admin: Path, path: Path, kubectl: Kubectl, namespace: str, account: str) -> None:
+    """Write the kubeconfig of a service account."""
+    token = kubectl("create", "token", account, "--namespace", namespace)
+    assert token.returncode == 0, token.stderr
+    login = json.loads(admin.read_text())
+    login["users"][0]["user"] = {"token": token.stdout.strip()}
+    path.write_text(json.dumps(login))
 
 
 def free_port() -> int:
@@ -331,9 +357,9 @@ def test_a_deleted_pool_takes_its_deployments_along(ml: Namespace) -> None:
 def test_a_secret_that_is_missing_or_wrong_is_named_and_found_when_it_is_right(ml: Namespace) -> None:
     secrets = {"absent": {}, "keyless": {"uri": ml.redis_url}, "foreign": {"url": "amqp://rabbit"}}
     for name, content in secrets.items():
-        ml.create_pool(name, broker={"urlFrom": {"secretKeyRef": {"name": name, "key": "url"}}})
         if content:
             ml.kubectl("create", "-f", "-", stdin=json.dumps(secret(name, content)))
+        ml.create_pool(name, broker={"urlFrom": {"secretKeyRef": {"name": name, "key": "url"}}})
     complaints = {
         "absent": f"spec.broker.urlFrom: Secret {ml.name}/absent does not exist; create it with the key url",
         "keyless": f"spec.broker.urlFrom: Secret {ml.name}/keyless has no key url; its keys: uri",
@@ -429,10 +455,49 @@ def test_an_outage_of_the_api_server_is_outlived(ml: Namespace, operator: Operat
     assert operator.running()
 
 
+def test_an_operator_of_one_namespace_needs_no_rights_elsewhere(
+    ml: Namespace, operator: Operator, kubeconfig: Path, kubectl: Kubectl, guardian: Guardian, tmp_path: Path
+) -> None:
+    with Chart.load(CHART) as chart:
+        rendered = chart.render({"watchNamespaces": [ml.name]}, name="celery-workerpool", namespace=ml.name)
+    manifests = "---\n".join(text for path, text in rendered.items() if path.endswith(".yaml"))
+    ml.kubectl("apply", "--server-side", "-f", "-", stdin=manifests)
+    log_in(kubeconfig, tmp_path / "kubeconfig", kubectl, ml.name, "celery-workerpool")
+    with paused(operator.pid):
+        alone = Operator(tmp_path / "kubeconfig", guardian, [ml.name])
+        try:
+            ml.create_pool()
+            ml.publish("gpu", 2)
+            ml.eventually(lambda: ml.replicas() | {"media-gpu": 2, "media-cpu": 1} == ml.replicas())
+            ml.kubectl("delete", "deployment", "media-gpu")
+            ml.eventually(lambda: ml.replicas().get("media-gpu") == 2)
+            assert alone.running()
+            assert "forbidden" not in alone.log()
+        finally:
+            alone.end(signal.SIGKILL)
+
+
 def test_the_operator_answers_probes_and_leaves_at_once_when_told_to(operator: Operator) -> None:
-    with urllib.request.urlopen(f"http://127.0.0.1:{operator.port}/healthz", timeout=5) as answer:
-        assert answer.status == 200
+    operator.healthy()
     started = time.monotonic()
     assert operator.end(signal.SIGTERM) == 0
     assert time.monotonic() - started < 5
     operator.start()
+    operator.healthy()
+
+
+@pytest.mark.parametrize("lacking", ["cluster", "port"])
+def test_what_it_cannot_start_without_is_named_in_one_line(operator: Operator, tmp_path: Path, lacking: str) -> None:
+    kubeconfig, port = (tmp_path / "none", free_port()) if lacking == "cluster" else (operator.kubeconfig, operator.port)
+    answer = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(port)],
+        env={**os.environ, "KUBECONFIG": str(kubeconfig)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert answer.returncode == 1
+    remedy = {"cluster": "set KUBECONFIG", "port": f"port {port} for /healthz cannot be had"}[lacking]
+    assert remedy in answer.stderr.splitlines()[-1]
+    assert "Traceback" not in answer.stderr
