@@ -30,6 +30,8 @@ RELIST_SECONDS = 60.0
 
 RETRY_SECONDS = 2.0
 
+LAST_PASS_SECONDS = 3.0
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -147,8 +149,9 @@ class Operator:
 
     async def _on_pool(self, event: kopf.RawEvent, **_: Any) -> None:
         _take_in(self._seen.pools, event)
-        metadata = event["object"]["metadata"]
-        await self._reflect(metadata["namespace"], metadata["name"])
+        if self._seen.complete:
+            metadata = event["object"]["metadata"]
+            await self._reflect(metadata["namespace"], metadata["name"])
 
     async def _on_deployment(self, event: kopf.RawEvent, **_: Any) -> None:
         _take_in(self._seen.deployments, event)
@@ -188,6 +191,8 @@ class Operator:
         self._reporter.forget(pool.uid)
         url = await self._urls.broker_url(pool)
         if isinstance(url, str):
+            # The pass that is under way may publish once more.
+            await asyncio.sleep(LAST_PASS_SECONDS)
             await self._broker.forget(url, pool)
         else:
             _LOG.warning("%s is deleted, what it published stays in Redis: %s", pool.id, url.why)

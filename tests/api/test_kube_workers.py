@@ -213,5 +213,10 @@ def test_what_is_refused_is_tried_again_with_growing_pauses_shown_and_kept_from_
         assert failing.phase is Phase.FAILING
         assert "image" in failing.detail
         assert (await process.observe("cpu")).desired == 1
+        mended = [{**wrong[0], "value": "media:2"}]
+        cluster.kubectl("patch", "wp", "media", "--type=json", "--patch", json.dumps(mended))
+        await process.scale(gpu=2)
+        assert (await process.observe("gpu")).desired == 2, "a changed pool is tried at once"
+        assert not (await process.observe("gpu")).count(Phase.FAILING)
 
     cluster.run(scenario)

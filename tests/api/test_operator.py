@@ -23,6 +23,7 @@ import yaml
 from celery import Celery
 from e2e.cluster.control_plane import ControlPlane
 from helm_python import Chart
+from redis import Redis
 from tests.api.conftest import CRD, Kubectl
 
 from workerpool_operator.local.guardian import Guardian
@@ -344,12 +345,14 @@ def test_the_younger_of_two_pools_on_one_queue_is_held(ml: Namespace) -> None:
     assert ml.replicas().keys() == {"media-gpu", "media-cpu"}
 
 
-def test_a_deleted_pool_takes_its_deployments_along(ml: Namespace) -> None:
+def test_a_deleted_pool_takes_along_its_deployments_and_what_it_published(ml: Namespace) -> None:
     ml.create_pool()
     ml.settled()
-    ml.kubectl("delete", "wp", "media", "--wait=false")
-    ml.eventually(lambda: not ml.objects("deployments,replicasets"))
-    # A pool of the same name, made before the collector was through, would have found its name taken for a moment.
+    with Redis.from_url(ml.redis_url) as redis:
+        ml.eventually(lambda: redis.keys(f"workerpool:{ml.name}/media:*"))
+        ml.kubectl("delete", "wp", "media", "--wait=false")
+        ml.eventually(lambda: not ml.objects("deployments,replicasets"))
+        ml.eventually(lambda: not redis.keys(f"workerpool:{ml.name}/media:*"))
     ml.create_pool()
     ml.settled()
 
@@ -417,6 +420,9 @@ def test_a_pool_that_the_api_server_refuses_says_why_and_does_not_hold_up_others
     ml.eventually(lambda: "image" in ml.condition("Ready", "broken")["message"])
     ml.create_pool("sound")
     ml.eventually(lambda: ml.replicas().get("sound-cpu") == 1)
+    time.sleep(2)
+    told = [event["message"] for event in ml.objects("events") if event["involvedObject"]["name"] == "broken"]
+    assert len(told) == len(set(told)), "what cannot be done is told once, however often it is tried"
 
 
 def test_a_stored_pool_that_this_release_does_not_understand_is_named_and_its_workers_stay(

@@ -49,9 +49,10 @@ class _Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Trouble:
-    """Why a tier's last write failed, how often in a row, and when it may be tried again."""
+    """Why a tier's last write failed, how often in a row, and when it may be tried again: at once when the pool has changed."""
 
     why: str
+    generation: int
     tries: int
     shown: bool
     since: float
@@ -109,7 +110,7 @@ class KubeWorkers:
         key = (pool.namespace, name_of(pool, tier))
         before = self._troubles.get(key)
         now = self._clock()
-        if before is not None and now < before.retry_at:
+        if before is not None and before.generation == pool.generation and now < before.retry_at:
             return
         try:
             await self._bring(pool, tier, wanted, busy)
@@ -118,7 +119,9 @@ class KubeWorkers:
             asked, passing = (error.retry_after, error.passing) if isinstance(error, ApiError) else (0.0, False)
             pause = max(min(2.0 ** (tries - 1), LONGEST_PAUSE_SECONDS), asked)
             shown = not passing or tries >= PASSING_TRIES
-            self._troubles[key] = _Trouble(str(error), tries, shown, before.since if before else now, now + pause)
+            self._troubles[key] = _Trouble(
+                str(error), pool.generation, tries, shown, before.since if before else now, now + pause
+            )
             if before is None or before.why != str(error):
                 _LOG.warning("%s %s: Deployment %s: %s", pool.id, tier.name, key[1], error)
         else:
