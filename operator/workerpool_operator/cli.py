@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import click
+from kombu.utils.url import sanitize_url
 from rich.console import Console
 
 from workerpool_operator import dev as dev_mode
@@ -84,9 +85,13 @@ async def _dev(pool: Pool, directory: Path, broker_url: str | None) -> None:
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     with suppress(asyncio.CancelledError), LiveView(console) as view:
         async with dev_mode.session(pool, directory=directory, reporter=view, broker_url=broker_url) as session:
-            console.print(f"broker  {session.broker_url}", highlight=False)
-            console.print(f"logs    {directory}", highlight=False)
-            console.print(f"in the API: CELERY_BROKER_URL={session.broker_url}, WorkerPool({pool.id!r}, app)", highlight=False)
+            url = sanitize_url(session.broker_url)
+            for line in (
+                f"broker  {url}",
+                f"logs    {directory}",
+                f"in the API: CELERY_BROKER_URL={url}, WorkerPool({pool.id!r}, app)",
+            ):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
             await asyncio.Event().wait()
 
 
