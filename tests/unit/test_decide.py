@@ -97,9 +97,6 @@ def test_the_content_types_of_the_policy_are_read_in_any_case() -> None:
     assert gains(Policy((GPU, CPU), accelerated_content_types=("Audio",)), "audio/mpeg")
 
 
-FULL, IDLE = Load(0, 1, 1, 0), Load(0, 0, 1, 0)
-
-
 @pytest.mark.parametrize(
     ("accelerated", "plain_waiting", "reason"),
     [
@@ -110,9 +107,9 @@ FULL, IDLE = Load(0, 1, 1, 0), Load(0, 0, 1, 0)
         pytest.param(Load(0, 0, 0, 0), 0, Reason.NO_CAPACITY, id="no worker and none can start"),
         pytest.param(Load(0, 0, 0, 1), 0, Reason.SLOT_STARTING, id="from zero"),
         pytest.param(Load(0, 1, 1, 1), 0, Reason.SLOT_STARTING, id="busy, another may start"),
-        pytest.param(Load(MARGIN, 1, 1, 8), 0, Reason.SLOT_STARTING, id="as long as the margin"),
-        pytest.param(Load(MARGIN + 1, 1, 1, 8), 0, Reason.QUEUE_TOO_LONG, id="longer than the margin"),
-        pytest.param(Load(MARGIN + 1, 1, 1, 8), 1, Reason.SLOT_STARTING, id="the plain queue is as long"),
+        pytest.param(Load(5, 1, 1, 8), 0, Reason.SLOT_STARTING, id="five jobs longer"),
+        pytest.param(Load(6, 1, 1, 8), 0, Reason.QUEUE_TOO_LONG, id="six jobs longer"),
+        pytest.param(Load(6, 1, 1, 8), 1, Reason.SLOT_STARTING, id="the plain queue is as long"),
         pytest.param(Load(20, 0, 30, 0), 0, Reason.FREE_SLOT, id="a long queue that is taken in a moment"),
         pytest.param(Load(50, 1, 1, 0), 0, Reason.NO_CAPACITY, id="a long queue is not the first thing that is wrong"),
     ],
@@ -153,6 +150,10 @@ def test_every_reason_is_explained_with_its_tier_and_the_numbers(reason: Reason)
     assert re.fullmatch(r"gpu: [a-z].{20,}", bare)
     measured = explain(reason, "gpu", Load(waiting=11, in_flight=22, ready=33, coming=44), Load(55, 66, 77, 88))
     assert measured == f"{bare} (33 slots ready, 44 may still start, 22 in flight, 11 waiting; 55 waiting on the plain tier)"
+
+
+def test_every_reason_is_spelt_as_its_name() -> None:
+    assert [reason.value for reason in Reason] == [reason.name.title().replace("_", "") for reason in Reason]
 
 
 def test_no_two_reasons_have_the_same_words() -> None:

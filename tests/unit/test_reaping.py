@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from workerpool_operator.observation import Unavailable
 from workerpool_operator.reaping import LONGEST_GAP_SECONDS, Witness, may_reap, witness
-from workerpool_routing.wire import PRESENCE_LIFE_MS
+from workerpool_routing.wire import PRESENCE_LIFE_MS, PRESENCE_PERIOD_SECONDS
 
 pytestmark = pytest.mark.unit
 
@@ -34,7 +34,7 @@ def test_nobody_is_reaped_before_the_first_answer() -> None:
 
 def test_a_whole_presence_life_of_answers_is_enough_and_less_is_not() -> None:
     assert may_reap(watch(*every_second(100, 100 + LIFE)))
-    assert not may_reap(watch(*every_second(100, 99 + LIFE)))
+    assert not may_reap(watch(*every_second(100, 99 + LIFE), (99.999 + LIFE, "r1")))
 
 
 def test_an_outage_starts_the_watch_again() -> None:
@@ -53,6 +53,15 @@ def test_another_redis_process_starts_the_watch_again() -> None:
 def test_a_gap_between_passes_starts_the_watch_again() -> None:
     assert may_reap(watch(*every_second(0, 60), (60 + LONGEST_GAP_SECONDS, "r1")))
     assert not may_reap(watch(*every_second(0, 60), (60.1 + LONGEST_GAP_SECONDS, "r1")))
+
+
+def test_passes_that_come_in_quick_succession_do_not_break_the_watch() -> None:
+    passes: list[tuple[float, str | Unavailable]] = [(100 + n // 2 * 0.125, "r1") for n in range(2 * 8 * int(LIFE) + 2)]
+    assert may_reap(watch(*passes))
+
+
+def test_a_gap_that_goes_unnoticed_is_too_short_for_presence_to_expire() -> None:
+    assert LONGEST_GAP_SECONDS + PRESENCE_PERIOD_SECONDS < LIFE
 
 
 def test_a_clock_that_was_set_back_starts_the_watch_again_and_does_not_stop_it() -> None:

@@ -161,7 +161,12 @@ def test_from_zero_it_goes_straight_to_need(demand: Demand, concurrency: int, re
 
 @pytest.mark.parametrize(
     ("start_seconds", "linger"),
-    [(None, START_SECONDS_UNTIL_KNOWN), (0.5, MIN_LINGER_SECONDS), (MIN_LINGER_SECONDS, MIN_LINGER_SECONDS), (90.0, 90.0)],
+    [
+        (None, START_SECONDS_UNTIL_KNOWN),
+        (0.5, MIN_LINGER_SECONDS),
+        (MIN_LINGER_SECONDS + 1, MIN_LINGER_SECONDS + 1),
+        (90.0, 90.0),
+    ],
 )
 def test_it_lowers_only_after_the_need_stayed_lower_for_as_long_as_a_worker_takes_to_start(
     start_seconds: float | None, linger: float
@@ -224,6 +229,10 @@ def test_the_reason_names_what_decided(policy: Policy, waiting: int, replicas: i
 def test_the_message_holds_the_numbers_it_stands_on() -> None:
     decision = decide(Policy(0, 8, concurrency=2), Demand(waiting=11, in_flight=7, spilled=3, replicas=1), Memory(), 0.0)
     assert decision.message == "11 waiting + 7 in flight + 3 spilled need 11, ordered 8; the maximum limits it"
+
+
+def test_every_reason_is_spelt_as_its_name() -> None:
+    assert [reason.value for reason in Reason] == [reason.name.title().replace("_", "") for reason in Reason]
 
 
 def test_the_message_leaves_out_spills_that_do_not_exist() -> None:
