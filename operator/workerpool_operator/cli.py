@@ -69,10 +69,11 @@ def dev(file: Path, broker_url: str | None, logs: Path | None, debug: bool) -> N
     directory = logs or Path(tempfile.mkdtemp(prefix=f"workerpool-{pool.name}-"))
     try:
         asyncio.run(_dev(pool, directory, broker_url))
-    except (dev_mode.CannotStart, RedisServerError, OSError) as error:
+    except Exception as error:
         if debug:
             raise
-        _fail(str(error))
+        foreseen = isinstance(error, dev_mode.CannotStart | RedisServerError | OSError)
+        _fail(str(error) if foreseen else f"{type(error).__name__}: {error}; --debug shows where")
     except KeyboardInterrupt:
         sys.exit(130)
 

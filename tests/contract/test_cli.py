@@ -200,6 +200,14 @@ def test_debug_shows_where_it_went_wrong() -> None:
     assert isinstance(result.exception, dev.CannotStart)
 
 
+def test_what_nobody_foresaw_is_one_line_too(mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def surprise(_: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(dev, "unsupported", surprise)
+    assert refused_by_dev(mark, resource()) == "KeyError: 'surprise'; --debug shows where\n"
+
+
 def test_a_redis_that_is_not_there_is_named_with_the_next_step(mark: str) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
