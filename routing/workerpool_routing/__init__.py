@@ -2,21 +2,8 @@
 
 from workerpool_routing.decide import Reason
 from workerpool_routing.decision import Decision
-from workerpool_routing.errors import JobLost, NoAcceleratedTier, NotConfigured, PoolUnavailable, WorkerPoolError
-from workerpool_routing.ledger import Job, State
+from workerpool_routing.errors import Overloaded, PoolUnavailable
 from workerpool_routing.pool import WorkerPool
 from workerpool_routing.wire import TierPolicy as Tier
 
-__all__ = [
-    "Decision",
-    "Job",
-    "JobLost",
-    "NoAcceleratedTier",
-    "NotConfigured",
-    "PoolUnavailable",
-    "Reason",
-    "State",
-    "Tier",
-    "WorkerPool",
-    "WorkerPoolError",
-]
+__all__ = ["Decision", "Overloaded", "PoolUnavailable", "Reason", "Tier", "WorkerPool"]

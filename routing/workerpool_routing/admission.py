@@ -1,81 +1,144 @@
-"""Arguments and answer of ``lua/admit.lua``: one round trip that measures, decides and writes the ledger."""
+"""Arguments and answer of ``lua/admit.lua``: one round trip that measures, decides, writes the ledger and publishes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from workerpool_routing.decide import MARGIN, Choice, Load, Reason
-from workerpool_routing.wire import JOB_LIFE_SECONDS, PRESENCE_LIFE_MS, SCHEMA_VERSION, Keyspace, TierPolicy, wake_channel
+from workerpool_routing.decide import MARGIN, RETURN, SERVICE_SECONDS, START_SECONDS, Candidates, Load, Reason, Request
+from workerpool_routing.ledger import Call
+from workerpool_routing.message import Message
+from workerpool_routing.wire import (
+    IDEMPOTENCY_LIFE_SECONDS,
+    JOB_LIFE_SECONDS,
+    LEASE_MS,
+    MESSAGE_LIMIT_BYTES,
+    PRESENCE_LIFE_MS,
+    SCHEMA_VERSION,
+    Keyspace,
+    Milliseconds,
+    TierPolicy,
+    wake_channel,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What the ledger stores of a new job."""
+    """What the ledger stores of a new job.
+
+    Attributes:
+        publish: whether the script publishes the message; Celery's own calls do it themselves.
+        idempotency_key: whoever comes second with it gets the decision of the first.
+    """
 
     task_id: str
-    task: str
-    required: bool
+    message: Message
+    publish: bool = True
+    idempotency_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Where the job goes, and the loads that the script saw (None when it had nothing to measure)."""
+    """Where the job goes: its tier and queue, why, and the expected wait in seconds, which is infinite where nothing is ready.
 
-    choice: Choice
-    accelerated: Load | None = None
-    plain: Load | None = None
+    Attributes:
+        task_id: of the job; that of an earlier call when an idempotency key says so, empty when nothing was asked to be admitted.
+        load: what the tier that was asked for held; None when the decision is an earlier one.
+        time: of Redis's clock, at the decision.
+    """
+
+    task_id: str
+    tier: str
+    queue: str
+    reason: Reason
+    wait: float
+    load: Load | None
+    time: Milliseconds
 
 
-def argument(keys: Keyspace, open_or_chosen: Choice | tuple[TierPolicy, TierPolicy], entry: Entry | None) -> str:
-    """The script's only argument; without an entry it decides and changes nothing."""
-    tiers, wanted, reason = _tiers(open_or_chosen)
+def call(
+    keys: Keyspace,
+    candidates: Candidates,
+    request: Request,
+    *,
+    entry: Entry | None = None,
+    lease: str | None = None,
+    wanted: TierPolicy | None = None,
+    refuses: bool = True,
+    until: Milliseconds | None = None,
+) -> Call:
+    """Arguments of the script; with neither entry nor lease it decides and changes nothing.
+
+    Args:
+        keys: the pool's.
+        candidates: from :func:`~workerpool_routing.decide.preselect`, or the one that a lease was given for.
+        request: what the caller asks for.
+        entry: the job to write to the ledger.
+        lease: an id under which the decision counts until it is released.
+        wanted: the tier whose demand the job is; None: the first candidate where that is accelerated, else the one it gets.
+        refuses: whether the answer may be a refusal.
+        until: Redis's time after which nobody waits for the answer any more; the script then does nothing.
+    """
+    ask: dict[str, Any] = {"task": request.task, "refuses": refuses, "limit": request.limit, "lease": lease, "until_ms": until}
+    parts: list[str] = []
+    if entry:
+        ask |= {"id": entry.task_id, "job": keys.job(entry.task_id), "required": int(request.accelerated == "required")}
+        ask["idempotent"] = keys.idempotent(entry.idempotency_key) if entry.idempotency_key else None
+        ask["step"] = 1 + keys.step(entry.message.priority) if entry.publish else None
+        parts = [entry.message.head, entry.message.tail]
+    given = json.dumps({key: value for key, value in ask.items() if value is not None})
+    return Call([], [_of_the_pool(keys, candidates, wanted), given, *parts])
+
+
+def parse(reply: Sequence[Any]) -> Admission | Milliseconds:
+    """Read the script's answer; only a time when the caller had given up before the script ran."""
+    if len(reply) == 1:
+        return Milliseconds(int(reply[0]))
+    time, task_id, tier, queue, reason, wait, *load = reply
+    measured = Load(*map(int, load)) if load else None
+    return Admission(task_id, tier, queue, Reason(reason), float(wait), measured, Milliseconds(int(time)))
+
+
+@lru_cache(maxsize=64)
+def _of_the_pool(keys: Keyspace, candidates: Candidates, wanted: TierPolicy | None) -> str:
+    first = candidates.tiers[0]
     document: dict[str, Any] = {
         "version": SCHEMA_VERSION,
-        "tiers": [_tier(keys, tier) for tier in tiers],
-        "wanted": _tier(keys, wanted),
+        "name": keys.pool,
+        "tiers": [_tier(keys, tier) for tier in candidates.tiers],
+        "accelerated": candidates.accelerated,
         "capacity": keys.capacity,
+        "sides": keys.sides,
         "routes": keys.routes,
         "wake": wake_channel(keys.prefix),
-        "pool": keys.pool,
         "margin": MARGIN,
+        "back": RETURN,
+        "service_seconds": SERVICE_SECONDS,
+        "start_seconds": START_SECONDS,
         "presence_life": PRESENCE_LIFE_MS,
+        "lease_life": LEASE_MS,
         "job_life": JOB_LIFE_SECONDS,
+        "idempotency_life": IDEMPOTENCY_LIFE_SECONDS,
+        "message_limit": MESSAGE_LIMIT_BYTES,
     }
-    if reason:
-        document["choice"] = reason
-    if entry:
-        document["job"] = {
-            "key": keys.job(entry.task_id), "id": entry.task_id, "task": entry.task, "required": int(entry.required)
-        }  # fmt: skip
+    if candidates.reason:
+        document["reason"] = candidates.reason
+    if wanted or first.accelerated:
+        document["wanted"] = _tier(keys, wanted or first)
     return json.dumps(document)
-
-
-def parse(open_or_chosen: Choice | tuple[TierPolicy, TierPolicy], reply: Sequence[Any]) -> Admission:
-    """Read the script's answer."""
-    tiers, wanted, _ = _tiers(open_or_chosen)
-    choice = Choice(tiers[int(reply[0]) - 1], Reason(_text(reply[1])), wanted)
-    numbers = [int(number) for number in reply[2:]]
-    return Admission(choice, Load(*numbers[:4]), Load(*numbers[4:])) if numbers else Admission(choice)
-
-
-def _tiers(open_or_chosen: Choice | tuple[TierPolicy, TierPolicy]) -> tuple[tuple[TierPolicy, ...], TierPolicy, Reason | None]:
-    if isinstance(open_or_chosen, Choice):
-        return (open_or_chosen.tier,), open_or_chosen.wanted, open_or_chosen.reason
-    return open_or_chosen, open_or_chosen[0], None
 
 
 def _tier(keys: Keyspace, tier: TierPolicy) -> dict[str, Any]:
     return {
         "name": tier.name,
+        "queue": tier.queue,
         "lists": keys.queue_lists(tier.queue),
         "unacked": keys.unacked(tier.name),
         "slots": keys.slots(tier.name),
+        "leases": keys.leases(tier.name),
+        "service": keys.service(tier.name),
         "spilled": keys.spilled(tier.name),
     }
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value

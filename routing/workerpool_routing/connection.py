@@ -4,18 +4,21 @@ answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import redis
 from celery import Celery
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.retry import Retry
+from redis.sentinel import Sentinel
 
 from workerpool_routing.errors import NotConfigured, PoolUnavailable
 from workerpool_routing.ledger import Call, script
-from workerpool_routing.wire import PRIORITY_STEPS, Keyspace
+from workerpool_routing.wire import PRIORITY_STEPS, Keyspace, Milliseconds
 
 REQUEST_TIMEOUT_SECONDS = 0.25
 """How long an API request waits for Redis."""
@@ -24,29 +27,33 @@ WORKER_TIMEOUT_SECONDS = 5.0
 WORKER_RETRIES = 8
 """A worker outlasts a restart of Redis: it tries again for about ten seconds."""
 
-_REFUSALS = ("READONLY", "OOM", "MISCONF", "LOADING", "MASTERDOWN", "CLUSTERDOWN")
+_REFUSALS = ("READONLY", "OOM", "MISCONF", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "NOAUTH", "WRONGPASS", "NOPERM")
 
 
 class Connection:
     """Scripts and plain commands on the broker of one app; safe to share between threads and to use after a fork."""
 
-    def __init__(self, app: Celery, *, patient: bool) -> None:
-        """``patient``: retry as a worker does, rather than answer at once as an API must."""
+    def __init__(self, app: Celery, *, patient: bool, timeout: float = REQUEST_TIMEOUT_SECONDS) -> None:
+        """``patient``: retry as a worker does, rather than answer within ``timeout`` seconds as an API must."""
         self._app = app
         self._patient = patient
+        self.timeout = WORKER_TIMEOUT_SECONDS if patient else timeout
         self._client: Any = None
         self._scripts: dict[str, Any] = {}
+        self._ahead: float | None = None
 
     @property
     def client(self) -> Any:
         """The redis-py client; the app's configuration is read at first use."""
         if self._client is None:
-            self._client = redis.Redis.from_url(
-                broker_url(self._app),
+            # An API may repeat what a broken connection has cut off, and must not wait for a second time-out.
+            impatient = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
+            self._client = connect(
+                self._app,
                 decode_responses=True,
-                socket_timeout=WORKER_TIMEOUT_SECONDS if self._patient else REQUEST_TIMEOUT_SECONDS,
-                socket_connect_timeout=WORKER_TIMEOUT_SECONDS if self._patient else REQUEST_TIMEOUT_SECONDS,
-                retry=Retry(ExponentialBackoff(cap=2, base=0.1), WORKER_RETRIES) if self._patient else Retry(NoBackoff(), 1),
+                socket_timeout=self.timeout,
+                socket_connect_timeout=self.timeout,
+                retry=Retry(ExponentialBackoff(cap=2, base=0.1), WORKER_RETRIES) if self._patient else impatient,
             )
         return self._client
 
@@ -57,28 +64,79 @@ class Connection:
         with unavailable_when_down():
             return self._scripts[name](keys=call.keys, args=call.args)
 
+    def now(self) -> Milliseconds:
+        """Redis's time by this host's monotonic clock; asks Redis only the first time."""
+        if self._ahead is None:
+            with unavailable_when_down():
+                seconds, micros = self.client.time()
+            self.set_clock(Milliseconds(seconds * 1000 + micros // 1000))
+        assert self._ahead is not None
+        return Milliseconds(int(time.monotonic() * 1000 + self._ahead))
+
+    def set_clock(self, now: Milliseconds) -> None:
+        """Note what Redis has just said of its time."""
+        self._ahead = now - time.monotonic() * 1000
+
 
 @contextmanager
 def unavailable_when_down() -> Iterator[None]:
     """Translate everything that means "not now" into :class:`PoolUnavailable`."""
     try:
         yield
-    except (redis.ConnectionError, redis.TimeoutError) as error:
-        raise PoolUnavailable(f"Redis does not answer: {error}") from error
     except redis.ResponseError as error:
         if any(refusal in str(error) for refusal in _REFUSALS):
             raise PoolUnavailable(f"Redis refuses: {error}") from error
         raise
+    except (redis.ConnectionError, redis.TimeoutError) as error:
+        raise PoolUnavailable(f"Redis does not answer: {error}") from error
 
 
-def broker_url(app: Celery) -> str:
-    """The app's broker; raises :class:`NotConfigured` when that is not Redis."""
+def connect(app: Celery, **options: Any) -> Any:
+    """A client of the app's broker as Kombu would reach it; raises :class:`NotConfigured` when it is no Redis, or no valid URL."""
     url = app.conf.broker_write_url or app.conf.broker_url or ""
-    url = url if isinstance(url, str) else url[0]
+    urls = [part for one in ([url] if isinstance(url, str) else url) for part in one.split(";")]
+    transport = app.conf.broker_transport_options or {}
+    ssl = app.conf.broker_use_ssl
+    try:
+        if urls[0].startswith("sentinel://"):
+            return _sentinel(urls, transport, options)
+        return redis.Redis.from_url(_url(urls[0], encrypted=bool(ssl)), **options, **(ssl if isinstance(ssl, Mapping) else {}))
+    except ValueError:  # what it says may quote a part of the password
+        raise NotConfigured(
+            "broker_url cannot be read; a password with any of :/?#[]@ in it has to be percent-encoded"
+        ) from None
+
+
+def _url(url: str, *, encrypted: bool) -> str:
+    """The same address in the words of redis-py."""
     if not url.startswith(("redis://", "rediss://", "unix://", "redis+socket://")):
-        scheme = url.partition("://")[0] or "none"
-        raise NotConfigured(f"broker_url: a WorkerPool needs a redis:// or rediss:// broker, this app has {scheme!r}")
-    return url.replace("redis+socket://", "unix://", 1)
+        scheme = url.partition("://")[0] if "://" in url else "none"
+        raise NotConfigured(f"broker_url: a WorkerPool needs a redis://, rediss:// or sentinel:// broker, this app has {scheme!r}")
+    url = url.replace("redis+socket://", "unix://", 1)
+    url = url.replace("redis://", "rediss://", 1) if encrypted else url
+    address = urlsplit(url)
+    query = {key: value.lower().removeprefix("cert_") if key == "ssl_cert_reqs" else value for key, value in parse_qsl(address.query)}
+    return address._replace(query=urlencode(query)).geturl()
+
+
+def _sentinel(urls: list[str], transport: Mapping[str, Any], options: dict[str, Any]) -> Any:
+    """The master that the sentinels name; user, password and database are those of the first URL, as in Kombu."""
+    if "master_name" not in transport:
+        raise NotConfigured("broker_transport_options: a sentinel:// broker needs master_name")
+    addresses = [urlsplit(url) for url in urls]
+    timeouts = {key: options[key] for key in ("socket_timeout", "socket_connect_timeout")}
+    sentinels = Sentinel(
+        [(address.hostname, address.port or 26379) for address in addresses],
+        sentinel_kwargs={**timeouts, **transport.get("sentinel_kwargs", {})},
+    )
+    first = addresses[0]
+    return sentinels.master_for(
+        transport["master_name"],
+        username=unquote(first.username) if first.username else None,
+        password=unquote(first.password) if first.password else None,
+        db=int(first.path.strip("/") or 0),
+        **options,
+    )
 
 
 def keyspace(pool: str, app: Celery) -> Keyspace:

@@ -3,20 +3,45 @@
 What needs no measurement is decided by :func:`preselect`; the rest, :func:`place`, stands a second time in ``lua/admit.lua``,
 where it runs beside the data. A test drives both with generated inputs and holds them equal.
 
-The rule: a job that did not ask for an accelerator, or whose content type gains nothing from one, goes to the first plain tier; a
-required one to the first accelerated tier, whatever the load. Any other goes to the accelerated tier while that has a free
-slot, or while slots may still start and its queue is no more than :data:`MARGIN` longer than the plain one; else it spills.
+The rule, in this order:
+
+1. A job that did not ask for an accelerator, or whose content type gains nothing from one, goes to a plain tier; a required one to
+   an accelerated tier. Among several of a kind: the one that starts it soonest, which is the first that has a free slot; of equal
+   ones the first in order of preference.
+2. Any other goes to the first accelerated tier that has a free slot.
+3. Else it waits for the first accelerated tier that is worth the wait, or spills to the plain tier that starts it soonest:
+
+   * Where the service times of both are known, it waits while the accelerated tier starts it at most ``sqrt(fast * slow) - fast``
+     seconds later. That is a threshold which grows with the ratio of the speeds, as Lin and Kumar (1984) have shown to be
+     optimal for a fast and a slow server: every job that queues makes all behind it wait, so the shortest completion of each,
+     ``slow - fast``, is too late for all of them. A task that spills so goes on to spill until the difference has fallen to
+     :data:`RETURN` of the threshold. Exactly on the boundary it waits.
+   * Where they are not, it waits while slots may still start and the accelerated queue is no more than :data:`MARGIN` longer.
+
+4. If that tier cannot start it before its deadline or the longest wait allowed, the tier that starts it soonest takes it; if none
+   can, the job is refused. Exactly in time is in time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf, sqrt
 
 from workerpool_routing.wire import Policy, TierPolicy, Wish
 
 MARGIN = 5
 """By how many waiting jobs the accelerated queue may be longer than the plain one while service times are unknown."""
+
+RETURN = 0.5
+"""The part of the threshold at which a task that spills comes back."""
+
+SERVICE_SECONDS = 1.0
+"""What a job counts in a queue while nothing is known of its task: low, so that nothing is refused for want of knowledge."""
+
+START_SECONDS = 30.0
+"""How long a slot counts as starting."""
 
 
 class Reason(StrEnum):
@@ -28,64 +53,115 @@ class Reason(StrEnum):
     ONLY_TIER = "OnlyTier"
     FREE_SLOT = "FreeSlot"
     SLOT_STARTING = "SlotStarting"
+    WORTH_THE_WAIT = "WorthTheWait"
     NO_CAPACITY = "NoCapacity"
     QUEUE_TOO_LONG = "QueueTooLong"
+    WAIT_TOO_LONG = "WaitTooLong"
+    STARTS_SOONER = "StartsSooner"
+    OVERLOADED = "Overloaded"
     POLICY_UNKNOWN = "PolicyUnknown"
     ADMISSION_FAILED = "AdmissionFailed"
     ATTEMPT_FAILED = "AttemptFailed"
     ATTEMPT_LOST = "AttemptLost"
 
 
-SPILLS = frozenset({Reason.NO_CAPACITY, Reason.QUEUE_TOO_LONG})
-"""The answers of :func:`place` that send a job away from the tier it wanted."""
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the caller asks for; ``content_type`` may be a MIME type or its main part, None when unknown."""
+    """What the caller asks for.
+
+    Attributes:
+        content_type: its main type, None when unknown.
+        limit: seconds within which the job has to start, None when it may wait for ever.
+    """
 
     task: str
     accelerated: Wish
     content_type: str | None = None
+    limit: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """A tier, the reason, and the tier that the job would have had with unlimited capacity."""
+class Candidates:
+    """The tiers that may take a job, in order of preference.
 
-    tier: TierPolicy
-    reason: Reason
-    wanted: TierPolicy
+    Attributes:
+        accelerated: how many of them, from the first, are to be preferred to the others while they are worth the wait.
+        reason: why these and no others; None where the load has to say.
+    """
+
+    tiers: tuple[TierPolicy, ...]
+    accelerated: int = 0
+    reason: Reason | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One tier as the admission script measures it; ``ready`` and ``coming`` are slots, not workers."""
+    """One tier as the admission script measures it; ``ready`` and ``coming`` are slots, not workers.
+
+    Attributes:
+        leased: jobs that were sent to it and are not in its queue yet.
+        service: mean seconds of this task on it, None when unknown.
+    """
 
     waiting: int
     in_flight: int
     ready: int
     coming: int
+    leased: int = 0
+    service: float | None = None
+
+    @property
+    def ahead(self) -> int:
+        """Jobs that have a slot or will get one first."""
+        return self.in_flight + self.waiting + self.leased
+
+    @property
+    def queued(self) -> int:
+        """Jobs that wait, in its queue or on their way there."""
+        return self.waiting + self.leased
 
     @property
     def free(self) -> int:
         """Ready slots that no job has or waits for."""
-        return self.ready - self.in_flight - self.waiting
+        return self.ready - self.ahead
+
+    @property
+    def wait(self) -> float:
+        """Expected seconds until the job starts: by the slots that are ready, or with those that are still to come, whichever is
+        sooner; infinite without any.
+        """
+        if self.free > 0:
+            return 0.0
+        service = SERVICE_SECONDS if self.service is None else self.service
+        by_ready = (1 - self.free) * service / self.ready if self.ready > 0 else inf
+        if self.coming <= 0:
+            return by_ready
+        slots = self.ready + self.coming
+        return min(by_ready, START_SECONDS + max(0, self.ahead - slots + 1) * service / slots)
 
 
-def preselect(policy: Policy, request: Request) -> Choice | tuple[TierPolicy, TierPolicy]:
-    """Choose without measuring, or return the accelerated and the plain tier between which :func:`place` has to choose."""
-    accelerated, plain = policy.accelerated_tier(), policy.plain_tier()
-    if accelerated is None or plain is None:
-        only = policy.tiers[0]
-        return Choice(only, Reason.ONLY_TIER, only)
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Which candidate takes the job, why, and after how many seconds; a refusal is :data:`Reason.OVERLOADED`."""
+
+    index: int
+    reason: Reason
+    wait: float
+
+
+def preselect(policy: Policy, request: Request) -> Candidates:
+    """The tiers between which :func:`place` has to choose."""
+    accelerated = tuple(tier for tier in policy.tiers if tier.accelerated)
+    plain = tuple(tier for tier in policy.tiers if not tier.accelerated)
+    if not accelerated or not plain:
+        return Candidates(policy.tiers, reason=Reason.ONLY_TIER)
     if not request.accelerated:
-        return Choice(plain, Reason.NOT_REQUESTED, plain)
+        return Candidates(plain, reason=Reason.NOT_REQUESTED)
     if request.accelerated == "required":
-        return Choice(accelerated, Reason.REQUIRED, accelerated)
+        return Candidates(accelerated, reason=Reason.REQUIRED)
     if request.content_type is not None and not gains(policy, request.content_type):
-        return Choice(plain, Reason.CONTENT_TYPE_GAINS_NOTHING, plain)
-    return accelerated, plain
+        return Candidates(plain, reason=Reason.CONTENT_TYPE_GAINS_NOTHING)
+    return Candidates(accelerated + plain, accelerated=len(accelerated))
 
 
 def gains(policy: Policy, content_type: str) -> bool:
@@ -93,24 +169,68 @@ def gains(policy: Policy, content_type: str) -> bool:
     return content_type.partition("/")[0].strip().lower() in map(str.lower, policy.accelerated_content_types)
 
 
-def place(accelerated: Load, plain: Load) -> Reason:
-    """Choose between the two tiers by what they hold; one of :data:`SPILLS` means the plain one."""
-    if accelerated.free > 0:
-        return Reason.FREE_SLOT
-    if accelerated.coming <= 0:
+def place(
+    candidates: Candidates, loads: Sequence[Load], *, limit: float | None, spilling: bool = False, refuses: bool = True
+) -> Verdict:
+    """Choose among the candidates by what they hold.
+
+    Args:
+        candidates: from :func:`preselect`.
+        loads: one for each of them.
+        limit: seconds within which the job has to start.
+        spilling: whether the last job of the task spilled because the wait was too long.
+        refuses: whether a job that no tier can start in time is refused; else the one that starts it soonest takes it.
+    """
+    soonest = _soonest(loads, range(len(loads)))
+    if candidates.reason:
+        index, reason = soonest, candidates.reason
+    else:
+        index, reason = _prefer(candidates.accelerated, loads, spilling)
+    if limit is not None and loads[index].wait > limit:
+        if loads[soonest].wait > limit and refuses:
+            return Verdict(soonest, Reason.OVERLOADED, loads[soonest].wait)
+        if soonest != index:
+            index, reason = soonest, Reason.STARTS_SOONER
+    return Verdict(index, reason, loads[index].wait)
+
+
+def _soonest(loads: Sequence[Load], among: range) -> int:
+    return min(among, key=lambda index: loads[index].wait)
+
+
+def _prefer(accelerated: int, loads: Sequence[Load], spilling: bool) -> tuple[int, Reason]:
+    for index in range(accelerated):
+        if loads[index].free > 0:
+            return index, Reason.FREE_SLOT
+    plain = _soonest(loads, range(accelerated, len(loads)))
+    reasons = [_weigh(load, loads[plain], spilling) for load in loads[:accelerated]]
+    worth = next((index for index, reason in enumerate(reasons) if reason not in SPILLS), None)
+    return (plain, reasons[0]) if worth is None else (worth, reasons[worth])
+
+
+def _weigh(fast: Load, slow: Load, spilling: bool) -> Reason:
+    """Whether a full accelerated tier is worth the wait."""
+    if fast.service is not None and slow.service is not None:
+        if fast.ready + fast.coming <= 0:
+            return Reason.NO_CAPACITY
+        threshold = max(0.0, sqrt(fast.service * slow.service) - fast.service) * (RETURN if spilling else 1.0)
+        return Reason.WORTH_THE_WAIT if fast.wait - slow.wait <= threshold else Reason.WAIT_TOO_LONG
+    if fast.coming <= 0:
         return Reason.NO_CAPACITY
-    if accelerated.waiting > plain.waiting + MARGIN:
-        return Reason.QUEUE_TOO_LONG
-    return Reason.SLOT_STARTING
+    return Reason.QUEUE_TOO_LONG if fast.queued > slow.queued + MARGIN else Reason.SLOT_STARTING
 
 
-def explain(reason: Reason, tier: str, accelerated: Load | None = None, plain: Load | None = None) -> str:
-    """The decision in a sentence for people."""
-    if accelerated is None or plain is None:
+SPILLS = frozenset({Reason.NO_CAPACITY, Reason.QUEUE_TOO_LONG, Reason.WAIT_TOO_LONG})
+"""Why a job is not on the accelerated tier that it asked for."""
+
+
+def explain(reason: Reason, tier: str, load: Load | None = None) -> str:
+    """The decision in a sentence for people; ``load`` is what the tier that was asked for holds."""
+    if load is None:
         return f"{tier}: {_WORDS[reason]}"
     return (
-        f"{tier}: {_WORDS[reason]} ({accelerated.ready} slots ready, {accelerated.coming} may still start, "
-        f"{accelerated.in_flight} in flight, {accelerated.waiting} waiting; {plain.waiting} waiting on the plain tier)"
+        f"{tier}: {_WORDS[reason]} ({load.ready} slots ready, {load.coming} may still start, {load.in_flight} in flight, "
+        f"{load.queued} waiting)"
     )
 
 
@@ -121,8 +241,12 @@ _WORDS = {
     Reason.ONLY_TIER: "the pool has no other kind of tier",
     Reason.FREE_SLOT: "the accelerated tier has a free slot",
     Reason.SLOT_STARTING: "an accelerated slot is starting or may be started, and few jobs wait for it",
+    Reason.WORTH_THE_WAIT: "the accelerated tier is so much faster that the wait for it is worth it",
     Reason.NO_CAPACITY: "no accelerated slot is free and none can be started",
     Reason.QUEUE_TOO_LONG: f"the accelerated queue is more than {MARGIN} jobs longer",
+    Reason.WAIT_TOO_LONG: "the wait for the accelerated tier costs more than its speed is worth",
+    Reason.STARTS_SOONER: "the tier that it would have had cannot start it in time",
+    Reason.OVERLOADED: "no tier can start the job in time",
     Reason.POLICY_UNKNOWN: "nothing is known of the pool, the app's own routing holds",
     Reason.ADMISSION_FAILED: "the admission script failed, the last tier takes the job",
     Reason.ATTEMPT_FAILED: "its accelerated attempt failed",

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from math import ceil, inf, isinf
 
 from workerpool_routing.admission import Admission
 from workerpool_routing.decide import Reason, Request, explain
+from workerpool_routing.errors import Overloaded
+from workerpool_routing.wire import CAPACITY_LIFE_MS
 
 logger = logging.getLogger("workerpool_routing")
+
+LOG_FIELDS = ("pool", "task_id", "task", "tier", "queue", "content_type", "reason", "expected_wait")
+"""The attributes of the one log record that each decision makes; its message holds the same as ``key=value``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +27,8 @@ class Decision:
         queue: where its message waits.
         reason: from the closed list.
         message: the reason in a sentence, with the numbers that it stands on.
+        expected_wait: seconds until it starts, as far as is known: a job of an unknown task counts as one second; None while no worker
+            is there or on its way.
     """
 
     task_id: str | None
@@ -28,20 +36,37 @@ class Decision:
     queue: str
     reason: Reason
     message: str
+    expected_wait: float | None = None
 
 
-def decision(admission: Admission | None, task_id: str | None, default_queue: str) -> Decision:
-    """Put an admission into words; without one the app's default queue takes the job."""
-    if admission is None:
-        return Decision(task_id, None, default_queue, Reason.POLICY_UNKNOWN, explain(Reason.POLICY_UNKNOWN, default_queue))
-    tier, reason = admission.choice.tier, admission.choice.reason
-    message = explain(reason, tier.name, admission.accelerated, admission.plain)
-    return Decision(task_id, tier.name, tier.queue, reason, message)
+def decision(admission: Admission, request: Request) -> Decision:
+    """Put an admission into words; raises :class:`Overloaded` where it is a refusal."""
+    message = explain(admission.reason, admission.tier, admission.load)
+    if admission.reason is Reason.OVERLOADED:
+        # Without any slot there is nothing to reckon with: by then what the operator knows has been renewed.
+        seconds = CAPACITY_LIFE_MS / 1000 if isinf(admission.wait) else admission.wait - (request.limit or 0)
+        raise Overloaded(message, retry_after=max(1, ceil(seconds)), reason=admission.reason)
+    wait = None if admission.wait == inf else admission.wait
+    return Decision(admission.task_id or None, admission.tier, admission.queue, admission.reason, message, wait)
 
 
-def log(decided: Decision, request: Request) -> None:
-    """One line for each job that was routed."""
-    logger.info(
-        "routed task_id=%s task=%s tier=%s queue=%s content_type=%s reason=%s",
-        decided.task_id, request.task, decided.tier, decided.queue, request.content_type, decided.reason,
-    )  # fmt: skip
+def undecided(task_id: str | None, queue: str) -> Decision:
+    """The decision where nothing is known of the pool."""
+    return Decision(task_id, None, queue, Reason.POLICY_UNKNOWN, explain(Reason.POLICY_UNKNOWN, queue))
+
+
+def log(pool: str, request: Request, decided: Decision | None) -> None:
+    """One record for each decision; None: it was refused."""
+    values = (
+        pool,
+        decided.task_id if decided else None,
+        request.task,
+        decided.tier if decided else None,
+        decided.queue if decided else None,
+        request.content_type,
+        decided.reason if decided else Reason.OVERLOADED,
+        decided.expected_wait if decided else None,
+    )
+    fields = dict(zip(LOG_FIELDS, values, strict=True))
+    words = " ".join(f"{key}=%s" for key in LOG_FIELDS)
+    logger.info(f"{'routed' if decided else 'refused'} {words}", *values, extra=fields)

@@ -1,5 +1,9 @@
 """What the library raises; all of it derives from :class:`WorkerPoolError`."""
 
+from __future__ import annotations
+
+from workerpool_routing.decide import Reason
+
 
 class WorkerPoolError(Exception):
     """Something about the pool keeps the call from doing what it says; the message names it and the next step."""
@@ -7,6 +11,20 @@ class WorkerPoolError(Exception):
 
 class PoolUnavailable(WorkerPoolError):
     """Redis, which is the broker too, did not answer in time: nothing was queued. Worth trying again."""
+
+
+class Overloaded(WorkerPoolError):
+    """No tier can start the job before its deadline or the longest wait allowed: nothing was queued.
+
+    Attributes:
+        retry_after: whole seconds after which trying again makes sense.
+        reason: why, from the closed list.
+    """
+
+    def __init__(self, message: str, *, retry_after: int, reason: Reason) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        self.reason = reason
 
 
 class NoAcceleratedTier(WorkerPoolError):

@@ -1,7 +1,8 @@
 """Plain ``delay()``, ``apply_async()``, ``send_task()`` and canvases, routed through Celery's own hooks.
 
-The router function sees neither the task id nor the message, ``before_task_publish`` cannot change the queue: so the first
-decides, and the second, which Celery calls right after it in the same thread, writes the ledger.
+The router function sees neither the task id nor the message, ``before_task_publish`` cannot change the queue, and Celery
+publishes: so the first decides under a lease, the second, which Celery calls right after it in the same thread, writes the
+ledger, and ``after_task_publish`` releases the lease, since the message is in the queue now and counted there.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from celery import Celery, signals
 
-from workerpool_routing.admission import Admission
-from workerpool_routing.decide import Request
+from workerpool_routing.admission import Admission, Entry
+from workerpool_routing.content import main_type
+from workerpool_routing.decide import Candidates, Request, preselect
 from workerpool_routing.decision import decision, log
-from workerpool_routing.wire import HEADER, Policy
+from workerpool_routing.message import serialise
+from workerpool_routing.wire import HEADER, Policy, TierPolicy
 
 if TYPE_CHECKING:
     from workerpool_routing.pool import WorkerPool
@@ -31,6 +35,10 @@ class _Routed:
     by: RoutingHook
     request: Request
     admission: Admission
+    tier: TierPolicy
+    wanted: TierPolicy
+    encoding: Mapping[str, Any]
+    lease: str
 
 
 _routed: ContextVar[_Routed | None] = ContextVar("workerpool_routed", default=None)
@@ -47,7 +55,9 @@ class RoutingHook:
         own = app.conf.task_routes
         rest = [] if own is None else list(own) if isinstance(own, list | tuple) else [own]
         app.conf.task_routes = [self.route, *rest]
+        self._conf = app.conf
         signals.before_task_publish.connect(self._record, weak=False)
+        signals.after_task_publish.connect(self._release, weak=False)
 
     def route(
         self, name: str, _args: Sequence[Any], _kwargs: Mapping[str, Any], options: dict[str, Any], **_: Any
@@ -57,28 +67,58 @@ class RoutingHook:
         if any(options.get(given) for given in ("queue", "exchange", "routing_key")):
             return None
         try:
-            request = _request(self._pool.policy, name, (options.get("headers") or {}).get(HEADER) or {})
-            admission = self._pool.admit(request, None) if request else None
+            routed = self._decide(name, options)
         except Exception:  # an error here would break a chain that nobody watches
             logger.exception("pool %s cannot route %s, the app's own routing holds", self._pool.name, name)
             return None
-        if request is None or admission is None:
-            return None
-        _routed.set(_Routed(self, request, admission))
-        return {"queue": admission.choice.tier.queue}
+        _routed.set(routed)
+        return {"queue": routed.tier.queue} if routed else None
 
-    def _record(self, sender: str, headers: dict[str, Any], **_: Any) -> None:
-        routed = _routed.get()
-        if routed is None or routed.by is not self or routed.request.task != sender:
+    def _decide(self, name: str, options: Mapping[str, Any]) -> _Routed | None:
+        policy = self._pool.policy
+        request = _request(policy, name, (options.get("headers") or {}).get(HEADER) or {})
+        if policy is None or request is None:
+            return None
+        candidates, lease = preselect(policy, request), str(uuid4())
+        admission = self._pool.store.admit(candidates, request, lease=lease, refuses=False)
+        tier = next(tier for tier in candidates.tiers if tier.name == admission.tier)
+        wanted = candidates.tiers[0] if candidates.tiers[0].accelerated else tier
+        conf = self._conf
+        encoding = {
+            "serializer": options.get("serializer") or conf.task_serializer,
+            "compression": options.get("compression") or conf.task_compression,
+        }
+        return _Routed(self, request, admission, tier, wanted, encoding, lease)
+
+    def _record(self, sender: str, body: Any, headers: dict[str, Any], properties: dict[str, Any], **_: Any) -> None:
+        routed = self._mine(sender)
+        if routed is None:
             return
-        _routed.set(None)
         try:
-            self._pool.record(routed.admission.choice, routed.request, headers["id"])
+            stamped = {**headers, HEADER: {**(headers.get(HEADER) or {}), "attempt": 1}}
+            message = serialise(body, stamped, properties, encoding=routed.encoding)
+            chosen = Candidates((routed.tier,), reason=routed.admission.reason)
+            entry = Entry(headers["id"], message, publish=False)
+            self._pool.store.admit(chosen, routed.request, entry=entry, wanted=routed.wanted, refuses=False)
         except Exception:  # the message itself may still be published: unfenced, like any plain one
             logger.exception("job %s is not on the ledger: a lost attempt of it falls to the visibility time-out", headers["id"])
             return
-        headers[HEADER] = {**(headers.get(HEADER) or {}), "attempt": 1}
-        log(decision(routed.admission, headers["id"], ""), routed.request)
+        headers[HEADER] = stamped[HEADER]
+        log(self._pool.name, routed.request, replace(decision(routed.admission, routed.request), task_id=headers["id"]))
+
+    def _release(self, sender: str, **_: Any) -> None:
+        routed = self._mine(sender)
+        if routed is None:
+            return
+        _routed.set(None)
+        try:
+            self._pool.store.release(routed.tier.name, routed.lease)
+        except Exception:  # a lease ends by itself
+            logger.warning("pool %s: a lease was not released and ends by itself", self._pool.name)
+
+    def _mine(self, sender: str) -> _Routed | None:
+        routed = _routed.get()
+        return routed if routed and routed.by is self and routed.request.task == sender else None
 
 
 def _request(policy: Policy | None, name: str, wishes: Mapping[str, Any]) -> Request | None:
@@ -88,5 +128,10 @@ def _request(policy: Policy | None, name: str, wishes: Mapping[str, Any]) -> Req
     named = next((task for task in policy.tasks if fnmatchcase(name, task.name)), None)
     if named is None and "accelerated" not in wishes:
         return None
-    default = named.accelerated if named else False
-    return Request(name, wishes.get("accelerated", default), wishes.get("content_type"))
+    content_type = wishes.get("content_type")
+    return Request(
+        name,
+        wishes.get("accelerated", named.accelerated if named else False),
+        main_type(content_type) if content_type is not None else None,
+        policy.max_wait_seconds,
+    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -13,23 +15,24 @@ import redis
 from celery import Celery, Task
 from kombu.exceptions import OperationalError
 
-from workerpool_routing import admission
 from workerpool_routing.admission import Admission, Entry
-from workerpool_routing.connection import Connection, keyspace, unavailable_when_down
-from workerpool_routing.decide import Choice, Reason, Request, preselect
-from workerpool_routing.decision import Decision, decision, log
-from workerpool_routing.errors import NoAcceleratedTier, NotConfigured, PoolUnavailable
+from workerpool_routing.connection import REQUEST_TIMEOUT_SECONDS, Connection, keyspace
+from workerpool_routing.content import main_type
+from workerpool_routing.decide import Candidates, Reason, Request, explain, preselect
+from workerpool_routing.decision import Decision, decision, log, undecided
+from workerpool_routing.errors import NoAcceleratedTier, NotConfigured, Overloaded, PoolUnavailable
 from workerpool_routing.hook import RoutingHook
-from workerpool_routing.ledger import Call, Job
-from workerpool_routing.policy import PolicySource
-from workerpool_routing.wire import ENV_POOL, ENV_TIER, HEADER, Keyspace, Milliseconds, Policy, Presence, TierPolicy, Wish
+from workerpool_routing.ledger import Job
+from workerpool_routing.message import prepare
+from workerpool_routing.store import RedisStore, Store, TierState
+from workerpool_routing.wire import ENV_POOL, ENV_TIER, Keyspace, Policy, Presence, TierPolicy, Wish
 
 logger = logging.getLogger("workerpool_routing")
 
 PUBLISH_TIMEOUT_SECONDS = 5.0
-"""How long Kombu may take for one step of a publish; its own default is to wait for ever."""
+"""How long Kombu may take for one step of a publish that is Celery's own; its default is to wait for ever."""
 
-_RESERVED = ("queue", "exchange", "routing_key", "expires", "task_id", "router")
+_RESERVED = ("queue", "exchange", "routing_key", "expires", "task_id", "router", "producer", "retry")
 
 
 class WorkerPool:
@@ -39,20 +42,35 @@ class WorkerPool:
         name: ``namespace/name`` of the WorkerPool resource.
         app: the Celery app; its broker must be Redis.
         tiers: the tiers in order of preference, for a pool that no operator manages; else the operator publishes them.
+        timeout: seconds that a call waits for Redis before it raises :class:`PoolUnavailable`.
+        fail_open: whether a job is published without a decision while the pool's policy is missing, or the admission script
+            fails: to the app's default queue, or to the last tier. Never one that requires an accelerator or has an idempotency
+            key: these promise what only a decision can keep.
 
     In a process that the operator or ``workerpool dev`` started as a worker of this pool, the tasks of the app are fenced and the
     worker reports its presence; in any other, jobs are routed. Nothing is read from Redis until the first job.
     """
 
-    def __init__(self, name: str, app: Celery, *, tiers: Sequence[TierPolicy] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        app: Celery,
+        *,
+        tiers: Sequence[TierPolicy] | None = None,
+        timeout: float = REQUEST_TIMEOUT_SECONDS,
+        fail_open: bool = True,
+    ) -> None:
         if not re.fullmatch(r"[a-z0-9][-a-z0-9.]*/[a-z0-9][-a-z0-9.]*", name):
             raise NotConfigured(f"WorkerPool name {name!r}: give namespace/name of the WorkerPool resource, such as ml/media")
+        if timeout <= 0:
+            raise NotConfigured(f"timeout {timeout!r}: give the seconds that a call may wait for Redis, more than none")
         self.name = name
         self._app = app
-        self._given = Policy(tuple(tiers)) if tiers else None
+        self._given = _policy(tiers) if tiers is not None else None
+        self._fail_open = fail_open
         in_worker = os.environ.get(ENV_POOL) == name and ENV_TIER in os.environ
-        self._connection = Connection(app, patient=in_worker)
-        self._source: PolicySource | None = None
+        self._connection = Connection(app, patient=in_worker, timeout=timeout)
+        self._store: Store | None = None
         if in_worker:
             from workerpool_routing.worker import install  # only workers pay for it
 
@@ -65,7 +83,7 @@ class WorkerPool:
     @property
     def keys(self) -> Keyspace:
         """The names of the pool's keys."""
-        return self._policy_source.keys
+        return keyspace(self.name, self._app)
 
     @property
     def connection(self) -> Connection:
@@ -73,15 +91,16 @@ class WorkerPool:
         return self._connection
 
     @property
-    def policy(self) -> Policy | None:
-        """The pool's policy as this process knows it; raises :class:`PoolUnavailable`."""
-        return self._policy_source.get()
+    def store(self) -> Store:
+        """Where the pool's state is kept."""
+        if self._store is None:
+            self._store = RedisStore(self._connection, self.keys, self._given)
+        return self._store
 
     @property
-    def _policy_source(self) -> PolicySource:
-        if self._source is None:
-            self._source = PolicySource(self._connection, keyspace(self.name, self._app), self._given)
-        return self._source
+    def policy(self) -> Policy | None:
+        """The pool's policy as this process knows it; raises :class:`PoolUnavailable`."""
+        return self.store.policy()
 
     def submit(
         self,
@@ -92,137 +111,189 @@ class WorkerPool:
         accelerated: Wish = False,
         content_type: str | None = None,
         deadline: float | None = None,
+        max_wait: float | None = None,
+        idempotency_key: str | None = None,
         **options: Any,
     ) -> Decision:
-        """Admit one job, route it and publish it.
+        """Decide where one job goes, write it to the ledger and publish it, all in one round trip to Redis.
 
         Args:
             task: a task of the app.
             args: its positional arguments.
             kwargs: its keyword arguments.
             accelerated: True when an accelerator helps, "required" when the job can run nowhere else.
-            content_type: what it works on, as a MIME type or its main part; types that gain nothing go to the plain tier.
+            content_type: what it works on, as a MIME type, its main part or a file name; types that gain nothing go to a plain tier.
             deadline: seconds from now by which it must have started, else it expires.
+            max_wait: seconds that it may be expected to wait, in place of the pool's own ``maxWaitSeconds``.
+            idempotency_key: a second call with the same key, within a day, gets the decision of the first and queues nothing.
             options: further options of ``apply_async``.
 
         Raises:
+            Overloaded: no tier can start it within ``deadline`` and ``max_wait``; nothing was queued.
             PoolUnavailable: Redis did not answer in time; nothing was queued.
             NoAcceleratedTier: the job requires an accelerator that the pool does not have.
+            kombu.exceptions.EncodeError: the arguments cannot be serialised.
         """
         if taken := [name for name in _RESERVED if name in options]:
             raise TypeError(f"submit() chooses {', '.join(taken)} itself; use apply_async() to choose them")
-        request, task_id = Request(task.name, accelerated, content_type), str(uuid4())
-        admitted = self.admit(request, task_id)
-        decided = self._decision(admitted, task_id)
-        if admitted:
-            headers = options.get("headers") or {}
-            options["headers"] = {**headers, HEADER: {**headers.get(HEADER, {}), "attempt": 1}}
-            options["queue"] = decided.queue
+        if task.name not in self._app.tasks:
+            raise NotConfigured(f"{task.name} is not registered with the Celery app of pool {self.name}")
+        task_id = str(uuid4())
+        apply = partial(_apply, task, args, kwargs, task_id, deadline, options)
+        if self._app.conf.task_always_eager:
+            return apply(self._app)
+        request, policy = _request(task, accelerated, content_type, deadline), self.store.policy()
+        promises = idempotency_key is not None or accelerated == "required"
+        if policy is None:
+            self._may_go_undecided(promises, "its policy is not in Redis: is the WorkerPool applied, the operator running?")
+            return self._logged(request, apply(self._app))
+        request = _limited(request, policy, max_wait)
+        candidates = self._candidates(policy, request)
+        message = prepare(task, args, kwargs, task_id=task_id, expires=deadline, options=options)
         try:
-            task.apply_async(args, kwargs, task_id=task_id, expires=deadline, retry=False, **options)
-        except (OperationalError, redis.RedisError) as error:
-            self._withdraw(task_id)
-            raise PoolUnavailable(f"the job could not be published: {error}") from error
-        log(decided, request)
+            admission = self.store.admit(candidates, request, entry=Entry(task_id, message, idempotency_key=idempotency_key))
+        except redis.ResponseError as error:
+            self._may_go_undecided(promises, f"the admission script failed: {error}")
+            logger.exception("pool %s: the admission script failed, the last tier takes %s", self.name, task.name)
+            last = policy.tiers[-1]
+            self.store.push(last.queue, message)
+            reason = Reason.ADMISSION_FAILED
+            return self._logged(request, Decision(task_id, last.name, last.queue, reason, explain(reason, last.name)))
+        return self._logged(request, self._decided(admission, request))
+
+    async def submit_async(self, task: Task, *args: Any, **kwargs: Any) -> Decision:
+        """:meth:`submit` with the same arguments and exceptions, on a thread: the event loop never waits for Redis."""
+        return await asyncio.to_thread(self.submit, task, *args, **kwargs)
+
+    def should_accelerate(
+        self,
+        task: Task,
+        *,
+        accelerated: Wish = True,
+        content_type: str | None = None,
+        deadline: float | None = None,
+        max_wait: float | None = None,
+    ) -> Decision:
+        """Decide as :meth:`submit` would, refusals included, and change nothing."""
+        request, policy = _request(task, accelerated, content_type, deadline), self.store.policy()
+        if policy is None:
+            return undecided(None, self._app.conf.task_default_queue)
+        request = _limited(request, policy, max_wait)
+        return decision(self.store.admit(self._candidates(policy, request), request), request)
+
+    def _candidates(self, policy: Policy, request: Request) -> Candidates:
+        candidates = preselect(policy, request)
+        if request.accelerated == "required" and not candidates.tiers[0].accelerated:
+            raise NoAcceleratedTier(f"{request.task} requires an accelerator, and no tier of pool {self.name} has one")
+        return candidates
+
+    def _decided(self, admission: Admission, request: Request) -> Decision:
+        try:
+            return decision(admission, request)
+        except Overloaded:
+            log(self.name, request, None)
+            raise
+
+    def _logged(self, request: Request, decided: Decision) -> Decision:
+        log(self.name, request, decided)
         return decided
 
-    def should_accelerate(self, task: Task, *, accelerated: Wish = True, content_type: str | None = None) -> Decision:
-        """Decide as :meth:`submit` would, and change nothing."""
-        return self._decision(self.admit(Request(task.name, accelerated, content_type), None), None)
-
-    def admit(self, request: Request, task_id: str | None) -> Admission | None:
-        """Decide, and write the job to the ledger when it has an id; None when nothing is known of the pool."""
-        policy = self.policy
-        if policy is None:
-            return None
-        choice = preselect(policy, request)
-        if isinstance(choice, Choice) and request.accelerated == "required" and not choice.tier.accelerated:
-            raise NoAcceleratedTier(f"{request.task} requires an accelerator, and no tier of pool {self.name} has one")
-        try:
-            return self.record(choice, request, task_id)
-        except redis.ResponseError:
-            logger.exception("pool %s: the admission script failed, the last tier takes %s", self.name, request.task)
-            return Admission(Choice(policy.tiers[-1], Reason.ADMISSION_FAILED, policy.tiers[-1]))
-
-    def record(self, choice: Choice | tuple[TierPolicy, TierPolicy], request: Request, task_id: str | None) -> Admission:
-        """Run the admission script."""
-        entry = Entry(task_id, request.task, request.accelerated == "required") if task_id else None
-        reply = self._connection.run("admit", Call([], [admission.argument(self.keys, choice, entry)]))
-        return admission.parse(choice, reply)
-
-    def _decision(self, admitted: Admission | None, task_id: str | None) -> Decision:
-        return decision(admitted, task_id, self._app.conf.task_default_queue)
-
-    def _withdraw(self, task_id: str) -> None:
-        """Forget a job that was never published; what cannot be forgotten now expires by itself."""
-        try:
-            policy = self.policy
-            with unavailable_when_down(), self._connection.client.pipeline() as pipe:
-                pipe.delete(self.keys.job(task_id))
-                for tier in policy.tiers if policy else ():
-                    pipe.zrem(self.keys.spilled(tier.name), task_id)
-                pipe.execute()
-        except PoolUnavailable:
-            logger.warning("job %s was not published and stays on the ledger until it expires", task_id)
+    def _may_go_undecided(self, promises: bool, why: str) -> None:
+        if promises or not self._fail_open:
+            raise PoolUnavailable(f"pool {self.name} cannot decide: {why}")
 
     def job(self, task_id: str) -> Job | None:
         """The ledger's entry of a job, None when it has none (any more)."""
-        with unavailable_when_down():
-            return Job.load(task_id, self._connection.client.hgetall(self.keys.job(task_id)))
+        return self.store.job(task_id)
 
     def workers(self) -> dict[str, Presence]:
         """The live workers, by owner."""
-        policy = self.policy
-        with unavailable_when_down(), self._connection.client.pipeline(transaction=False) as pipe:
-            pipe.time()
-            for tier in policy.tiers if policy else ():
-                pipe.hgetall(self.keys.presence(tier.name))
-            (seconds, micros), *tiers = pipe.execute()
-        now = Milliseconds(seconds * 1000 + micros // 1000)
-        reports = (Presence.load(raw) for tier in tiers for raw in tier.values())
-        return {report.owner: report for report in reports if report.alive(now)}
+        return {worker.owner: worker for state in self._state() for worker in state.workers}
 
     def has_accelerated_workers(self) -> bool:
         """Whether an accelerated worker has a free slot."""
-        return _free(self.workers().values(), self.policy)
+        return _free(self._state())
 
     def queue_length(self, queue: str) -> int:
         """Messages that wait in a queue, over all priority steps."""
-        with unavailable_when_down(), self._connection.client.pipeline(transaction=False) as pipe:
-            for name in self.keys.queue_lists(queue):
-                pipe.llen(name)
-            return sum(pipe.execute())
+        return self.store.queue_length(queue)
 
     def status(self) -> dict[str, Any]:
-        """Workers and queues as plain data, for a status endpoint; a tier's type is ``gpu`` when it is accelerated, else
-        ``cpu``.
+        """Workers, queues and tiers as plain data, for a status endpoint; a worker's type is ``gpu`` when its tier is accelerated, else
+        ``cpu``. Slots and jobs are counted, ``oldest_wait`` is in seconds.
         """
-        policy, workers = self.policy, self.workers()
-        tiers = {tier.name: tier for tier in policy.tiers} if policy else {}
-        kinds = {owner: "gpu" if tiers[report.tier].accelerated else "cpu" for owner, report in workers.items()}
+        states = self._state()
+        kinds = {worker.owner: _kind(state) for state in states for worker in state.workers}
         return {
             "workers": {
-                "total": len(workers),
+                "total": len(kinds),
                 "gpu": sum(kind == "gpu" for kind in kinds.values()),
                 "cpu": sum(kind == "cpu" for kind in kinds.values()),
                 "details": {
-                    owner: {
-                        "type": kinds[owner], "active_tasks": report.busy, "max_tasks": report.slots, "queues": [report.queue]
+                    worker.owner: {
+                        "type": kinds[worker.owner], "active_tasks": worker.busy, "max_tasks": worker.slots, "queues": [worker.queue]
                     }
-                    for owner, report in workers.items()
+                    for state in states for worker in state.workers
                 },
             },
-            "queues": {
-                tier.queue: {
-                    "length": self.queue_length(tier.queue),
-                    "workers": sum(report.queue == tier.queue for report in workers.values()),
+            "queues": {state.tier.queue: {"length": state.waiting, "workers": len(state.workers)} for state in states},
+            "gpu_available": _free(states),
+            "tiers": {
+                state.tier.name: {
+                    "type": _kind(state), "queue": state.tier.queue, "ready": state.ready, "starting": state.starting,
+                    "waiting": state.waiting, "in_flight": state.in_flight, "oldest_wait": state.oldest_wait,
                 }
-                for tier in tiers.values()
+                for state in states
             },
-            "gpu_available": _free(workers.values(), policy),
         }  # fmt: skip
 
+    def _state(self) -> Sequence[TierState]:
+        policy = self.store.policy()
+        return self.store.state(policy) if policy else ()
 
-def _free(workers: Iterable[Presence], policy: Policy | None) -> bool:
-    accelerated = {tier.name for tier in policy.tiers if tier.accelerated} if policy else set()
-    return any(worker.tier in accelerated and worker.busy < worker.slots for worker in workers)
+
+def _policy(tiers: Sequence[TierPolicy]) -> Policy:
+    for what in ("name", "queue"):
+        seen = [getattr(tier, what) for tier in tiers]
+        if twice := next((value for value in seen if seen.count(value) > 1), None):
+            raise NotConfigured(f"tiers: two of them have the {what} {twice!r}")
+    if not tiers:
+        raise NotConfigured("tiers: name at least one, or leave it out where an operator publishes them")
+    return Policy(tuple(tiers))
+
+
+def _request(task: Task, accelerated: Wish, content_type: str | None, deadline: float | None) -> Request:
+    if accelerated not in (True, False, "required"):
+        raise ValueError(f'accelerated is {accelerated!r}; give True, False or "required"')
+    if deadline is not None and deadline < 0:
+        raise ValueError(f"deadline is {deadline!r}; give the seconds from now by which the job must have started")
+    return Request(task.name, accelerated, main_type(content_type) if content_type is not None else None, deadline)
+
+
+def _limited(request: Request, policy: Policy, max_wait: float | None) -> Request:
+    """The request with the shorter of its deadline and the longest wait allowed."""
+    if max_wait is not None and max_wait < 0:
+        raise ValueError(f"max_wait is {max_wait!r}; give the seconds that the job may be expected to wait")
+    limits = [request.limit, policy.max_wait_seconds if max_wait is None else max_wait]
+    return Request(
+        request.task, request.accelerated, request.content_type, min((one for one in limits if one is not None), default=None)
+    )
+
+
+def _apply(
+    task: Task, args: Sequence[Any], kwargs: Mapping[str, Any] | None, task_id: str, deadline: float | None, options: Any, app: Celery
+) -> Decision:
+    """Leave a job to Celery's own routing."""
+    try:
+        task.apply_async(args, kwargs, task_id=task_id, expires=deadline, retry=False, **options)
+    except (OperationalError, redis.RedisError) as error:
+        raise PoolUnavailable(f"the job could not be published: {error}") from error
+    return undecided(task_id, app.conf.task_default_queue)
+
+
+def _kind(state: TierState) -> str:
+    return "gpu" if state.tier.accelerated else "cpu"
+
+
+def _free(states: Sequence[TierState]) -> bool:
+    return any(state.tier.accelerated and worker.busy < worker.slots for state in states for worker in state.workers)

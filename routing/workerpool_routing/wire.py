@@ -16,6 +16,10 @@ key                       type    meaning
 ``job:<task id>``         hash    the ledger entry, see :mod:`workerpool_routing.ledger`
 ``spilled:<tier>``        zset    task ids that wanted the tier and wait or run elsewhere → time of admission
 ``routes``                hash    ``<tier>:<reason>`` → decisions so far
+``leases:<tier>``         zset    messages that are decided on and not yet in the queue → time at which that stops counting
+``idempotent:<key>``      hash    the decision that the first caller with that key got
+``service:<tier>``        hash    task → mean seconds from claim to end, an EWMA of weight 0.2; written when a job has ended
+``sides``                 hash    task → 1 while its jobs spill because the wait is too long
 ========================  ======  =====================================================================================
 
 An *owner* is one life of a worker process: the worker's name and a suffix of its own, so that a container that restarts under
@@ -50,6 +54,15 @@ JOB_LIFE_SECONDS = 86_400
 
 ENDED_JOB_LIFE_SECONDS = 3_600
 """How long the ledger keeps a job that has ended."""
+
+LEASE_MS = 3_000
+"""How long a message that was decided on counts although it is not in its queue yet: from the decision to the publish."""
+
+IDEMPOTENCY_LIFE_SECONDS = 86_400
+"""How long an idempotency key gives the first caller's decision again."""
+
+MESSAGE_LIMIT_BYTES = 65_536
+"""The ledger keeps a job's message until it is claimed, unless it is longer than this: then it cannot be published anew."""
 
 VISIBILITY_TIMEOUT_SECONDS = 60
 """Kombu's last resort; longer than presence life plus the time in which the operator takes over."""
@@ -123,14 +136,31 @@ class Keyspace:
     def job(self, task_id: str) -> str:
         return self._own(f"job:{task_id}")
 
+    def leases(self, tier: str) -> str:
+        return self._own(f"leases:{tier}")
+
+    def idempotent(self, key: str) -> str:
+        return self._own(f"idempotent:{key}")
+
+    def service(self, tier: str) -> str:
+        return self._own(f"service:{tier}")
+
+    @property
+    def sides(self) -> str:
+        return self._own("sides")
+
     def queue_lists(self, queue: str) -> list[str]:
         """The Redis lists of a queue, one per priority step, most urgent first."""
         return [self.queue_list(queue, step) for step in self.priority_steps]
 
     def queue_list(self, queue: str, priority: int) -> str:
         """The list that Kombu uses for a message of this priority (0 is the most urgent)."""
-        step = self.priority_steps[bisect(self.priority_steps, priority) - 1]
+        step = self.priority_steps[self.step(priority)]
         return f"{self.prefix}{queue}{PRIORITY_SEPARATOR}{step}" if step else f"{self.prefix}{queue}"
+
+    def step(self, priority: int) -> int:
+        """Which of :meth:`queue_lists` takes a message of this priority."""
+        return (bisect(self.priority_steps, priority) - 1) % len(self.priority_steps)
 
     def unacked(self, tier: str) -> str:
         """The hash of messages that workers of the tier hold: delivery tag → JSON ``[message, exchange, routing_key]``."""
@@ -173,13 +203,17 @@ class TaskPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The routing half of a WorkerPool, as the operator publishes it; tiers in order of preference."""
+    """The routing half of a WorkerPool, as the operator publishes it; tiers in order of preference.
+
+    ``max_wait_seconds``: beyond this expected wait a job is refused; None: never.
+    """
 
     tiers: tuple[TierPolicy, ...]
     accelerated_content_types: tuple[str, ...] = ("audio", "video", "image")
     tasks: tuple[TaskPolicy, ...] = ()
     fallback_on_failure: bool = True
     fallback_on_loss: bool = True
+    max_wait_seconds: int | None = None
 
     def tier(self, name: str) -> TierPolicy | None:
         """The tier of that name."""
@@ -207,6 +241,7 @@ class Policy:
                 tasks=tuple(TaskPolicy(**task) for task in data["tasks"]),
                 fallback_on_failure=data["fallback_on_failure"],
                 fallback_on_loss=data["fallback_on_loss"],
+                max_wait_seconds=data["max_wait_seconds"],
             )
 
 

@@ -1,54 +1,142 @@
--- Decide where a job goes and write it to the ledger, in one step.
+-- Decide where a job goes, write it to the ledger and publish it, in one step.
 --
--- ARGV[1]: JSON, see admission.py: {tiers: [accelerated, plain] or the chosen one, choice?, job?, ...}.
+-- ARGV[1]: JSON that depends on the candidates alone; ARGV[2]: JSON that depends on the job; see admission.py for both.
+-- ARGV[3], ARGV[4]: the job's message before and after the name of its queue.
 -- Keys travel inside the JSON: Kombu's Redis transport knows no cluster, so no key has to be declared.
--- Returns {tier index from 1, reason, four numbers of the first tier, four of the second}; changes nothing when no job is given.
-local request = cjson.decode(ARGV[1])
+-- Returns {Redis's time, task id, tier, queue, reason, wait, waiting, in flight, ready, coming, leased}, the loads being those of the
+-- first candidate; {time} when the caller has given up by now.
+local pool, ask = cjson.decode(ARGV[1]), cjson.decode(ARGV[2])
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+if ask.until_ms and now > ask.until_ms then return {now} end
 
-local function coming(name)
-  local raw = redis.call('GET', request.capacity)
-  if not raw then return 0 end
+-- A caller that asks again, with its own key or because the connection broke, gets what the first call got.
+for _, key in ipairs(ask.step and {ask.job, ask.idempotent} or {}) do
+  local first = redis.call('HMGET', key, 'id', 'tier', 'queue', 'reason', 'wait')
+  if first[1] then return {now, unpack(first)} end
+end
+
+local coming = {}
+local raw = redis.call('GET', pool.capacity)
+if raw then
   local capacity = cjson.decode(raw)
-  local tier = capacity.version == request.version and capacity.tiers[name]
-  return tier and tier.starting + tier.startable or 0
+  if capacity.version == pool.version then coming = capacity.tiers end
 end
 
 local function measure(tier)
-  local waiting = 0
-  for _, list in ipairs(tier.lists) do waiting = waiting + redis.call('LLEN', list) end
-  local ready = redis.call('ZCOUNT', tier.slots, '(' .. (now - request.presence_life), '+inf')
-  return {waiting = waiting, in_flight = redis.call('HLEN', tier.unacked), ready = ready, coming = coming(tier.name)}
+  local load = {waiting = 0}
+  for _, list in ipairs(tier.lists) do load.waiting = load.waiting + redis.call('LLEN', list) end
+  load.in_flight = redis.call('HLEN', tier.unacked)
+  load.ready = redis.call('ZCOUNT', tier.slots, '(' .. (now - pool.presence_life), '+inf')
+  load.leased = redis.call('ZCOUNT', tier.leases, '(' .. now, '+inf')
+  local slots = coming[tier.name]
+  load.coming = slots and slots.starting + slots.startable or 0
+  load.service = tonumber(redis.call('HGET', tier.service, ask.task) or nil)
+  return load
 end
 
--- The twin of decide.place.
-local function place(accelerated, plain)
-  if accelerated.ready - accelerated.in_flight - accelerated.waiting > 0 then return 1, 'FreeSlot' end
-  if accelerated.coming <= 0 then return 2, 'NoCapacity' end
-  if accelerated.waiting > plain.waiting + request.margin then return 2, 'QueueTooLong' end
-  return 1, 'SlotStarting'
+-- From here to the blank line before "act": the twin of decide.place.
+local function wait(load)
+  local free = load.ready - load.in_flight - load.waiting - load.leased
+  if free > 0 then return 0 end
+  local service = load.service or pool.service_seconds
+  local by_ready = load.ready > 0 and (1 - free) * service / load.ready or math.huge
+  if load.coming <= 0 then return by_ready end
+  local slots = load.ready + load.coming
+  local ahead = load.in_flight + load.waiting + load.leased
+  return math.min(by_ready, pool.start_seconds + math.max(0, ahead - slots + 1) * service / slots)
 end
 
-local index, reason, loads = 1, request.choice, {}
+local function weigh(fast, slow, spilling)
+  if fast.service and slow.service then
+    if fast.ready + fast.coming <= 0 then return 'NoCapacity', true end
+    local threshold = math.max(0, math.sqrt(fast.service * slow.service) - fast.service) * (spilling and pool.back or 1)
+    if fast.wait - slow.wait <= threshold then return 'WorthTheWait' end
+    return 'WaitTooLong', true
+  end
+  if fast.coming <= 0 then return 'NoCapacity', true end
+  if fast.waiting + fast.leased > slow.waiting + slow.leased + pool.margin then return 'QueueTooLong', true end
+  return 'SlotStarting'
+end
+
+local loads = {}
+local function soonest(first)
+  local best = first
+  for index = first + 1, #loads do
+    if loads[index].wait < loads[best].wait then best = index end
+  end
+  return best
+end
+
+local function prefer(spilling)
+  for index = 1, pool.accelerated do
+    local load = loads[index]
+    if load.ready - load.in_flight - load.waiting - load.leased > 0 then return index, 'FreeSlot' end
+  end
+  local plain, first = soonest(pool.accelerated + 1), nil
+  for index = 1, pool.accelerated do
+    local reason, spills = weigh(loads[index], loads[plain], spilling)
+    if not spills then return index, reason end
+    first = first or reason
+  end
+  return plain, first
+end
+
+for index, tier in ipairs(pool.tiers) do
+  loads[index] = measure(tier)
+  loads[index].wait = wait(loads[index])
+end
+local index, reason, was_spilling = soonest(1), pool.reason, false
 if not reason then
-  local accelerated, plain = measure(request.tiers[1]), measure(request.tiers[2])
-  index, reason = place(accelerated, plain)
-  for _, load in ipairs({accelerated, plain}) do
-    for _, what in ipairs({'waiting', 'in_flight', 'ready', 'coming'}) do loads[#loads + 1] = load[what] end
+  was_spilling = redis.call('HEXISTS', pool.sides, ask.task) == 1
+  index, reason = prefer(was_spilling)
+end
+local side = reason
+if ask.limit and loads[index].wait > ask.limit then
+  local best = soonest(1)
+  if loads[best].wait > ask.limit and ask.refuses then
+    index, reason = best, 'Overloaded'
+  elseif best ~= index then
+    index, reason = best, 'StartsSooner'
   end
 end
 
-local tier, wanted, job = request.tiers[index], request.wanted, request.job
-if job then
-  redis.call('HSET', job.key, 'version', request.version, 'state', 'admitted', 'attempt', 1, 'task', job.task,
-    'tier', tier.name, 'wanted', wanted.name, 'required', job.required, 'reason', reason, 'admitted_at', now)
-  redis.call('EXPIRE', job.key, request.job_life)
-  if tier.name ~= wanted.name then
-    redis.call('ZADD', wanted.spilled, now, job.id)
-    redis.call('ZREMRANGEBYSCORE', wanted.spilled, '-inf', now - request.job_life * 1000)
-  end
-  redis.call('HINCRBY', request.routes, tier.name .. ':' .. reason, 1)
-  redis.call('PUBLISH', request.wake, request.pool)
+-- act
+local tier, first = pool.tiers[index], loads[1]
+local wanted = pool.wanted or tier
+local seconds = string.format('%.17g', loads[index].wait)
+local answer = {now, ask.id or '', tier.name, tier.queue, reason, seconds, first.waiting, first.in_flight, first.ready, first.coming,
+  first.leased}
+if not (ask.job or ask.lease) then return answer end
+
+if not pool.reason then
+  if side == 'WaitTooLong' and not was_spilling then redis.call('HSET', pool.sides, ask.task, 1) end
+  if was_spilling and (side == 'WorthTheWait' or side == 'FreeSlot') then redis.call('HDEL', pool.sides, ask.task) end
 end
-return {index, reason, unpack(loads)}
+if ask.lease then
+  redis.call('ZREMRANGEBYSCORE', tier.leases, '-inf', now)
+  redis.call('ZADD', tier.leases, now + pool.lease_life, ask.lease)
+  redis.call('PEXPIRE', tier.leases, pool.lease_life)
+  return answer
+end
+redis.call('HINCRBY', pool.routes, tier.name .. ':' .. reason, 1)
+redis.call('PUBLISH', pool.wake, pool.name)
+if reason == 'Overloaded' then return answer end
+
+local message = ARGV[3] .. cjson.encode(tier.queue) .. ARGV[4]
+redis.call('DEL', ask.job)
+redis.call('HSET', ask.job, 'version', pool.version, 'state', 'admitted', 'attempt', 1, 'id', ask.id, 'task', ask.task,
+  'tier', tier.name, 'queue', tier.queue, 'wanted', wanted.name, 'required', ask.required, 'reason', reason, 'wait', seconds,
+  'admitted_at', now)
+if #message <= pool.message_limit then redis.call('HSET', ask.job, 'message', message) end
+redis.call('EXPIRE', ask.job, pool.job_life)
+if ask.idempotent then
+  redis.call('HSET', ask.idempotent, 'id', ask.id, 'tier', tier.name, 'queue', tier.queue, 'reason', reason, 'wait', seconds)
+  redis.call('EXPIRE', ask.idempotent, pool.idempotency_life)
+end
+if tier.name ~= wanted.name then
+  redis.call('ZADD', wanted.spilled, now, ask.id)
+  redis.call('ZREMRANGEBYSCORE', wanted.spilled, '-inf', now - pool.job_life * 1000)
+end
+if ask.step then redis.call('LPUSH', tier.lists[ask.step], message) end
+return answer

@@ -1,0 +1,19 @@
+"""What kind of content a job works on, in any of the words that callers have for it."""
+
+from __future__ import annotations
+
+import mimetypes
+
+_MAIN_TYPES = frozenset(
+    ("application", "audio", "example", "font", "haptics", "image", "message", "model", "multipart", "text", "video")
+)
+
+
+def main_type(given: str) -> str:
+    """The main type of a MIME type (``image/png``), a main type (``image``) or a file name (``scan.PNG``); else the word itself."""
+    word = given.strip().lower()
+    head, slash, _ = word.partition("/")
+    if slash and head in _MAIN_TYPES:
+        return head
+    guessed, _ = mimetypes.guess_type(word)
+    return guessed.partition("/")[0] if guessed else word

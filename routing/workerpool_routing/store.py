@@ -1,0 +1,177 @@
+"""Where a pool's state is kept: what the library asks of it, and the answer of Redis."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from workerpool_routing import admission
+from workerpool_routing.admission import Admission, Entry
+from workerpool_routing.connection import Connection, unavailable_when_down
+from workerpool_routing.decide import Candidates, Request
+from workerpool_routing.errors import PoolUnavailable
+from workerpool_routing.ledger import Job
+from workerpool_routing.message import Message
+from workerpool_routing.policy import PolicySource
+from workerpool_routing.wire import Capacity, Keyspace, Milliseconds, Policy, Presence, TierPolicy, VersionMismatch
+
+
+@dataclass(frozen=True, slots=True)
+class TierState:
+    """One tier at one instant; ``starting`` counts slots, ``oldest_wait`` is seconds, None while nothing waits."""
+
+    tier: TierPolicy
+    workers: tuple[Presence, ...]
+    starting: int
+    waiting: int
+    in_flight: int
+    oldest_wait: float | None
+
+    @property
+    def ready(self) -> int:
+        """Slots of workers that live."""
+        return sum(worker.slots for worker in self.workers)
+
+
+class Store(Protocol):
+    """The state of one pool. Every method raises :class:`PoolUnavailable` when it cannot be reached in time."""
+
+    def policy(self) -> Policy | None:
+        """What is known of the pool."""
+
+    def admit(
+        self,
+        candidates: Candidates,
+        request: Request,
+        *,
+        entry: Entry | None = None,
+        lease: str | None = None,
+        wanted: TierPolicy | None = None,
+        refuses: bool = True,
+    ) -> Admission:
+        """Decide, and do what :func:`workerpool_routing.admission.call` says."""
+
+    def release(self, tier: str, lease: str) -> None:
+        """The message of that lease is in its queue."""
+
+    def push(self, queue: str, message: Message) -> None:
+        """Publish a message that could not be admitted."""
+
+    def state(self, policy: Policy) -> Sequence[TierState]:
+        """All tiers, in order of preference."""
+
+    def queue_length(self, queue: str) -> int:
+        """Messages that wait in a queue, over all priority steps."""
+
+    def job(self, task_id: str) -> Job | None:
+        """The ledger's entry of a job, None when it has none (any more)."""
+
+
+class RedisStore:
+    """The state as the broker has it."""
+
+    def __init__(self, connection: Connection, keys: Keyspace, given: Policy | None) -> None:
+        self.keys = keys
+        self._connection = connection
+        self._source = PolicySource(connection, keys, given)
+
+    def policy(self) -> Policy | None:
+        """As the operator published it, or as the code gave it."""
+        return self._source.get()
+
+    def admit(
+        self,
+        candidates: Candidates,
+        request: Request,
+        *,
+        entry: Entry | None = None,
+        lease: str | None = None,
+        wanted: TierPolicy | None = None,
+        refuses: bool = True,
+    ) -> Admission:
+        """Run the script; a script that Redis gets to after the time-out does nothing."""
+        connection = self._connection
+        for _ in range(2):
+            until = Milliseconds(connection.now() + int(connection.timeout * 1000))
+            call = admission.call(
+                self.keys, candidates, request, entry=entry, lease=lease, wanted=wanted, refuses=refuses, until=until
+            )
+            answer = admission.parse(connection.run("admit", call))
+            if isinstance(answer, Admission):
+                connection.set_clock(answer.time)
+                return answer
+            connection.set_clock(answer)  # after a failover another server's clock counts
+        raise PoolUnavailable("Redis does not answer in time")
+
+    def release(self, tier: str, lease: str) -> None:
+        """One command."""
+        with unavailable_when_down():
+            self._connection.client.zrem(self.keys.leases(tier), lease)
+
+    def push(self, queue: str, message: Message) -> None:
+        """As Kombu would."""
+        with unavailable_when_down():
+            self._connection.client.lpush(self.keys.queue_list(queue, message.priority), message.to(queue))
+
+    def queue_length(self, queue: str) -> int:
+        """One pipeline."""
+        with unavailable_when_down(), self._connection.client.pipeline(transaction=False) as pipe:
+            for name in self.keys.queue_lists(queue):
+                pipe.llen(name)
+            return sum(pipe.execute())
+
+    def job(self, task_id: str) -> Job | None:
+        """One command."""
+        with unavailable_when_down():
+            return Job.load(task_id, self._connection.client.hgetall(self.keys.job(task_id)))
+
+    def state(self, policy: Policy) -> Sequence[TierState]:
+        """One pipeline, and a second one for the age of the oldest messages."""
+        with unavailable_when_down(), self._connection.client.pipeline(transaction=False) as pipe:
+            pipe.time()
+            pipe.get(self.keys.capacity)
+            for tier in policy.tiers:
+                pipe.hgetall(self.keys.presence(tier.name))
+                pipe.hlen(self.keys.unacked(tier.name))
+                for name in self.keys.queue_lists(tier.queue):
+                    pipe.llen(name)
+                    pipe.lindex(name, -1)
+            (seconds, micros), capacity, *answers = pipe.execute()
+        now = Milliseconds(seconds * 1000 + micros // 1000)
+        starting, size = _starting(capacity), 2 + 2 * len(self.keys.priority_steps)
+        by_tier = [answers[at : at + size] for at in range(0, len(answers), size)]
+        ages = self._ages([[raw for raw in rest[1::2] if raw] for _, _, *rest in by_tier], now)
+        return [
+            TierState(
+                tier,
+                tuple(report for raw in presence.values() if (report := Presence.load(raw)).alive(now)),
+                starting.get(tier.name, 0),
+                sum(rest[0::2]),
+                in_flight,
+                age,
+            )
+            for tier, (presence, in_flight, *rest), age in zip(policy.tiers, by_tier, ages, strict=True)
+        ]
+
+    def _ages(self, oldest: list[list[str]], now: Milliseconds) -> list[float | None]:
+        """Seconds since the oldest of each tier's messages was admitted; those that never were have no age."""
+        with unavailable_when_down(), self._connection.client.pipeline(transaction=False) as pipe:
+            for raw in [raw for messages in oldest for raw in messages]:
+                pipe.hget(self.keys.job(_task_id(raw)), "admitted_at")
+            answers = iter(pipe.execute())
+        admitted = [[at for _ in messages if (at := next(answers))] for messages in oldest]
+        return [max((now - int(at)) / 1000 for at in times) if times else None for times in admitted]
+
+
+def _starting(raw: str | None) -> dict[str, int]:
+    try:
+        return {name: tier.starting for name, tier in Capacity.load(raw).tiers.items()} if raw else {}
+    except VersionMismatch:
+        return {}
+
+
+def _task_id(raw: str) -> str:
+    headers: dict[str, Any] = json.loads(raw).get("headers") or {}
+    return str(headers.get("id"))
