@@ -168,7 +168,8 @@ class Operator:
             except ApiError as error:
                 _LOG.warning("listing failed: %s", error)
             else:
-                for namespace, name in {*self._seen.pools.keys(), *(tuple(i.split("/")) for i in self._reconciler.pools)}:
+                known = {(pool.namespace, pool.name) for pool in self._reconciler.pools.values()}
+                for namespace, name in known.union(key for key, _ in self._seen.pools.items()):
                     await self._reflect(namespace, name)
             await asyncio.sleep(RELIST_SECONDS if self._seen.complete else RETRY_SECONDS)
 

@@ -357,6 +357,13 @@ def test_a_deleted_pool_takes_along_its_deployments_and_what_it_published(ml: Na
     ml.settled()
 
 
+def test_a_tier_that_is_taken_out_of_the_pool_takes_its_deployment_along(ml: Namespace) -> None:
+    ml.create_pool()
+    ml.settled()
+    ml.kubectl("patch", "wp", "media", "--type=json", "--patch", '[{"op": "remove", "path": "/spec/tiers/0"}]')
+    ml.eventually(lambda: ml.replicas() == {"media-cpu": 1})
+
+
 def test_a_secret_that_is_missing_or_wrong_is_named_and_found_when_it_is_right(ml: Namespace) -> None:
     secrets = {"absent": {}, "keyless": {"uri": ml.redis_url}, "foreign": {"url": "amqp://rabbit"}}
     for name, content in secrets.items():
@@ -406,7 +413,7 @@ def test_a_deployment_of_somebody_else_is_left_alone_and_named(ml: Namespace) ->
     before = ml.get("deployment", "media-gpu")["spec"]
     ml.create_pool()
     ml.publish("gpu", 2)
-    ml.eventually(lambda: "Deployment media-gpu: exists and was not made for" in ml.condition("CapacityAvailable")["message"])
+    ml.eventually(lambda: "Deployment media-gpu exists and was not made for" in ml.condition("CapacityAvailable")["message"])
     ml.eventually(lambda: ml.replicas().get("media-cpu") == 1)
     assert ml.get("deployment", "media-gpu")["spec"] == before
     ml.kubectl("delete", "deployment", "media-gpu")
