@@ -233,6 +233,7 @@ def test_an_admitted_job_wakes_whoever_has_read_its_pool_also_after_a_restart_of
                 await asyncio.to_thread(submit, pool)
                 async with asyncio.timeout(1):
                     await wake.wait()
+            await asyncio.sleep(0.2)  # the subscription meets a port on which nobody listens
         await broker.close()
 
     asyncio.run(scenario())
