@@ -89,6 +89,9 @@ HEALTHY = {
 def test_a_pool_at_rest_is_healthy_and_silent() -> None:
     outcome = told(plans(IDLE))
     assert values(outcome) == HEALTHY
+    assert [condition.reason for condition in outcome[0].conditions] == [
+        "Working", "Answering", "AsOrdered", "NoJobsElsewhere", "WithinBounds", "QueuesOwned", "Active"
+    ]  # fmt: skip
     assert outcome[1] == ()
     assert {condition.observed_generation for condition in outcome[0].conditions} == {7}
     assert outcome[0].observed_generation == 7
@@ -176,12 +179,17 @@ def test_the_remains_of_a_tier_that_should_have_no_workers_do_not_trouble_the_po
 def test_jobs_elsewhere_are_counted_for_the_tier_that_they_wanted() -> None:
     outcome = told(plans(IDLE, gpu=QueueReading(0, 0, 2), cpu=QueueReading(5, 0, 0)))
     spilling = conditions(outcome)["Spilling"]
-    assert (spilling.status, spilling.message) == ("True", "2 jobs that wanted gpu wait or run elsewhere")
+    assert (spilling.status, spilling.reason, spilling.message) == (
+        "True",
+        "JobsElsewhere",
+        "2 jobs that wanted gpu wait or run elsewhere",
+    )
 
 
 def test_a_tier_at_its_maximum_is_named_with_its_numbers() -> None:
     limited = conditions(told(plans(IDLE, cpu=QueueReading(9, 0, 0))))["ScalingLimited"]
-    assert (limited.status, limited.message) == ("True", "cpu: 9 waiting + 0 in flight need 9, ordered 4; the maximum limits it")
+    assert (limited.status, limited.reason) == ("True", "AtMaximum")
+    assert limited.message == "cpu: 9 waiting + 0 in flight need 9, ordered 4; the maximum limits it"
 
 
 def test_a_tier_that_only_lingers_at_its_maximum_is_not_limited() -> None:
@@ -192,6 +200,7 @@ def test_a_shared_queue_is_named_with_its_owner_and_the_pool_is_not_ready() -> N
     outcome = told(plans(IDLE), conflict=TAKEN)
     assert values(outcome) == HEALTHY | {"QueueShared": "True", "Ready": "False"}
     for kind in ("QueueShared", "Ready"):
+        assert conditions(outcome)[kind].reason == "QueueTaken"
         assert "celery" in conditions(outcome)[kind].message
         assert "ml/older" in conditions(outcome)[kind].message
 
