@@ -37,6 +37,9 @@ SAMPLE = Path(__file__).parents[2] / "manifests" / "samples" / "workerpool.yaml"
 PROGRAM = "import sys; from workerpool_operator.main import run; run(sys.argv[2:], health_port=int(sys.argv[1]))"
 PATIENCE_SECONDS = 20.0
 
+COLLECTOR_SECONDS = 60.0
+"""A young control plane's garbage collector looks for new kinds, such as WorkerPools, only every 30 s."""
+
 Object = dict[str, Any]
 T = TypeVar("T")
 
@@ -345,13 +348,14 @@ def test_the_younger_of_two_pools_on_one_queue_is_held(ml: Namespace) -> None:
     assert ml.replicas().keys() == {"media-gpu", "media-cpu"}
 
 
+@pytest.mark.timeout(120)
 def test_a_deleted_pool_takes_along_its_deployments_and_what_it_published(ml: Namespace) -> None:
     ml.create_pool()
     ml.settled()
     with Redis.from_url(ml.redis_url) as redis:
         ml.eventually(lambda: redis.keys(f"workerpool:{ml.name}/media:*"))
         ml.kubectl("delete", "wp", "media", "--wait=false")
-        ml.eventually(lambda: not ml.objects("deployments,replicasets"))
+        ml.eventually(lambda: not ml.objects("deployments,replicasets"), COLLECTOR_SECONDS)
         ml.eventually(lambda: not redis.keys(f"workerpool:{ml.name}/media:*"))
     ml.create_pool()
     ml.settled()
