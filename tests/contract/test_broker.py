@@ -341,3 +341,16 @@ def test_a_job_whose_result_may_be_stored_is_not_started_anew(redis_url: str, po
         assert seeds.job(redis_url, pool, held.task_id).state is State.FINISHING
         # Kombu delivers it again, and whoever gets it looks for the result first.
         assert read(redis_url, pool).tiers["gpu"].in_flight == 1
+
+
+def test_a_job_of_another_schema_version_is_not_touched(redis_url: str, pool: Pool) -> None:
+    open_for_jobs(redis_url, pool)
+    submit(pool)
+    with consumer(pool, "gpu") as connection, Redis.from_url(redis_url, decode_responses=True) as client:
+        held = claim(redis_url, pool, connection, "gpu", "w.1")
+        client.hset(pool.keys.job(held.task_id), "version", "2")
+        before = client.hgetall(pool.keys.job(held.task_id))
+        assert ask(lambda broker: broker.take_over(redis_url, pool, "gpu", "w.1")) == []
+        assert client.hgetall(pool.keys.job(held.task_id)) == before
+        assert client.smembers(pool.keys.held("w.1")) == {held.task_id}
+        assert client.hlen(pool.keys.unacked("gpu")) == 1
