@@ -503,18 +503,20 @@ def test_the_operator_answers_probes_and_leaves_at_once_when_told_to(operator: O
     operator.healthy()
 
 
-@pytest.mark.parametrize("lacking", ["cluster", "port"])
-def test_what_it_cannot_start_without_is_named_in_one_line(operator: Operator, tmp_path: Path, lacking: str) -> None:
-    kubeconfig, port = (tmp_path / "none", free_port()) if lacking == "cluster" else (operator.kubeconfig, operator.port)
-    answer = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(port)],
-        env={**os.environ, "KUBECONFIG": str(kubeconfig)},
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+def test_without_a_cluster_the_command_says_so_in_one_line(tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("workerpool")), "run", "--namespace", "ml"]
+    assert "set KUBECONFIG, or run inside a cluster" in last_words(command, tmp_path / "none")
+
+
+def test_a_port_in_use_is_named_in_one_line(operator: Operator) -> None:
+    operator.healthy()
+    said = last_words([sys.executable, "-c", PROGRAM, str(operator.port)], operator.kubeconfig)
+    assert f"port {operator.port} for /healthz cannot be had" in said
+
+
+def last_words(command: list[str], kubeconfig: Path) -> str:
+    environment = {**os.environ, "KUBECONFIG": str(kubeconfig)}
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
     assert answer.returncode == 1
-    remedy = {"cluster": "set KUBECONFIG", "port": f"port {port} for /healthz cannot be had"}[lacking]
-    assert remedy in answer.stderr.splitlines()[-1]
     assert "Traceback" not in answer.stderr
+    return answer.stderr.splitlines()[-1]
