@@ -224,6 +224,7 @@ def test_what_is_wrong_is_refused_with_the_name_of_its_field(what: str) -> None:
     problems = parse_spec(raw)
     assert isinstance(problems, list)
     assert [(problem.field, message in problem.message) for problem in problems] == [(field, True)], problems
+    assert not problems[0].message.startswith("Value error"), "words of the parser, not of the user"
 
 
 def test_everything_that_is_wrong_is_told_at_once() -> None:
