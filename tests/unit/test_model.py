@@ -234,6 +234,12 @@ def test_everything_that_is_wrong_is_told_at_once() -> None:
     assert [problem.field for problem in problems] == fields
 
 
+def test_a_list_that_is_too_short_is_told_beside_what_is_wrong_elsewhere() -> None:
+    problems = parse_spec(SMALLEST | {"app": "a b", "tiers": []})
+    assert isinstance(problems, list)
+    assert [problem.field for problem in problems] == ["spec.app", "spec.tiers"]
+
+
 @pytest.mark.parametrize(("value", "shown"), [(0, "0"), ("x y", "'x y'"), (False, "False"), ([1], ""), ({"a": 1}, "")], ids=repr)
 def test_a_problem_shows_a_value_that_fits_in_a_line(value: Any, shown: str) -> None:
     problems = parse_spec(SMALLEST | {"app": value})
