@@ -237,7 +237,7 @@ def test_a_pool_that_is_not_touched_has_no_events_of_scaling(pool: Pool, conflic
 
 def test_a_condition_that_stays_as_it_is_gives_one_event_and_keeps_its_time() -> None:
     first, events = told(plans(IDLE, DOWN), broker=DOWN)
-    assert [event.warning for event in events] == [True, True]
+    assert [(event.warning, event.reason) for event in events] == [(True, "BrokerUnreadable")], "Ready says nothing new"
     again, events = assess(POOL, plans(IDLE, DOWN), DOWN, None, None, first.dump(), NOON + 60)
     assert events == ()
     assert again.conditions == first.conditions
