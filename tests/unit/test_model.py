@@ -168,27 +168,6 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
         "1",
     ),
     "no template": (lambda s: s["tiers"][0].pop("template"), "spec.tiers[0].template", "required"),
-    "empty template": (lambda s: s["tiers"][0].update(template={}), "spec.tiers[0].template", "list of containers"),
-    "template with a bare list": (
-        lambda s: s["tiers"][0].update(template={"spec": []}),
-        "spec.tiers[0].template",
-        "list of containers",
-    ),
-    "containers in words": (
-        lambda s: s["tiers"][0].update(template={"spec": {"containers": ["worker"]}}),
-        "spec.tiers[0].template",
-        "list of containers",
-    ),
-    "no container": (
-        lambda s: s["tiers"][0].update(template={"spec": {"containers": []}}),
-        "spec.tiers[0].template",
-        'a container named "worker"',
-    ),
-    "no worker container": (
-        lambda s: s["tiers"][0].update(template={"spec": {"containers": [{"name": "w"}, {}]}}),
-        "spec.tiers[0].template",
-        'a container named "worker"',
-    ),
     "wish in words": (
         lambda s: s.update(routing={"tasks": [{"name": "t", "accelerated": "yes"}]}),
         "spec.routing.tasks[0].accelerated",
@@ -225,6 +204,30 @@ def test_what_is_wrong_is_refused_with_the_name_of_its_field(what: str) -> None:
     assert isinstance(problems, list)
     assert [(problem.field, message in problem.message) for problem in problems] == [(field, True)], problems
     assert not problems[0].message.startswith("Value error"), "words of the parser, not of the user"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        {},
+        {"spec": []},
+        {"spec": {"containers": []}},
+        {"spec": {"containers": ["worker"]}},
+        {"spec": {"containers": [{"name": "w"}, {}]}},
+    ],
+    ids=str,
+)
+def test_a_template_without_proper_containers_is_refused_in_its_place(template: dict[str, Any]) -> None:
+    problems = parse_spec(SMALLEST | {"tiers": [SMALLEST["tiers"][0] | {"template": template}]})
+    assert isinstance(problems, list)
+    assert [problem.field.startswith("spec.tiers[0].template") for problem in problems] == [True]
+
+
+def test_a_template_without_a_worker_container_is_told_its_name() -> None:
+    template = {"spec": {"containers": [{"name": "proxy"}]}}
+    problems = parse_spec(SMALLEST | {"tiers": [SMALLEST["tiers"][0] | {"template": template}]})
+    assert isinstance(problems, list)
+    assert ['named "worker"' in problem.message for problem in problems] == [True]
 
 
 def test_everything_that_is_wrong_is_told_at_once() -> None:
