@@ -42,7 +42,7 @@ class RedisBroker:
         self._clients: dict[str, Any] = {}
         self._listeners: dict[tuple[str, str], asyncio.Task[None]] = {}
 
-    async def read(self, url: str, pools: Sequence[Pool]) -> Mapping[str, BrokerReading] | Unavailable:
+    async def read(self, url: str, pools: Sequence[Pool]) -> Mapping[str, BrokerReading | Unavailable] | Unavailable:
         """Read all pools of one server in one pipeline."""
         try:
             client = self._client(url)
@@ -60,7 +60,7 @@ class RedisBroker:
             now = Milliseconds(seconds * 1000 + micros // 1000)
             rest = iter(answers)
             return {pool.id: _reading(pool, rest, server["run_id"], now) for pool in pools}
-        except (redis.RedisError, OSError, VersionMismatch, ValueError) as error:
+        except (redis.RedisError, OSError) as error:
             return Unavailable(_why(url, error))
 
     async def publish(self, url: str, pool: Pool, policy: Policy, capacity: Capacity) -> None:
@@ -156,21 +156,29 @@ def _ask(pipe: Any, pool: Pool) -> None:
         pipe.hgetall(keys.presence(tier.name))
 
 
-def _reading(pool: Pool, answers: Iterator[Any], run_id: str, now: Milliseconds) -> BrokerReading:
-    routes = {route: int(count) for route, count in next(answers).items()}
-    tiers = {}
-    for tier in pool.spec.tiers:
-        waiting = sum(next(answers) for _ in pool.keys.priority_steps)
-        in_flight, spilled, presence = next(answers), next(answers), next(answers)
-        reports = [Presence.load(raw) for raw in presence.values()]
-        tiers[tier.name] = QueueReading(
-            waiting,
-            in_flight,
-            spilled,
-            workers=tuple(report for report in reports if report.alive(now)),
-            lost=tuple(report.owner for report in reports if not report.alive(now)),
-        )
-    return BrokerReading(tiers, run_id, now, routes)
+def _reading(pool: Pool, answers: Iterator[Any], run_id: str, now: Milliseconds) -> BrokerReading | Unavailable:
+    """Take this pool's answers, all of them, then make sense of them."""
+    routes = next(answers)
+    answered = {
+        tier.name: (sum(next(answers) for _ in pool.keys.priority_steps), next(answers), next(answers), next(answers))
+        for tier in pool.spec.tiers
+    }
+    try:
+        tiers = {name: _queue(*answer, now) for name, answer in answered.items()}
+        return BrokerReading(tiers, run_id, now, {route: int(count) for route, count in routes.items()})
+    except (VersionMismatch, ValueError, TypeError) as error:
+        return Unavailable(f"what Redis holds of the pool cannot be read: {error}")
+
+
+def _queue(waiting: int, in_flight: int, spilled: int, presence: Mapping[str, str], now: Milliseconds) -> QueueReading:
+    reports = [Presence.load(raw) for raw in presence.values()]
+    return QueueReading(
+        waiting,
+        in_flight,
+        spilled,
+        workers=tuple(report for report in reports if report.alive(now)),
+        lost=tuple(report.owner for report in reports if not report.alive(now)),
+    )
 
 
 @contextlib.contextmanager

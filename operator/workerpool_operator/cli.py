@@ -32,11 +32,12 @@ def main() -> None:
 
 @main.command()
 @click.option("--namespace", "-n", "namespaces", multiple=True, help="Watch this namespace only; may be repeated. Default: all.")
-def run(namespaces: Sequence[str]) -> None:
+@click.option("--health-port", default=8080, show_default=True, help="Where /healthz is served.")
+def run(namespaces: Sequence[str], health_port: int) -> None:
     """Run the operator against the cluster of this pod, or of KUBECONFIG."""
     from workerpool_operator.main import run as run_operator  # kopf and the client take a second to import
 
-    run_operator(namespaces)
+    run_operator(namespaces, health_port=health_port)
 
 
 @main.command()

@@ -58,7 +58,8 @@ def assess(
         in_flight=total([tier.in_flight for tier in tiers]) if tiers else None,
         replicas=summary(tiers),
     )
-    return status, (*flips(status, previous), *_scaled(pool, plans, held=conflict is not None))
+    events = [*flips(status, previous), *_scaled(pool, plans, previous, held=conflict is not None)]
+    return status, tuple(dict.fromkeys(events))  # Ready is False for the reason of another condition
 
 
 _Fields = tuple[ConditionType, str, str, str]
@@ -156,12 +157,14 @@ def _paused(mode: Mode) -> _Fields:
     return ConditionType.PAUSED, "False" if mode is Mode.ACTIVE else "True", mode.value, _ASIDE[mode]
 
 
-def _scaled(pool: Pool, plans: Sequence[TierPlan], *, held: bool) -> list[Event]:
+def _scaled(pool: Pool, plans: Sequence[TierPlan], previous: Mapping[str, Any], *, held: bool) -> list[Event]:
+    """One Event for each count that was decided anew; while it cannot be written, the decision stays the same."""
     if held or pool.spec.mode is not Mode.ACTIVE:
         return []
-    return [
-        Event(False, plan.decision.reason, f"{plan.tier.name}: {plan.workers.desired} → {plan.decision.replicas}: "
-              f"{plan.decision.message}")
-        for plan in plans
-        if plan.decision.replicas != plan.workers.desired
-    ]  # fmt: skip
+    decided = {tier.get("name"): tier.get("desired") for tier in previous.get("tiers", ())}
+    events = []
+    for plan in plans:
+        name, before, after = plan.tier.name, plan.workers.desired, plan.decision.replicas
+        if after not in (before, decided.get(name)):
+            events.append(Event(False, plan.decision.reason, f"{name}: {before} → {after}: {plan.decision.message}"))
+    return events

@@ -51,8 +51,8 @@ class Urls(Protocol):
 class Broker(Protocol):
     """The Redis servers of all pools. No method raises for a broker that is down."""
 
-    async def read(self, url: str, pools: Sequence[Pool]) -> Mapping[str, BrokerReading] | Unavailable:
-        """Read all pools of one broker in one pipeline; by pool id."""
+    async def read(self, url: str, pools: Sequence[Pool]) -> Mapping[str, BrokerReading | Unavailable] | Unavailable:
+        """Read all pools of one broker in one pipeline; by pool id. What one pool alone has wrong is unavailable there."""
 
     async def publish(self, url: str, pool: Pool, policy: Policy, capacity: Capacity) -> None:
         """Tell API pods and workers what they may count on."""

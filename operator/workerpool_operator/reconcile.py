@@ -94,14 +94,16 @@ class Reconciler:
 
     async def _read(self, url: str, pools: list[Pool]) -> dict[str, BrokerReading | Unavailable]:
         answer = await self._broker.read(url, pools)
-        run_id = answer if isinstance(answer, Unavailable) else answer[pools[0].id].run_id
+        readings = {pool.id: answer if isinstance(answer, Unavailable) else answer[pool.id] for pool in pools}
+        run_ids = [reading.run_id for reading in readings.values() if isinstance(reading, BrokerReading)]
+        run_id = run_ids[0] if run_ids else Unavailable("no pool of this broker could be read")
         self._witnesses[url] = reaping.witness(self._witnesses.get(url), run_id, self._clock())
-        return {pool.id: answer if isinstance(answer, Unavailable) else answer[pool.id] for pool in pools}
+        return readings
 
     async def _pass(self, pool: Pool, url: str, reading: BrokerReading | Unavailable, conflict: Conflict | None) -> None:
         seen = await self._workers.observe(pool)
         plans = [] if isinstance(seen, Unavailable) else self._decide(pool, reading, seen)
-        if plans and pool.spec.mode is Mode.ACTIVE and conflict is None:
+        if pool.spec.mode is Mode.ACTIVE and conflict is None:
             await self._act(pool, url, reading, plans)
         status, events = conditions.assess(
             pool,
@@ -121,18 +123,20 @@ class Reconciler:
         return plans
 
     async def _act(self, pool: Pool, url: str, reading: BrokerReading | Unavailable, plans: list[TierPlan]) -> None:
-        replicas = {plan.tier.name: plan.decision.replicas for plan in plans}
-        await self._workers.scale(pool, replicas, planning.busy(plans))
+        if plans:
+            replicas = {plan.tier.name: plan.decision.replicas for plan in plans}
+            await self._workers.scale(pool, replicas, planning.busy(plans))
         if isinstance(reading, Unavailable):
             return
-        await self._broker.publish(url, pool, planning.policy(pool.spec), planning.capacity(plans))
+        if plans:
+            await self._broker.publish(url, pool, planning.policy(pool.spec), planning.capacity(plans))
         if reaping.may_reap(self._witnesses.get(url)):
-            await self._reap(pool, url, plans)
+            await self._reap(pool, url, reading)
 
-    async def _reap(self, pool: Pool, url: str, plans: list[TierPlan]) -> None:
-        for plan in plans:
-            for owner in plan.queue.lost if plan.queue else ():
-                for sentence in await self._broker.take_over(url, pool, plan.tier.name, owner):
+    async def _reap(self, pool: Pool, url: str, reading: BrokerReading) -> None:
+        for tier, queue in reading.tiers.items():
+            for owner in queue.lost:
+                for sentence in await self._broker.take_over(url, pool, tier, owner):
                     logger.warning("%s: %s", pool.id, sentence)
 
     def _forget_all_but(self, uids: set[str]) -> None:

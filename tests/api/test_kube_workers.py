@@ -169,6 +169,18 @@ def test_a_process_that_dies_between_two_requests_leaves_nothing_unfinished(clus
     assert "media.other" in deployment["spec"]["template"]["spec"]["containers"][0]["command"]
 
 
+def test_a_deployment_that_lost_its_labels_is_repaired_before_anything_is_decided_about_it(cluster: Cluster) -> None:
+    async def scenario(process: Process) -> None:
+        await process.scale(gpu=3)
+        cluster.kubectl("label", "deployment", "media-gpu", "app.kubernetes.io/managed-by-")
+        await process.look()
+        assert (await process.observe("gpu")).desired == 0
+        await process.scale(gpu=0)
+        assert (await process.observe("gpu")).desired == 3
+
+    cluster.run(scenario)
+
+
 def test_the_worker_that_holds_a_job_outlives_the_idle_ones(cluster: Cluster) -> None:
     def alive() -> list[str]:
         return [pod["metadata"]["name"] for pod in cluster.objects("pods") if "deletionTimestamp" not in pod["metadata"]]

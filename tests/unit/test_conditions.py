@@ -89,6 +89,9 @@ HEALTHY = {
 def test_a_pool_at_rest_is_healthy_and_silent() -> None:
     outcome = told(plans(IDLE))
     assert values(outcome) == HEALTHY
+    assert [condition.reason for condition in outcome[0].conditions] == [
+        "Working", "Answering", "AsOrdered", "NoJobsElsewhere", "WithinBounds", "QueuesOwned", "Active"
+    ]  # fmt: skip
     assert outcome[1] == ()
     assert {condition.observed_generation for condition in outcome[0].conditions} == {7}
     assert outcome[0].observed_generation == 7
@@ -138,13 +141,16 @@ def test_two_outages_at_once_are_both_told() -> None:
     assert (found["Ready"], found["BrokerReachable"], found["CapacityAvailable"]) == ("Unknown", "False", "Unknown")
 
 
-@pytest.mark.parametrize(("phase", "reason"), [(Phase.UNSCHEDULABLE, "Unschedulable"), (Phase.FAILING, "WorkersFailing")])
-def test_workers_that_do_not_come_up_are_counted_and_their_trouble_is_told(phase: Phase, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("phase", "reason", "words"),
+    [(Phase.UNSCHEDULABLE, "Unschedulable", "unschedulable"), (Phase.FAILING, "WorkersFailing", "failing")],
+)
+def test_workers_that_do_not_come_up_are_counted_and_their_trouble_is_told(phase: Phase, reason: str, words: str) -> None:
     seen = IDLE | {"gpu": workers(3, Phase.READY, phase, phase, detail="no node has a free GPU")}
     outcome = told(plans(seen, gpu=QueueReading(3, 0, 0)))
     lack = conditions(outcome)["CapacityAvailable"]
     assert (lack.status, lack.reason) == ("False", reason)
-    assert lack.message == f"gpu: 2 of 3 {phase.lower()}: no node has a free GPU"
+    assert lack.message == f"gpu: 2 of 3 {words}: no node has a free GPU"
     assert values(outcome)["Ready"] == "True", "the other tier works"
 
 
@@ -176,12 +182,17 @@ def test_the_remains_of_a_tier_that_should_have_no_workers_do_not_trouble_the_po
 def test_jobs_elsewhere_are_counted_for_the_tier_that_they_wanted() -> None:
     outcome = told(plans(IDLE, gpu=QueueReading(0, 0, 2), cpu=QueueReading(5, 0, 0)))
     spilling = conditions(outcome)["Spilling"]
-    assert (spilling.status, spilling.message) == ("True", "2 jobs that wanted gpu wait or run elsewhere")
+    assert (spilling.status, spilling.reason, spilling.message) == (
+        "True",
+        "JobsElsewhere",
+        "2 jobs that wanted gpu wait or run elsewhere",
+    )
 
 
 def test_a_tier_at_its_maximum_is_named_with_its_numbers() -> None:
     limited = conditions(told(plans(IDLE, cpu=QueueReading(9, 0, 0))))["ScalingLimited"]
-    assert (limited.status, limited.message) == ("True", "cpu: 9 waiting + 0 in flight need 9, ordered 4; the maximum limits it")
+    assert (limited.status, limited.reason) == ("True", "AtMaximum")
+    assert limited.message == "cpu: 9 waiting + 0 in flight need 9, ordered 4; the maximum limits it"
 
 
 def test_a_tier_that_only_lingers_at_its_maximum_is_not_limited() -> None:
@@ -192,6 +203,7 @@ def test_a_shared_queue_is_named_with_its_owner_and_the_pool_is_not_ready() -> N
     outcome = told(plans(IDLE), conflict=TAKEN)
     assert values(outcome) == HEALTHY | {"QueueShared": "True", "Ready": "False"}
     for kind in ("QueueShared", "Ready"):
+        assert conditions(outcome)[kind].reason == "QueueTaken"
         assert "celery" in conditions(outcome)[kind].message
         assert "ml/older" in conditions(outcome)[kind].message
 
@@ -225,7 +237,7 @@ def test_a_pool_that_is_not_touched_has_no_events_of_scaling(pool: Pool, conflic
 
 def test_a_condition_that_stays_as_it_is_gives_one_event_and_keeps_its_time() -> None:
     first, events = told(plans(IDLE, DOWN), broker=DOWN)
-    assert [event.warning for event in events] == [True, True]
+    assert [(event.warning, event.reason) for event in events] == [(True, "BrokerUnreadable")], "Ready says nothing new"
     again, events = assess(POOL, plans(IDLE, DOWN), DOWN, None, None, first.dump(), NOON + 60)
     assert events == ()
     assert again.conditions == first.conditions

@@ -227,6 +227,13 @@ def test_the_claim_script_answers_in_the_words_of_the_library() -> None:
     assert set(re.findall(r"return '(\w+)'", ledger.script("claim"))) == set(Claim)
 
 
+def test_the_scripts_know_the_states_by_their_names() -> None:
+    compared = {
+        name for script in ("claim", "move") for name in re.findall(r"(?:state|job\[1\]) [~=]= '(\w+)'", ledger.script(script))
+    }
+    assert compared == set(State)
+
+
 @pytest.mark.parametrize(
     ("name", "call"),
     [

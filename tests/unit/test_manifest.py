@@ -115,6 +115,11 @@ def test_a_value_that_is_wrong_is_shown() -> None:
     assert problems(text(spec=GOOD["spec"] | {"mode": "Off"}))[0].endswith("(given: 'Off')")
 
 
+def test_what_is_not_there_or_has_no_place_is_not_shown() -> None:
+    assert problems(text(kind=None)) == ["kind: must be WorkerPool"]
+    assert problems("a: 2024-13-45") == ["file: is not YAML: month must be in 1..12"]
+
+
 def test_everything_that_is_wrong_is_told_at_once() -> None:
     found = problems(text(apiVersion="v1", kind="Pod", metadata={"name": "X", "namespace": "Y"}, spec={"app": "a"}))
     fields = ["apiVersion", "kind", "metadata.namespace", "metadata.name", "spec.broker", "spec.tiers"]

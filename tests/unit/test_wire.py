@@ -110,6 +110,32 @@ def test_every_key_starts_with_the_prefix_and_the_pool() -> None:
     assert [name for name in own_keys(Keyspace("ml/media", "prod-")) if not name.startswith("prod-workerpool:ml/media:")] == []
 
 
+def test_every_name_of_schema_version_1_stays_as_other_releases_know_it() -> None:
+    assert wire.SCHEMA_VERSION == 1
+    assert [name.removeprefix("workerpool:ml/media:") for name in own_keys(KEYS)] == [
+        "policy", "capacity", "routes", "presence:gpu", "presence:cpu", "slots:gpu", "slots:cpu", "spilled:gpu", "spilled:cpu",
+        "held:gpu", "held:cpu", "job:gpu", "job:cpu", "unacked:gpu", "unacked:cpu", "unacked:gpu:index", "unacked:cpu:index",
+    ]  # fmt: skip
+    assert wire.HEADER == "workerpool"
+
+
+def test_a_policy_and_a_capacity_of_schema_version_1_stay_as_other_releases_write_them() -> None:
+    policy = Policy((TierPolicy("gpu", "gpu-tasks", True, 2, 8),), ("audio",), (TaskPolicy("media.*", "required"),), False, True)
+    assert policy.dump() == (
+        '{"version":1,"tiers":[{"name":"gpu","queue":"gpu-tasks","accelerated":true,"concurrency":2,"max_slots":8}],'
+        '"accelerated_content_types":["audio"],"tasks":[{"name":"media.*","accelerated":"required"}],'
+        '"fallback_on_failure":false,"fallback_on_loss":true}'
+    )
+    capacity = Capacity({"gpu": TierCapacity(1, 2, 3)})
+    assert capacity.dump() == '{"version":1,"tiers":{"gpu":{"starting":1,"startable":2,"unschedulable":3}}}'
+
+
+def test_a_worker_finds_its_place_in_the_environment_under_the_promised_names() -> None:
+    assert (wire.ENV_POOL, wire.ENV_TIER, wire.ENV_WORKER) == ("WORKERPOOL_POOL", "WORKERPOOL_TIER", "WORKERPOOL_WORKER")
+    assert (wire.ENV_QUEUE, wire.ENV_CONCURRENCY) == ("WORKERPOOL_QUEUE", "WORKERPOOL_CONCURRENCY")
+    assert wire.ENV_BROKER_URL == "CELERY_BROKER_URL"
+
+
 def test_the_wake_channel_is_one_for_all_pools_under_a_prefix() -> None:
     assert (wake_channel(), wake_channel("prod-")) == ("workerpool:wake", "prod-workerpool:wake")
 

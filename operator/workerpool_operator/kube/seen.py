@@ -76,9 +76,9 @@ class Cache(Generic[T]):
         """The object of that name."""
         return self._values.get((namespace, name))
 
-    def keys(self) -> list[Key]:
-        """Namespace and name of every object."""
-        return list(self._values)
+    def items(self) -> list[tuple[Key, T]]:
+        """Every object."""
+        return list(self._values.items())
 
     def members(self, group: Group) -> list[T]:
         """All objects of a tier."""
