@@ -15,16 +15,18 @@ from typing import Annotated, Any, Literal
 
 from examples.media.kinds import KINDS, MAX_BYTES, Kind, kind_of
 from examples.media.tasks import TASKS, app, pool
-from fastapi import FastAPI, Form, HTTPException, Request, UploadFile
+from fastapi import FastAPI, Form, Header, HTTPException, Request, UploadFile
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Json
 
-from workerpool_routing import NoAcceleratedTier, PoolUnavailable
+from workerpool_routing.errors import NoAcceleratedTier
+from workerpool_routing.fastapi import add_exception_handlers, router
 
 MEDIA_DIR = Path(os.environ.get("MEDIA_DIR", "media-files")).absolute()
-RETRY_AFTER_SECONDS = 5
 
 api = FastAPI(title="media")
+api.include_router(router(pool))
+add_exception_handlers(api)
 
 
 class Accepted(BaseModel):
@@ -35,6 +37,7 @@ class Accepted(BaseModel):
     reason: str
     message: str
     content_type: Kind
+    expected_wait: float | None
     decision_ms: float
 
 
@@ -51,12 +54,6 @@ class Task(BaseModel):
     result: Any = None
 
 
-@api.exception_handler(PoolUnavailable)
-async def unavailable(_: Request, error: PoolUnavailable) -> JSONResponse:
-    """Redis is the queue: without it nothing can be accepted, so the client is asked to come back."""
-    return JSONResponse({"detail": str(error)}, status_code=503, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
-
-
 @api.exception_handler(NoAcceleratedTier)
 async def no_gpu(_: Request, error: NoAcceleratedTier) -> JSONResponse:
     """The client requires what this pool does not have: asking again would not help."""
@@ -69,8 +66,14 @@ def process_file(
     source_type: Annotated[str | None, Form()] = None,
     gpu: Annotated[Literal["true", "false", "required"], Form()] = "false",
     metadata: Annotated[Json[dict[str, Any]] | None, Form()] = None,
+    deadline: Annotated[float | None, Form(ge=0)] = None,
+    idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
 ) -> Accepted:
-    """Store the file and queue its analysis; ``source_type`` is told from the file when it is not given."""
+    """Store the file and queue its analysis; ``source_type`` is told from the file when it is not given.
+
+    ``deadline``: seconds within which the analysis has to start; 429 when no tier can. The header ``Idempotency-Key`` makes
+    a repeated upload the same task.
+    """
     if (file.size or 0) > MAX_BYTES:
         raise HTTPException(413, f"file: larger than {MAX_BYTES // 1024 // 1024} MiB")
     kind = _kind(file, source_type)
@@ -81,6 +84,8 @@ def process_file(
         args=(str(path), metadata or {}),
         accelerated="required" if gpu == "required" else gpu == "true",
         content_type=kind,
+        deadline=deadline,
+        idempotency_key=idempotency_key,
     )
     decision_ms = (time.perf_counter() - started) * 1000
     return Accepted(**asdict(decision), content_type=kind, decision_ms=decision_ms)
@@ -94,12 +99,6 @@ def task(task_id: str) -> Task:
         raise HTTPException(404, f"no task {task_id!r}: never submitted here, or forgotten an hour after its end")
     result = app.AsyncResult(task_id).result if job.state.ended else None
     return Task(**asdict(job), result=str(result) if isinstance(result, Exception) else result)
-
-
-@api.get("/api/v1/status/workers")
-def workers() -> dict[str, Any]:
-    """Who works, what waits, and whether a GPU is free."""
-    return pool.status()
 
 
 def _kind(file: UploadFile, source_type: str | None) -> Kind:

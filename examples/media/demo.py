@@ -44,7 +44,8 @@ from workerpool_operator.local.redis_server import RedisServerError
 from workerpool_operator.observation import Unavailable
 from workerpool_operator.ports import Pool, Report
 from workerpool_operator.status import TierStatus
-from workerpool_routing import Job, State, WorkerPool
+from workerpool_routing import WorkerPool
+from workerpool_routing.ledger import Job, State
 
 RESOURCE = Path(__file__).with_name("workerpool.yaml")
 BURST_SECONDS = 48.0

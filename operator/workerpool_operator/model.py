@@ -235,6 +235,7 @@ class Routing(_Model):
         tuple[Annotated[str, StringConstraints(min_length=1, max_length=64)], ...], Field(max_length=32)
     ] = ("audio", "video", "image")
     tasks: Annotated[tuple[TaskRoute, ...], Field(max_length=128)] = ()
+    max_wait_seconds: Annotated[Int, Field(ge=1, le=86400)] | None = None
     fallback: Fallback = Fallback()
 
 

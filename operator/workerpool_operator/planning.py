@@ -78,6 +78,7 @@ def policy(spec: WorkerPoolSpec) -> Policy:
         tasks=tuple(TaskPolicy(task.name, task.accelerated) for task in spec.routing.tasks),
         fallback_on_failure=spec.routing.fallback.on_failure,
         fallback_on_loss=spec.routing.fallback.on_loss,
+        max_wait_seconds=spec.routing.max_wait_seconds,
     )
 
 

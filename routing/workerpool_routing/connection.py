@@ -92,7 +92,7 @@ def unavailable_when_down() -> Iterator[None]:
 
 
 def connect(app: Celery, **options: Any) -> Any:
-    """A client of the app's broker as Kombu would reach it; raises :class:`NotConfigured` when it is no Redis, or no valid URL."""
+    """A client of the app's broker as Kombu would reach it; raises :class:`NotConfigured` when it is no Redis or no valid URL."""
     url = app.conf.broker_write_url or app.conf.broker_url or ""
     urls = [part for one in ([url] if isinstance(url, str) else url) for part in one.split(";")]
     transport = app.conf.broker_transport_options or {}
@@ -102,20 +102,22 @@ def connect(app: Celery, **options: Any) -> Any:
             return _sentinel(urls, transport, options)
         return redis.Redis.from_url(_url(urls[0], encrypted=bool(ssl)), **options, **(ssl if isinstance(ssl, Mapping) else {}))
     except ValueError:  # what it says may quote a part of the password
-        raise NotConfigured(
-            "broker_url cannot be read; a password with any of :/?#[]@ in it has to be percent-encoded"
-        ) from None
+        raise NotConfigured("broker_url cannot be read; a password with any of :/?#[]@ in it has to be percent-encoded") from None
 
 
 def _url(url: str, *, encrypted: bool) -> str:
     """The same address in the words of redis-py."""
     if not url.startswith(("redis://", "rediss://", "unix://", "redis+socket://")):
         scheme = url.partition("://")[0] if "://" in url else "none"
-        raise NotConfigured(f"broker_url: a WorkerPool needs a redis://, rediss:// or sentinel:// broker, this app has {scheme!r}")
+        raise NotConfigured(
+            f"broker_url: a WorkerPool needs a redis://, rediss:// or sentinel:// broker, this app has {scheme!r}"
+        )
     url = url.replace("redis+socket://", "unix://", 1)
     url = url.replace("redis://", "rediss://", 1) if encrypted else url
     address = urlsplit(url)
-    query = {key: value.lower().removeprefix("cert_") if key == "ssl_cert_reqs" else value for key, value in parse_qsl(address.query)}
+    query = {
+        key: value.lower().removeprefix("cert_") if key == "ssl_cert_reqs" else value for key, value in parse_qsl(address.query)
+    }
     return address._replace(query=urlencode(query)).geturl()
 
 
@@ -125,7 +127,7 @@ def _sentinel(urls: list[str], transport: Mapping[str, Any], options: dict[str, 
         raise NotConfigured("broker_transport_options: a sentinel:// broker needs master_name")
     addresses = [urlsplit(url) for url in urls]
     timeouts = {key: options[key] for key in ("socket_timeout", "socket_connect_timeout")}
-    sentinels = Sentinel(
+    sentinels: Any = Sentinel(  # type: ignore[no-untyped-call]
         [(address.hostname, address.port or 26379) for address in addresses],
         sentinel_kwargs={**timeouts, **transport.get("sentinel_kwargs", {})},
     )

@@ -10,7 +10,7 @@ _MAIN_TYPES = frozenset(
 
 
 def main_type(given: str) -> str:
-    """The main type of a MIME type (``image/png``), a main type (``image``) or a file name (``scan.PNG``); else the word itself."""
+    """The main type of a MIME type (``image/png``), of a file name (``scan.PNG``), or the word itself (``image``)."""
     word = given.strip().lower()
     head, slash, _ = word.partition("/")
     if slash and head in _MAIN_TYPES:

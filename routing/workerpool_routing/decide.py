@@ -5,9 +5,9 @@ where it runs beside the data. A test drives both with generated inputs and hold
 
 The rule, in this order:
 
-1. A job that did not ask for an accelerator, or whose content type gains nothing from one, goes to a plain tier; a required one to
-   an accelerated tier. Among several of a kind: the one that starts it soonest, which is the first that has a free slot; of equal
-   ones the first in order of preference.
+1. A job that did not ask for an accelerator, or whose content type gains nothing from one, goes to a plain tier; a required one
+   to an accelerated tier. Among several of a kind: the one that starts it soonest, which is the first that has a free slot; of
+   equal ones the first in order of preference.
 2. Any other goes to the first accelerated tier that has a free slot.
 3. Else it waits for the first accelerated tier that is worth the wait, or spills to the plain tier that starts it soonest:
 

@@ -113,8 +113,8 @@ class RoutingHook:
         _routed.set(None)
         try:
             self._pool.store.release(routed.tier.name, routed.lease)
-        except Exception:  # a lease ends by itself
-            logger.warning("pool %s: a lease was not released and ends by itself", self._pool.name)
+        except Exception:  # the message is in its queue, and its caller is to know no less
+            logger.exception("pool %s: a lease was not released and ends by itself", self._pool.name)
 
     def _mine(self, sender: str) -> _Routed | None:
         routed = _routed.get()

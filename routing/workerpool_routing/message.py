@@ -36,11 +36,17 @@ class Message:
 
 
 def prepare(
-    task: Task, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, task_id: str, expires: float | None, options: dict[str, Any]
+    task: Task,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    *,
+    task_id: str,
+    expires: float | None,
+    options: dict[str, Any],
 ) -> Message:
     """The message that ``task.apply_async(...)`` would publish as the first attempt of a job.
 
-    Everything is Celery's own doing, its signals included; whatever cannot be serialised raises here, before anything is admitted.
+    Everything is Celery's own doing, its signals included; what cannot be serialised raises here, before anything is admitted.
     """
     headers = options.pop("headers", None) or {}
     ignore_result = options.pop("ignore_result", None)
@@ -63,7 +69,7 @@ def serialise(body: Any, headers: Mapping[str, Any], properties: Mapping[str, An
     return _cut(producer.recorded[0])
 
 
-class _Recorder(Producer):  # type: ignore[misc]  # kombu carries no types
+class _Recorder(Producer):
     """A producer that keeps what it is told to publish."""
 
     def __init__(self, channel: Any) -> None:
@@ -75,7 +81,7 @@ class _Recorder(Producer):  # type: ignore[misc]  # kombu carries no types
         _mandatory: Any, _immediate: Any, exchange: Any, *_: Any, **__: Any,
     ) -> None:  # fmt: skip
         message = self.channel.prepare_message(body, priority, content_type, content_encoding, headers, properties)
-        self.channel._inplace_augment_message(message, exchange, routing_key)  # noqa: SLF001 the half of basic_publish before the broker
+        self.channel._inplace_augment_message(message, exchange, routing_key)  # noqa: SLF001 it ends before the broker
         self.recorded.append(message)
 
 

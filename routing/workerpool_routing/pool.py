@@ -6,7 +6,8 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -98,6 +99,20 @@ class WorkerPool:
         return self._store
 
     @property
+    def given(self) -> Policy | None:
+        """The policy of the tiers that the code gave."""
+        return self._given
+
+    @contextmanager
+    def kept_in(self, store: Store) -> Iterator[None]:
+        """Keep the state elsewhere for a while: :mod:`workerpool_routing.testing` does."""
+        self._store, usual = store, self._store
+        try:
+            yield
+        finally:
+            self._store = usual
+
+    @property
     def policy(self) -> Policy | None:
         """The pool's policy as this process knows it; raises :class:`PoolUnavailable`."""
         return self.store.policy()
@@ -122,7 +137,7 @@ class WorkerPool:
             args: its positional arguments.
             kwargs: its keyword arguments.
             accelerated: True when an accelerator helps, "required" when the job can run nowhere else.
-            content_type: what it works on, as a MIME type, its main part or a file name; types that gain nothing go to a plain tier.
+            content_type: what it works on, as a MIME type, its main part or a file name; what gains nothing goes to a plain tier.
             deadline: seconds from now by which it must have started, else it expires.
             max_wait: seconds that it may be expected to wait, in place of the pool's own ``maxWaitSeconds``.
             idempotency_key: a second call with the same key, within a day, gets the decision of the first and queues nothing.
@@ -132,12 +147,13 @@ class WorkerPool:
             Overloaded: no tier can start it within ``deadline`` and ``max_wait``; nothing was queued.
             PoolUnavailable: Redis did not answer in time; nothing was queued.
             NoAcceleratedTier: the job requires an accelerator that the pool does not have.
+            TypeError: ``task`` is none, or ``options`` choose what submit() chooses itself.
             kombu.exceptions.EncodeError: the arguments cannot be serialised.
         """
         if taken := [name for name in _RESERVED if name in options]:
             raise TypeError(f"submit() chooses {', '.join(taken)} itself; use apply_async() to choose them")
-        if task.name not in self._app.tasks:
-            raise NotConfigured(f"{task.name} is not registered with the Celery app of pool {self.name}")
+        if not isinstance(task, Task):
+            raise TypeError(f"task is {task!r}; give the task itself, as the Celery app has registered it")
         task_id = str(uuid4())
         apply = partial(_apply, task, args, kwargs, task_id, deadline, options)
         if self._app.conf.task_always_eager:
@@ -219,8 +235,10 @@ class WorkerPool:
         return self.store.queue_length(queue)
 
     def status(self) -> dict[str, Any]:
-        """Workers, queues and tiers as plain data, for a status endpoint; a worker's type is ``gpu`` when its tier is accelerated, else
-        ``cpu``. Slots and jobs are counted, ``oldest_wait`` is in seconds.
+        """Workers, queues and tiers as plain data, for a status endpoint.
+
+        A type is ``gpu`` when the tier is accelerated, else ``cpu``; ``ready`` and ``starting`` count slots, ``oldest_wait`` is in
+        seconds.
         """
         states = self._state()
         kinds = {worker.owner: _kind(state) for state in states for worker in state.workers}
@@ -231,7 +249,8 @@ class WorkerPool:
                 "cpu": sum(kind == "cpu" for kind in kinds.values()),
                 "details": {
                     worker.owner: {
-                        "type": kinds[worker.owner], "active_tasks": worker.busy, "max_tasks": worker.slots, "queues": [worker.queue]
+                        "type": kinds[worker.owner], "active_tasks": worker.busy, "max_tasks": worker.slots,
+                        "queues": [worker.queue],
                     }
                     for state in states for worker in state.workers
                 },
@@ -281,7 +300,13 @@ def _limited(request: Request, policy: Policy, max_wait: float | None) -> Reques
 
 
 def _apply(
-    task: Task, args: Sequence[Any], kwargs: Mapping[str, Any] | None, task_id: str, deadline: float | None, options: Any, app: Celery
+    task: Task,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    task_id: str,
+    deadline: float | None,
+    options: Any,
+    app: Celery,
 ) -> Decision:
     """Leave a job to Celery's own routing."""
     try:

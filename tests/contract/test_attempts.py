@@ -21,7 +21,8 @@ from workerpool_operator.broker import RedisBroker
 from workerpool_operator.local.redis_server import private_redis
 from workerpool_operator.model import WorkerPoolSpec
 from workerpool_operator.ports import Pool
-from workerpool_routing import Reason, State
+from workerpool_routing import Reason
+from workerpool_routing.ledger import State
 from workerpool_routing.wire import PRESENCE_LIFE_MS
 
 pytestmark = pytest.mark.contract
@@ -166,8 +167,8 @@ def test_retries_that_the_author_asked_for_stay_on_their_tier_and_are_no_attempt
 
 
 def test_a_job_past_its_deadline_expires_and_never_starts(two_tiers: ModuleType) -> None:
-    blocking = submit(two_tiers, two_tiers.work, {}, 1.5)
-    late = two_tiers.pool.submit(two_tiers.work, ({},), accelerated="required", deadline=0.5)
+    blocking = submit(two_tiers, two_tiers.work, {}, 3)
+    late = two_tiers.pool.submit(two_tiers.work, ({},), accelerated="required", deadline=1.2)
     assert outcome(two_tiers, late.task_id) == (State.EXPIRED, {})
     assert outcome(two_tiers, blocking.task_id)[0] is State.DONE
 

@@ -10,6 +10,8 @@ import sys
 import wave
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import redis
@@ -28,6 +30,7 @@ def serve(url: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     """The service as a fresh process would import it."""
     monkeypatch.setenv("CELERY_BROKER_URL", url)
     monkeypatch.setenv("MEDIA_DIR", str(directory))
+    monkeypatch.setattr("celery._state._on_app_finalizers", set())  # else every later app would get the tasks of each import
     for module in ("examples.media.tasks", "examples.media.api"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     service = importlib.import_module("examples.media.api")
@@ -147,6 +150,33 @@ def test_an_unknown_task_is_not_found(client: TestClient) -> None:
     assert "no-such-task" in answer.json()["detail"]
 
 
+def tier_state(kind: str, queue: str, *, ready: int, waiting: int, oldest_wait: Any) -> dict[str, Any]:
+    counts = {"ready": ready, "starting": 0, "waiting": waiting, "in_flight": 0}
+    return {"type": kind, "queue": queue, **counts, "oldest_wait": oldest_wait}
+
+
+def test_an_upload_that_cannot_start_in_time_is_refused_with_when_to_come_back(client: TestClient, redis_url: str) -> None:
+    with redis.Redis.from_url(redis_url) as broker:
+        seconds, _ = broker.time()
+        broker.zadd(KEYS.slots("cpu"), {"w1.x/0": seconds * 1000})
+        broker.hset(KEYS.service("cpu"), "examples.media.tasks.measure_image", 9.0)
+    first, second = (client.post("/process/file", files={"file": picture()}, data={"deadline": "4"}) for _ in range(2))
+    assert first.status_code == 202
+    assert (second.status_code, second.headers["retry-after"]) == (429, "5")
+    assert second.json() == {
+        "detail": "cpu: no tier can start the job in time (1 slots ready, 0 may still start, 0 in flight, 1 waiting)",
+        "reason": "Overloaded",
+    }
+
+
+def test_an_upload_that_is_repeated_with_its_key_is_the_same_task(client: TestClient) -> None:
+    answers = [client.post("/process/file", files={"file": picture()}, headers={"Idempotency-Key": "u7"}) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [202, 202]
+    first, second = (answer.json() for answer in answers)
+    assert first["task_id"] == second["task_id"]
+    assert client.get("/api/v1/status/workers").json()["queues"]["celery"]["length"] == 1
+
+
 def test_the_status_shows_workers_and_queues_in_the_documented_shape(client: TestClient, redis_url: str) -> None:
     client.post("/process/file", files={"file": picture()}, data={"gpu": "required"})
     with redis.Redis.from_url(redis_url) as broker:
@@ -163,6 +193,10 @@ def test_the_status_shows_workers_and_queues_in_the_documented_shape(client: Tes
         },
         "queues": {"gpu-tasks": {"length": 1, "workers": 1}, "celery": {"length": 0, "workers": 0}},
         "gpu_available": False,
+        "tiers": {
+            "gpu": tier_state("gpu", "gpu-tasks", ready=1, waiting=1, oldest_wait=ANY),
+            "cpu": tier_state("cpu", "celery", ready=0, waiting=0, oldest_wait=None),
+        },
     }
 
 

@@ -40,6 +40,8 @@ def plain(node: Schema, definitions: Schema) -> Schema:
         node = {**plain(value, definitions), **node}
     if node.get("default", ...) is None:
         del node["default"]
+    if isinstance(default := node.get("default"), dict):
+        node["default"] = {name: value for name, value in default.items() if value is not None}
     if "properties" in node:
         node["properties"] = {to_camel(name): plain(child, definitions) for name, child in node["properties"].items()}
     for key in ("items", "additionalProperties"):

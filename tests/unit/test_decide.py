@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
+from math import inf, sqrt
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +14,24 @@ from hypothesis import strategies as st
 
 from workerpool_routing import admission
 from workerpool_routing.admission import Admission, Entry
-from workerpool_routing.decide import MARGIN, SPILLS, Choice, Load, Reason, Request, explain, gains, place, preselect
+from workerpool_routing.content import main_type
+from workerpool_routing.decide import (
+    MARGIN,
+    SERVICE_SECONDS,
+    SPILLS,
+    START_SECONDS,
+    Candidates,
+    Load,
+    Reason,
+    Request,
+    Verdict,
+    explain,
+    gains,
+    place,
+    preselect,
+)
 from workerpool_routing.ledger import script
+from workerpool_routing.message import Message
 from workerpool_routing.wire import Keyspace, Policy, TierPolicy, Wish
 
 pytestmark = pytest.mark.unit
@@ -21,65 +40,63 @@ GPU, GPU2 = TierPolicy("gpu", "gpu-tasks", True), TierPolicy("gpu2", "gpu2-tasks
 CPU, CPU2 = TierPolicy("cpu", "celery", False), TierPolicy("cpu2", "cpu2-tasks", False)
 MIXED = Policy((GPU, GPU2, CPU, CPU2))
 KEYS = Keyspace("ml/media", "prod-")
+TWO = Candidates((GPU, CPU), accelerated=1)
+FOUR = preselect(MIXED, Request("t", True))
+IDLE = Load(0, 0, 1, 0)
 
 
 @pytest.mark.parametrize(
-    ("wish", "content_type", "tier", "reason"),
+    ("wish", "content_type", "tiers", "reason"),
     [
-        (False, None, CPU, Reason.NOT_REQUESTED),
-        (False, "audio", CPU, Reason.NOT_REQUESTED),
-        (True, "text", CPU, Reason.CONTENT_TYPE_GAINS_NOTHING),
-        (True, "", CPU, Reason.CONTENT_TYPE_GAINS_NOTHING),
-        ("required", None, GPU, Reason.REQUIRED),
-        ("required", "audio", GPU, Reason.REQUIRED),
-        ("required", "text", GPU, Reason.REQUIRED),
+        (False, None, (CPU, CPU2), Reason.NOT_REQUESTED),
+        (False, "audio", (CPU, CPU2), Reason.NOT_REQUESTED),
+        (True, "text", (CPU, CPU2), Reason.CONTENT_TYPE_GAINS_NOTHING),
+        (True, "", (CPU, CPU2), Reason.CONTENT_TYPE_GAINS_NOTHING),
+        ("required", None, (GPU, GPU2), Reason.REQUIRED),
+        ("required", "audio", (GPU, GPU2), Reason.REQUIRED),
+        ("required", "text", (GPU, GPU2), Reason.REQUIRED),
     ],
 )
-def test_what_needs_no_measurement_is_chosen_at_once(
-    wish: Wish, content_type: str | None, tier: TierPolicy, reason: Reason
+def test_what_is_asked_for_says_which_kind_of_tier(
+    wish: Wish, content_type: str | None, tiers: tuple[TierPolicy, ...], reason: Reason
 ) -> None:
-    assert preselect(MIXED, Request("t", wish, content_type)) == Choice(tier, reason, tier)
+    assert preselect(MIXED, Request("t", wish, content_type)) == Candidates(tiers, reason=reason)
 
 
 @pytest.mark.parametrize("content_type", [None, "audio", "video", "image"])
-def test_a_job_that_gains_from_an_accelerator_is_left_to_the_measurement(content_type: str | None) -> None:
-    assert preselect(MIXED, Request("t", True, content_type)) == (GPU, CPU)
+def test_a_job_that_gains_from_an_accelerator_may_go_anywhere_the_accelerated_tiers_first(content_type: str | None) -> None:
+    assert preselect(MIXED, Request("t", True, content_type)) == Candidates((GPU, GPU2, CPU, CPU2), accelerated=2)
 
 
 @pytest.mark.parametrize("only", [(CPU,), (CPU2, CPU), (GPU,), (GPU2, GPU)])
 @pytest.mark.parametrize("wish", [True, False, "required"])
-def test_where_all_tiers_are_of_one_kind_the_first_takes_every_job(only: tuple[TierPolicy, ...], wish: Wish) -> None:
-    assert preselect(Policy(only), Request("t", wish, "text")) == Choice(only[0], Reason.ONLY_TIER, only[0])
+def test_where_all_tiers_are_of_one_kind_they_take_every_job(only: tuple[TierPolicy, ...], wish: Wish) -> None:
+    assert preselect(Policy(only), Request("t", wish, "text")) == Candidates(only, reason=Reason.ONLY_TIER)
 
 
-tiers = st.lists(st.sampled_from([GPU, GPU2, CPU, CPU2]), min_size=1, unique=True).map(tuple)
+counts = st.integers(0, 30)
+services = st.none() | st.floats(0.01, 100)
+loads = st.builds(Load, counts, counts, counts, counts, st.integers(0, 3), services)
+four_loads = st.tuples(loads, loads, loads, loads)
+wishes = st.sampled_from([True, False, "required"])
 content_types = st.none() | st.sampled_from(["audio", "audio/mpeg", "text", "text/plain", ""]) | st.text(max_size=10)
-requests = st.builds(Request, st.just("t"), st.sampled_from([True, False, "required"]), content_types)
 
 
-@settings(max_examples=100)
-@given(tiers, requests)
-def test_a_required_job_never_goes_to_a_plain_tier_of_a_pool_that_has_another(
-    tiers: tuple[TierPolicy, ...], request: Request
+@settings(max_examples=200)
+@given(wishes, content_types, four_loads, st.none() | st.floats(0, 50), st.booleans(), st.booleans())
+def test_a_job_gets_a_tier_of_a_kind_that_it_may_have_whatever_the_load(
+    wish: Wish, content_type: str | None, four: tuple[Load, ...], limit: float | None, spilling: bool, refuses: bool
 ) -> None:
-    chosen = preselect(Policy(tiers), request)
-    if request.accelerated == "required" and any(tier.accelerated for tier in tiers):
-        assert isinstance(chosen, Choice)
-        assert chosen.tier.accelerated
-
-
-@settings(max_examples=100)
-@given(tiers, requests)
-def test_a_choice_is_a_tier_of_the_pool_and_an_open_one_is_between_the_two_kinds(
-    tiers: tuple[TierPolicy, ...], request: Request
-) -> None:
-    chosen = preselect(Policy(tiers), request)
-    if isinstance(chosen, Choice):
-        assert chosen.tier in tiers
-        assert chosen.wanted == chosen.tier, "what was not measured was not spilled"
-    else:
-        assert request.accelerated is True
-        assert [tier.accelerated for tier in chosen] == [True, False]
+    candidates = preselect(MIXED, Request("t", wish, content_type))
+    seen = four[: len(candidates.tiers)]
+    verdict = place(candidates, seen, limit=limit, spilling=spilling, refuses=refuses)
+    tier = candidates.tiers[verdict.index]
+    if wish == "required":
+        assert tier.accelerated
+    if wish is False:
+        assert not tier.accelerated
+    assert verdict.wait == seen[verdict.index].wait
+    assert (verdict.reason is Reason.OVERLOADED) == (refuses and limit is not None and all(load.wait > limit for load in seen))
 
 
 @pytest.mark.parametrize(
@@ -98,58 +115,160 @@ def test_the_content_types_of_the_policy_are_read_in_any_case() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("image/png", "image"), ("IMAGE/PNG; q=1", "image"), ("image", "image"), ("scan.PNG", "image"), ("a/b.mp3", "audio"),
+        ("/tmp/film.mp4", "video"), ("notes.txt", "text"), ("application/vnd.ms-excel", "application"),
+        ("embedding", "embedding"), ("", ""), ("no.such-suffix", "no.such-suffix"), ("audio/", "audio"),
+    ],
+)  # fmt: skip
+def test_a_content_type_is_a_mime_type_a_main_type_or_a_file_name(given: str, expected: str) -> None:
+    assert main_type(given) == expected
+
+
+def spilled(fast: Load, slow: Load) -> bool:
+    return place(TWO, (fast, slow), limit=None).reason in SPILLS
+
+
+def test_a_job_that_did_not_ask_for_an_accelerator_goes_to_the_plain_tier() -> None:
+    assert preselect(MIXED, Request("t", False, "audio")).tiers[0] == CPU
+
+
+def test_a_type_that_gains_nothing_goes_to_the_plain_tier_even_when_it_asked() -> None:
+    assert preselect(MIXED, Request("t", True, "text")).tiers[0] == CPU
+
+
+def test_a_job_for_the_plain_tier_never_takes_an_accelerated_slot() -> None:
+    candidates = preselect(MIXED, Request("t", False))
+    assert place(candidates, (Load(50, 9, 1, 0), Load(50, 9, 1, 0)), limit=None).reason is Reason.NOT_REQUESTED
+    assert not any(tier.accelerated for tier in candidates.tiers)
+
+
+def test_without_a_free_accelerated_slot_and_none_on_its_way_a_job_goes_to_the_plain_tier() -> None:
+    assert place(TWO, (Load(0, 1, 1, 0), Load(9, 9, 1, 0)), limit=None) == Verdict(1, Reason.NO_CAPACITY, 18.0)
+
+
+def test_an_accelerated_queue_more_than_five_longer_sends_the_job_to_the_plain_tier() -> None:
+    assert MARGIN == 5
+    assert place(TWO, (Load(7, 1, 1, 8), Load(2, 0, 0, 1)), limit=None).reason is Reason.SLOT_STARTING
+    assert place(TWO, (Load(8, 1, 1, 8), Load(2, 0, 0, 1)), limit=None).reason is Reason.QUEUE_TOO_LONG
+
+
+@pytest.mark.parametrize(
     ("accelerated", "plain_waiting", "reason"),
     [
         pytest.param(Load(0, 0, 1, 0), 0, Reason.FREE_SLOT, id="one idle worker"),
         pytest.param(Load(1, 1, 3, 0), 0, Reason.FREE_SLOT, id="a slot is left after those that wait"),
-        pytest.param(Load(0, 1, 1, 0), 0, Reason.NO_CAPACITY, id="busy and nothing can start"),
+        pytest.param(Load(1, 1, 3, 0, leased=1), 0, Reason.NO_CAPACITY, id="the last slot is leased"),
         pytest.param(Load(1, 0, 1, 0), 0, Reason.NO_CAPACITY, id="the free slot has its job already"),
         pytest.param(Load(0, 0, 0, 0), 0, Reason.NO_CAPACITY, id="no worker and none can start"),
         pytest.param(Load(0, 0, 0, 1), 0, Reason.SLOT_STARTING, id="from zero"),
         pytest.param(Load(0, 1, 1, 1), 0, Reason.SLOT_STARTING, id="busy, another may start"),
-        pytest.param(Load(5, 1, 1, 8), 0, Reason.SLOT_STARTING, id="five jobs longer"),
-        pytest.param(Load(6, 1, 1, 8), 0, Reason.QUEUE_TOO_LONG, id="six jobs longer"),
+        pytest.param(Load(3, 1, 1, 8, leased=2), 0, Reason.SLOT_STARTING, id="five jobs longer, two on their way"),
+        pytest.param(Load(3, 1, 1, 8, leased=3), 0, Reason.QUEUE_TOO_LONG, id="six jobs longer, three on their way"),
         pytest.param(Load(6, 1, 1, 8), 1, Reason.SLOT_STARTING, id="the plain queue is as long"),
         pytest.param(Load(20, 0, 30, 0), 0, Reason.FREE_SLOT, id="a long queue that is taken in a moment"),
         pytest.param(Load(50, 1, 1, 0), 0, Reason.NO_CAPACITY, id="a long queue is not the first thing that is wrong"),
+        pytest.param(Load(50, 1, 1, 0, service=2.0), 0, Reason.NO_CAPACITY, id="the service of one tier alone says nothing"),
     ],
 )
-def test_the_measured_tiers_decide(accelerated: Load, plain_waiting: int, reason: Reason) -> None:
-    assert place(accelerated, Load(plain_waiting, 9, 9, 9)) is reason
+def test_while_service_times_are_unknown_slots_and_lengths_decide(accelerated: Load, plain_waiting: int, reason: Reason) -> None:
+    assert place(TWO, (accelerated, Load(plain_waiting, 9, 9, 9)), limit=None).reason is reason
 
 
-counts = st.integers(0, 30)
-loads = st.builds(Load, counts, counts, counts, counts)
+@pytest.mark.parametrize(("fast", "slow", "seconds"), [(1.0, 9.0, 2.0), (1.0, 16.0, 3.0), (4.0, 4.0, 0.0), (9.0, 1.0, 0.0)])
+def test_the_threshold_grows_with_the_ratio_of_the_speeds_and_includes_its_boundary(
+    fast: float, slow: float, seconds: float
+) -> None:
+    in_time = round(seconds / fast)
+    plain = Load(0, 0, 1, 0, service=slow)
+    assert not spilled(Load(in_time, 0, 1, 0, service=fast), plain) or in_time == 0
+    assert spilled(Load(in_time + 1, 0, 1, 0, service=fast), plain)
+
+
+def test_the_wait_on_the_plain_tier_counts_against_it() -> None:
+    fast = Load(9, 1, 1, 0, service=1.0)
+    assert spilled(fast, Load(0, 0, 1, 0, service=9.0))
+    assert not spilled(fast, Load(0, 1, 1, 0, service=9.0))
+
+
+def test_a_task_that_spills_comes_back_at_half_the_threshold() -> None:
+    slow, verdicts = Load(0, 0, 1, 0, service=25.0), {}
+    for waiting in range(1, 7):
+        fast = Load(waiting - 1, 1, 1, 0, service=1.0)  # waits that many seconds; the threshold is 4
+        verdicts[waiting] = tuple(place(TWO, (fast, slow), limit=None, spilling=side).reason for side in (False, True))
+    assert [waiting for waiting, (not_yet, _) in verdicts.items() if not_yet is Reason.WORTH_THE_WAIT] == [1, 2, 3, 4]
+    assert [waiting for waiting, (_, still) in verdicts.items() if still is Reason.WORTH_THE_WAIT] == [1, 2]
 
 
 @settings(max_examples=200)
-@given(loads, loads)
-def test_an_accelerated_tier_takes_a_job_only_when_it_has_a_slot_or_may_get_one(accelerated: Load, plain: Load) -> None:
-    reason = place(accelerated, plain)
-    assert reason in SPILLS | {Reason.FREE_SLOT, Reason.SLOT_STARTING}
-    free = accelerated.ready > accelerated.in_flight + accelerated.waiting
-    assert (reason is Reason.FREE_SLOT) == free
-    if reason is Reason.SLOT_STARTING:
-        assert accelerated.coming > 0
-        assert accelerated.waiting - plain.waiting <= MARGIN
-    if reason in SPILLS:
-        assert accelerated.coming == 0 or accelerated.waiting - plain.waiting > MARGIN
+@given(st.floats(0.01, 100), st.floats(1, 100), counts, counts, st.integers(1, 8))
+def test_a_job_is_never_kept_waiting_for_longer_than_the_plain_tier_needs_to_finish_it(
+    fast: float, ratio: float, waiting: int, in_flight: int, ready: int
+) -> None:
+    seen = Load(waiting, in_flight, ready, 0, service=fast)
+    verdict = place(TWO, (seen, Load(0, 0, 1, 0, service=fast * ratio)), limit=None)
+    if verdict.index == 0:
+        assert verdict.wait + fast <= sqrt(fast * fast * ratio) * 1.000001 or seen.free > 0
 
 
-@settings(max_examples=100)
-@given(loads, loads)
-def test_more_slots_never_turn_a_job_away(accelerated: Load, plain: Load) -> None:
-    if place(accelerated, plain) not in SPILLS:
-        more = Load(accelerated.waiting, accelerated.in_flight, accelerated.ready + 1, accelerated.coming + 1)
-        assert place(more, plain) not in SPILLS
+def test_the_first_accelerated_tier_with_room_takes_the_job_in_order_of_preference() -> None:
+    busy = Load(0, 1, 1, 0)
+    assert place(FOUR, (IDLE, IDLE, IDLE, IDLE), limit=None).index == 0
+    assert place(FOUR, (busy, IDLE, IDLE, IDLE), limit=None).index == 1
+    assert place(FOUR, (busy, busy, busy, IDLE), limit=None) == Verdict(3, Reason.NO_CAPACITY, 0.0)
+    assert place(FOUR, (busy, busy, busy, busy), limit=None).index == 2
+
+
+def test_of_several_tiers_of_a_kind_the_one_that_starts_the_job_soonest_takes_it() -> None:
+    plain = preselect(MIXED, Request("t", False))
+    assert place(plain, (Load(4, 1, 1, 0), Load(2, 1, 1, 0)), limit=None).index == 1
+    assert place(plain, (Load(4, 1, 1, 0, service=0.1), Load(2, 1, 1, 0)), limit=None).index == 0
+
+
+def test_a_tier_that_cannot_start_the_job_in_time_gives_way_to_one_that_can() -> None:
+    fast, slow = Load(1, 1, 1, 0, service=1.0), Load(0, 0, 1, 0, service=9.0)
+    assert place(TWO, (fast, slow), limit=2.0) == Verdict(0, Reason.WORTH_THE_WAIT, 2.0)
+    assert place(TWO, (fast, slow), limit=1.9) == Verdict(1, Reason.STARTS_SOONER, 0.0)
+
+
+def test_a_job_that_no_tier_can_start_in_time_is_refused_or_goes_where_it_starts_soonest() -> None:
+    seen = (Load(4, 1, 1, 0, service=1.0), Load(0, 1, 1, 0, service=9.0))
+    assert place(TWO, seen, limit=3.0) == Verdict(0, Reason.OVERLOADED, 5.0)
+    assert place(TWO, seen, limit=3.0, refuses=False).index == 0
+
+
+@pytest.mark.parametrize(
+    ("load", "seconds"),
+    [
+        (Load(0, 0, 1, 0), 0.0),
+        (Load(0, 1, 1, 0, service=3.0), 3.0),
+        (Load(3, 2, 2, 0, service=3.0), 6.0),
+        (Load(3, 2, 2, 0), 2 * SERVICE_SECONDS),
+        (Load(0, 0, 0, 0), inf),
+        (Load(0, 0, 0, 2), START_SECONDS),
+        (Load(3, 0, 0, 2, service=3.0), START_SECONDS + 3.0),
+        (Load(0, 1, 1, 9, service=3.0), 3.0),
+        (Load(0, 1, 1, 9, service=300.0), START_SECONDS),
+    ],
+)
+def test_the_expected_wait_counts_the_jobs_ahead_over_the_slots(load: Load, seconds: float) -> None:
+    assert load.wait == seconds
+
+
+@settings(max_examples=200)
+@given(loads)
+def test_more_slots_never_make_a_job_wait_longer(load: Load) -> None:
+    assert replace(load, ready=load.ready + 1).wait <= load.wait
+    assert replace(load, coming=load.coming + 1).wait <= load.wait
 
 
 @pytest.mark.parametrize("reason", Reason)
 def test_every_reason_is_explained_with_its_tier_and_the_numbers(reason: Reason) -> None:
     bare = explain(reason, "gpu")
     assert re.fullmatch(r"gpu: [a-z].{20,}", bare)
-    measured = explain(reason, "gpu", Load(waiting=11, in_flight=22, ready=33, coming=44), Load(55, 66, 77, 88))
-    assert measured == f"{bare} (33 slots ready, 44 may still start, 22 in flight, 11 waiting; 55 waiting on the plain tier)"
+    measured = explain(reason, "gpu", Load(waiting=11, in_flight=22, ready=33, coming=44, leased=5))
+    assert measured == f"{bare} (33 slots ready, 44 may still start, 22 in flight, 16 waiting)"
 
 
 def test_every_reason_is_spelt_as_its_name() -> None:
@@ -161,56 +280,67 @@ def test_no_two_reasons_have_the_same_words() -> None:
 
 
 def test_the_lua_twin_answers_with_the_reasons_of_the_rule() -> None:
-    answers = set(re.findall(r"return [12], '(\w+)'", script("admit")))
-    assert answers == {Reason.FREE_SLOT, Reason.SLOT_STARTING, *SPILLS}
+    measured = {Reason.FREE_SLOT, Reason.SLOT_STARTING, Reason.WORTH_THE_WAIT, Reason.STARTS_SOONER, Reason.OVERLOADED}
+    assert set(re.findall(r"'([A-Z][a-z]+(?:[A-Z][a-z]+)+|Overloaded)'", script("admit"))) == measured | SPILLS
 
 
-def test_an_open_choice_is_asked_with_the_keys_of_both_tiers() -> None:
-    asked = json.loads(admission.argument(KEYS, (GPU, CPU), Entry("t1", "media.t", required=False)))
-    assert [tier["name"] for tier in asked["tiers"]] == ["gpu", "cpu"]
-    assert asked["wanted"] == asked["tiers"][0] == {
+ENTRY = Entry("t1", Message("head", "tail", 6), idempotency_key="upload-7")
+
+
+def asked(*args: object, **options: object) -> tuple[Any, Any, list[str | int]]:
+    given = admission.call(KEYS, *args, **options)  # type: ignore[arg-type]
+    assert given.keys == []
+    pool, ask, *message = given.args
+    return json.loads(str(pool)), json.loads(str(ask)), message
+
+
+def test_the_script_is_asked_with_the_keys_of_every_candidate() -> None:
+    pool, ask, message = asked(TWO, Request("media.t", True, limit=9.5), entry=ENTRY)
+    assert [tier["name"] for tier in pool["tiers"]] == ["gpu", "cpu"]
+    assert pool["wanted"] == pool["tiers"][0] == {
         "name": "gpu",
+        "queue": "gpu-tasks",
         "lists": KEYS.queue_lists("gpu-tasks"),
         "unacked": KEYS.unacked("gpu"),
         "slots": KEYS.slots("gpu"),
+        "leases": KEYS.leases("gpu"),
+        "service": KEYS.service("gpu"),
         "spilled": KEYS.spilled("gpu"),
     }  # fmt: skip
-    assert asked["job"] == {"key": KEYS.job("t1"), "id": "t1", "task": "media.t", "required": 0}
-    assert (asked["capacity"], asked["routes"], asked["wake"]) == (KEYS.capacity, KEYS.routes, "prod-workerpool:wake")
-    assert (asked["pool"], asked["margin"]) == ("ml/media", MARGIN)
-    assert "choice" not in asked
-
-
-def test_a_choice_that_was_made_is_only_written_down() -> None:
-    asked = json.loads(admission.argument(KEYS, Choice(GPU, Reason.REQUIRED, GPU), Entry("t1", "media.t", required=True)))
-    assert [tier["name"] for tier in asked["tiers"]] == ["gpu"]
-    assert (asked["wanted"]["name"], asked["choice"], asked["job"]["required"]) == ("gpu", "Required", 1)
+    assert ask == {
+        "id": "t1", "job": KEYS.job("t1"), "idempotent": KEYS.idempotent("upload-7"), "step": 3, "task": "media.t", "required": 0,
+        "refuses": True, "limit": 9.5,
+    }  # fmt: skip
+    assert message == ["head", "tail"]
+    assert (pool["capacity"], pool["routes"], pool["wake"]) == (KEYS.capacity, KEYS.routes, "prod-workerpool:wake")
+    assert (pool["name"], pool["margin"], pool["accelerated"]) == ("ml/media", MARGIN, 1)
+    assert "reason" not in pool
 
 
 def test_a_question_without_a_job_writes_nothing() -> None:
-    assert "job" not in json.loads(admission.argument(KEYS, (GPU, CPU), None))
+    _, ask, message = asked(TWO, Request("media.t", True))
+    assert ask == {"task": "media.t", "refuses": True}
+    assert message == []
 
 
 def test_the_script_knows_every_field_that_it_is_given() -> None:
-    asked = json.loads(admission.argument(KEYS, Choice(GPU, Reason.REQUIRED, GPU), Entry("t1", "media.t", required=True)))
-    used = set(re.findall(r"request\.(\w+)", script("admit")))
-    assert used == set(asked)
-    assert set(re.findall(r"job\.(\w+)", script("admit"))) == set(asked["job"])
+    chosen = Candidates((GPU,), reason=Reason.REQUIRED)
+    pool, ask, _ = asked(chosen, Request("t", "required", limit=1.0), entry=ENTRY, lease="l", until=1, wanted=GPU2)
+    assert set(re.findall(r"pool\.(\w+)", script("admit"))) == set(pool)
+    assert set(re.findall(r"ask\.(\w+)", script("admit"))) == set(ask)
 
 
-@pytest.mark.parametrize(
-    ("index", "reason", "tier"),
-    [(1, Reason.FREE_SLOT, GPU), (1, Reason.SLOT_STARTING, GPU), (2, Reason.NO_CAPACITY, CPU), (2, Reason.QUEUE_TOO_LONG, CPU)],
-)
-@pytest.mark.parametrize("encode", [str, str.encode])
-def test_the_answer_of_the_script_is_read_with_the_loads_that_it_saw(
-    index: int, reason: Reason, tier: TierPolicy, encode: type[str]
-) -> None:
-    reply = [index, encode(reason.value), 1, 2, 3, 4, 5, 6, 7, 8]
-    expected = Admission(Choice(tier, reason, GPU), Load(1, 2, 3, 4), Load(5, 6, 7, 8))
-    assert admission.parse((GPU, CPU), reply) == expected
+def test_the_answer_of_the_script_is_read_with_the_load_that_it_saw() -> None:
+    reply = [77, "t1", "cpu", "celery", "NoCapacity", "0.5", 1, 2, 3, 4, 5]
+    assert admission.parse(reply) == Admission("t1", "cpu", "celery", Reason.NO_CAPACITY, 0.5, Load(1, 2, 3, 4, 5), 77)  # type: ignore[arg-type]
 
 
-def test_the_answer_for_a_choice_that_was_made_has_no_loads() -> None:
-    chosen = Choice(CPU, Reason.NOT_REQUESTED, CPU)
-    assert admission.parse(chosen, [1, "NotRequested"]) == Admission(chosen)
+def test_an_earlier_answer_has_no_load_and_one_that_came_too_late_only_the_time() -> None:
+    earlier = admission.parse([77, "t0", "gpu", "gpu-tasks", "FreeSlot", "inf"])
+    assert isinstance(earlier, Admission)
+    assert (earlier.task_id, earlier.load, earlier.wait) == ("t0", None, inf)
+    assert admission.parse([77]) == 77
+
+
+def test_a_wish_is_yes_no_or_required() -> None:
+    assert get_args(Wish) == (True, False, "required")

@@ -185,6 +185,7 @@ def test_the_policy_says_what_the_spec_says() -> None:
     routing = {
         "acceleratedContentTypes": ["audio"],
         "tasks": [{"name": "media.*", "accelerated": "required"}, {"name": "mail.*", "accelerated": False}],
+        "maxWaitSeconds": 600,
         "fallback": {"onFailure": False, "onLoss": True},
     }
     assert planning.policy(spec(routing=routing)) == wire.Policy(
@@ -193,6 +194,7 @@ def test_the_policy_says_what_the_spec_says() -> None:
         tasks=(TaskPolicy("media.*", "required"), TaskPolicy("mail.*", False)),
         fallback_on_failure=False,
         fallback_on_loss=True,
+        max_wait_seconds=600,
     )
     swapped = planning.policy(spec(routing={"fallback": {"onFailure": True, "onLoss": False}}))
     assert (swapped.fallback_on_failure, swapped.fallback_on_loss) == (True, False)

@@ -96,8 +96,11 @@ def own_keys(keys: Keyspace) -> list[str]:
         keys.job,
         keys.unacked,
         keys.unacked_index,
+        keys.leases,
+        keys.idempotent,
+        keys.service,
     ]
-    return [keys.policy, keys.capacity, keys.routes, *(name(what) for name in named for what in ("gpu", "cpu"))]
+    return [keys.policy, keys.capacity, keys.routes, keys.sides, *(name(what) for name in named for what in ("gpu", "cpu"))]
 
 
 def test_no_two_keys_of_any_two_pools_are_the_same() -> None:
@@ -113,18 +116,21 @@ def test_every_key_starts_with_the_prefix_and_the_pool() -> None:
 def test_every_name_of_schema_version_1_stays_as_other_releases_know_it() -> None:
     assert wire.SCHEMA_VERSION == 1
     assert [name.removeprefix("workerpool:ml/media:") for name in own_keys(KEYS)] == [
-        "policy", "capacity", "routes", "presence:gpu", "presence:cpu", "slots:gpu", "slots:cpu", "spilled:gpu", "spilled:cpu",
-        "held:gpu", "held:cpu", "job:gpu", "job:cpu", "unacked:gpu", "unacked:cpu", "unacked:gpu:index", "unacked:cpu:index",
+        "policy", "capacity", "routes", "sides", "presence:gpu", "presence:cpu", "slots:gpu", "slots:cpu", "spilled:gpu",
+        "spilled:cpu", "held:gpu", "held:cpu", "job:gpu", "job:cpu", "unacked:gpu", "unacked:cpu", "unacked:gpu:index",
+        "unacked:cpu:index", "leases:gpu", "leases:cpu", "idempotent:gpu", "idempotent:cpu", "service:gpu", "service:cpu",
     ]  # fmt: skip
     assert wire.HEADER == "workerpool"
 
 
 def test_a_policy_and_a_capacity_of_schema_version_1_stay_as_other_releases_write_them() -> None:
-    policy = Policy((TierPolicy("gpu", "gpu-tasks", True, 2, 8),), ("audio",), (TaskPolicy("media.*", "required"),), False, True)
+    policy = Policy(
+        (TierPolicy("gpu", "gpu-tasks", True, 2, 8),), ("audio",), (TaskPolicy("media.*", "required"),), False, True, 600
+    )
     assert policy.dump() == (
         '{"version":1,"tiers":[{"name":"gpu","queue":"gpu-tasks","accelerated":true,"concurrency":2,"max_slots":8}],'
         '"accelerated_content_types":["audio"],"tasks":[{"name":"media.*","accelerated":"required"}],'
-        '"fallback_on_failure":false,"fallback_on_loss":true}'
+        '"fallback_on_failure":false,"fallback_on_loss":true,"max_wait_seconds":600}'
     )
     capacity = Capacity({"gpu": TierCapacity(1, 2, 3)})
     assert capacity.dump() == '{"version":1,"tiers":{"gpu":{"starting":1,"startable":2,"unschedulable":3}}}'
@@ -150,6 +156,7 @@ policies = st.builds(
     tasks=st.lists(st.builds(TaskPolicy, names, wishes), max_size=3).map(tuple),
     fallback_on_failure=st.booleans(),
     fallback_on_loss=st.booleans(),
+    max_wait_seconds=st.none() | st.integers(1),
 )
 capacities = st.builds(Capacity, st.dictionaries(names, st.builds(TierCapacity, slots, slots, slots), max_size=3))
 
