@@ -126,7 +126,7 @@ def _sentinel(urls: list[str], transport: Mapping[str, Any], options: dict[str, 
     if "master_name" not in transport:
         raise NotConfigured("broker_transport_options: a sentinel:// broker needs master_name")
     addresses = [urlsplit(url) for url in urls]
-    timeouts = {key: options[key] for key in ("socket_timeout", "socket_connect_timeout")}
+    timeouts = {key: options[key] for key in ("socket_timeout", "socket_connect_timeout")} | {"retry": Retry(NoBackoff(), 0)}
     sentinels: Any = Sentinel(  # type: ignore[no-untyped-call]
         [(address.hostname, address.port or 26379) for address in addresses],
         sentinel_kwargs={**timeouts, **transport.get("sentinel_kwargs", {})},

@@ -75,6 +75,7 @@ class RedisStore:
     def __init__(self, connection: Connection, keys: Keyspace, given: Policy | None) -> None:
         self.keys = keys
         self._connection = connection
+        self._client = connection.client  # a broker URL that cannot be read is told before anything else happens
         self._source = PolicySource(connection, keys, given)
 
     def policy(self) -> Policy | None:
@@ -108,16 +109,16 @@ class RedisStore:
     def release(self, tier: str, lease: str) -> None:
         """One command."""
         with unavailable_when_down():
-            self._connection.client.zrem(self.keys.leases(tier), lease)
+            self._client.zrem(self.keys.leases(tier), lease)
 
     def push(self, queue: str, message: Message) -> None:
         """As Kombu would."""
         with unavailable_when_down():
-            self._connection.client.lpush(self.keys.queue_list(queue, message.priority), message.to(queue))
+            self._client.lpush(self.keys.queue_list(queue, message.priority), message.to(queue))
 
     def queue_length(self, queue: str) -> int:
         """One pipeline."""
-        with unavailable_when_down(), self._connection.client.pipeline(transaction=False) as pipe:
+        with unavailable_when_down(), self._client.pipeline(transaction=False) as pipe:
             for name in self.keys.queue_lists(queue):
                 pipe.llen(name)
             return sum(pipe.execute())
@@ -125,11 +126,11 @@ class RedisStore:
     def job(self, task_id: str) -> Job | None:
         """One command."""
         with unavailable_when_down():
-            return Job.load(task_id, self._connection.client.hgetall(self.keys.job(task_id)))
+            return Job.load(task_id, self._client.hgetall(self.keys.job(task_id)))
 
     def state(self, policy: Policy) -> Sequence[TierState]:
         """One pipeline, and a second one for the age of the oldest messages."""
-        with unavailable_when_down(), self._connection.client.pipeline(transaction=False) as pipe:
+        with unavailable_when_down(), self._client.pipeline(transaction=False) as pipe:
             pipe.time()
             pipe.get(self.keys.capacity)
             for tier in policy.tiers:
@@ -157,7 +158,7 @@ class RedisStore:
 
     def _ages(self, oldest: list[list[str]], now: Milliseconds) -> list[float | None]:
         """Seconds since the oldest of each tier's messages was admitted; those that never were have no age."""
-        with unavailable_when_down(), self._connection.client.pipeline(transaction=False) as pipe:
+        with unavailable_when_down(), self._client.pipeline(transaction=False) as pipe:
             for raw in [raw for messages in oldest for raw in messages]:
                 pipe.hget(self.keys.job(_task_id(raw)), "admitted_at")
             answers = iter(pipe.execute())

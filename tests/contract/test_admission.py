@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from math import inf
@@ -18,8 +21,9 @@ from hypothesis import strategies as st
 from redis import Redis
 
 from workerpool_operator.local.redis_server import private_redis
-from workerpool_routing import Overloaded, PoolUnavailable, Reason, Tier, WorkerPool
+from workerpool_routing import Overloaded, PoolUnavailable, Reason, Tier, WorkerPool, wire
 from workerpool_routing.decide import Load, Request, place, preselect
+from workerpool_routing.decision import LOG_FIELDS
 from workerpool_routing.errors import NoAcceleratedTier, NotConfigured
 from workerpool_routing.ledger import State
 from workerpool_routing.wire import Capacity, Policy, TaskPolicy, TierCapacity
@@ -186,6 +190,127 @@ def test_submit_writes_message_ledger_and_counters_and_wakes_the_operator(
     lines = [record.getMessage() for record in caplog.records if "routed" in record.getMessage()]
     words = "tier=cpu queue=cpu-jobs content_type=audio reason=NoCapacity expected_wait=None"
     assert lines == [f"routed pool=ml/media task_id={job.task_id} task=media.transcribe {words}"]
+
+
+@pytest.mark.parametrize("options", [{}, {"priority": 6}, {"compression": "gzip", "headers": {"mine": 1}}, {"countdown": 60}])
+def test_every_way_in_leaves_the_message_that_celery_would_and_the_ledger_keeps_it(
+    pool: WorkerPool, app: Celery, client: Any, options: dict[str, Any]
+) -> None:
+    task, mark = app.tasks["media.index"], {"headers": {**options.get("headers", {}), "workerpool": {"attempt": 1}}}
+    wish = {"headers": {**options.get("headers", {}), "workerpool": {"accelerated": True}}}
+    submitted = pool.submit(task, ("é",), accelerated=True, **options)
+    hooked = task.apply_async(("é",), **{**options, **wish})
+    celerys = task.apply_async(("é",), queue="cpu-jobs", **{**options, **mark})
+    queued = {}
+    for raw in client.lrange(pool.keys.queue_list("cpu-jobs", options.get("priority", 0)), 0, -1):
+        message = json.loads(raw)
+        message["properties"].pop("delivery_tag")
+        queued[message["headers"]["id"]] = message
+    for task_id in (submitted.task_id, hooked.id):
+        kept = json.loads(client.hget(pool.keys.job(task_id), "message"))
+        assert kept["properties"].pop("delivery_tag")
+        assert kept == queued[task_id]
+    own, reference = queued[submitted.task_id], queued[celerys.id]
+    for message in (own, reference):
+        for part, name in (("headers", "id"), ("headers", "root_id"), ("headers", "eta"), ("properties", "correlation_id")):
+            message[part].pop(name)
+    assert own == reference
+    assert list(own) == list(reference)
+
+
+def test_the_ledger_does_not_keep_a_message_beyond_its_limit(pool: WorkerPool, app: Celery, client: Any) -> None:
+    decision = pool.submit(app.tasks["media.index"], ("x" * wire.MESSAGE_LIMIT_BYTES,))
+    assert pool.queue_length("cpu-jobs") == 1
+    assert not client.hexists(pool.keys.job(str(decision.task_id)), "message")
+
+
+def test_a_caller_that_is_killed_at_any_moment_leaves_one_message_or_none(pool: WorkerPool, app: Celery, redis_url: str) -> None:
+    """And the next one with its key gets that job, or makes it."""
+    code = (
+        "import sys; from celery import Celery; from workerpool_routing import Tier, WorkerPool\n"
+        f"app = Celery('api', broker={redis_url!r}); app.conf.broker_transport_options = {{'global_keyprefix': 'test-'}}\n"
+        "def index(path): return path\n"
+        "task = app.task(index, name='media.index')\n"
+        "pool = WorkerPool('ml/media', app, tiers=[Tier('cpu', 'cpu-jobs', accelerated=False)])\n"
+        "pool.queue_length('cpu-jobs'); print('ready', flush=True)\n"
+        "for n in range(100_000): pool.submit(task, (str(n),), idempotency_key=str(n))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as caller:
+        assert caller.stdout is not None
+        assert caller.stdout.readline() == b"ready\n"
+        time.sleep(0.3)
+        caller.kill()
+    done = pool.queue_length("cpu-jobs")
+    assert done > 10
+    again = {str(pool.submit(app.tasks["media.index"], (str(n),), idempotency_key=str(n)).task_id) for n in range(done + 1)}
+    assert len(again) == done + 1
+    assert pool.queue_length("cpu-jobs") == done + 1
+    assert all(pool.job(task_id) for task_id in again)
+
+
+def test_the_event_loop_goes_on_while_redis_does_not_answer() -> None:
+    async def longest_pause(pool: WorkerPool, task: Any) -> float:
+        submits = [asyncio.create_task(pool.submit_async(task, ("a",))) for _ in range(4)]
+        longest = 0.0
+        while not all(submit.done() for submit in submits):
+            before = time.monotonic()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.monotonic() - before)
+        for submit in submits:
+            with pytest.raises(PoolUnavailable):
+                submit.result()
+        return longest
+
+    with private_redis() as server:
+        app = media_app(server.url)
+        pool = WorkerPool("ml/media", app, tiers=TIERS)
+        pool.submit(app.tasks["media.index"], ("a",))
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            assert asyncio.run(longest_pause(pool, app.tasks["media.index"])) < 0.15
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+
+
+def test_a_pool_that_is_not_to_fail_open_takes_nothing_undecided(app: Celery, pool: WorkerPool, client: Any) -> None:
+    closed = WorkerPool("ml/other", app, fail_open=False)
+    with pytest.raises(PoolUnavailable, match="policy is not in Redis"):
+        closed.submit(app.tasks["media.index"], ("a",))
+    client.set(pool.keys.slots("cpu"), "not a sorted set")
+    for promise in ({"idempotency_key": "upload-7"}, {"accelerated": "required"}):
+        client.set(pool.keys.slots("gpu"), "not a sorted set")
+        with pytest.raises(PoolUnavailable, match="script failed"):
+            pool.submit(app.tasks["media.index"], ("a",), **cast("dict[str, Any]", promise))
+    assert pool.queue_length("cpu-jobs") == pool.queue_length("gpu-jobs") == pool.queue_length("celery") == 0
+
+
+@pytest.mark.parametrize(
+    "tiers", [[], [GPU, Tier("gpu", "other", accelerated=True)], [GPU, Tier("cpu", "gpu-jobs", accelerated=False)]]
+)
+def test_tiers_that_cannot_be_are_refused(app: Celery, tiers: list[Tier]) -> None:
+    with pytest.raises(NotConfigured, match="tiers"):
+        WorkerPool("ml/media", app, tiers=tiers)
+
+
+def test_a_time_out_that_is_none_is_refused(app: Celery) -> None:
+    with pytest.raises(NotConfigured, match="timeout"):
+        WorkerPool("ml/media", app, tiers=TIERS, timeout=0)
+
+
+def test_the_record_of_a_decision_has_the_documented_fields(
+    pool: WorkerPool, app: Celery, client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "workerpool_routing"):
+        decision = pool.submit(app.tasks["media.index"], ("a",), accelerated=True, content_type="scan.png")
+        with pytest.raises(Overloaded):
+            pool.submit(app.tasks["media.index"], ("a",), max_wait=5)
+        plain = app.tasks["media.index"].apply_async(("a",), headers={"workerpool": {"accelerated": True}})
+    records = [record for record in caplog.records if record.name == "workerpool_routing"]
+    assert [[getattr(record, name) for name in LOG_FIELDS] for record in records] == [
+        ["ml/media", decision.task_id, "media.index", "cpu", "cpu-jobs", "image", "NoCapacity", None],
+        ["ml/media", None, "media.index", None, None, None, "Overloaded", None],
+        ["ml/media", plain.id, "media.index", "cpu", "cpu-jobs", None, "NoCapacity", None],
+    ]
 
 
 @pytest.mark.parametrize(

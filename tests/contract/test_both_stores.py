@@ -245,7 +245,7 @@ def test_arguments_that_cannot_be_serialised_are_refused_before_anything_is_admi
 
 
 def test_the_name_of_a_task_is_no_task(pool: WorkerPool) -> None:
-    with pytest.raises(TypeError, match="'media.transcribe'"):
+    with pytest.raises(TypeError, match=r"'media\.transcribe'"):
         pool.submit(TASK)  # type: ignore[arg-type]
 
 
