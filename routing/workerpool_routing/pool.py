@@ -237,8 +237,8 @@ class WorkerPool:
     def status(self) -> dict[str, Any]:
         """Workers, queues and tiers as plain data, for a status endpoint.
 
-        A type is ``gpu`` when the tier is accelerated, else ``cpu``; ``ready`` and ``starting`` count slots, ``oldest_wait`` is in
-        seconds.
+        A type is ``gpu`` when the tier is accelerated, else ``cpu``; ``ready`` and ``starting`` count slots; ``oldest_wait`` is
+        in seconds.
         """
         states = self._state()
         kinds = {worker.owner: _kind(state) for state in states for worker in state.workers}

@@ -206,7 +206,7 @@ def test_every_way_in_leaves_the_message_that_celery_would_and_the_ledger_keeps_
         message = json.loads(raw)
         message["properties"].pop("delivery_tag")
         queued[message["headers"]["id"]] = message
-    for task_id in (submitted.task_id, hooked.id):
+    for task_id in (str(submitted.task_id), hooked.id):
         kept = json.loads(client.hget(pool.keys.job(task_id), "message"))
         assert kept["properties"].pop("delivery_tag")
         assert kept == queued[task_id]

@@ -246,7 +246,7 @@ def test_arguments_that_cannot_be_serialised_are_refused_before_anything_is_admi
 
 def test_the_name_of_a_task_is_no_task(pool: WorkerPool) -> None:
     with pytest.raises(TypeError, match=r"'media\.transcribe'"):
-        pool.submit(TASK)  # type: ignore[arg-type]
+        pool.submit(TASK)
 
 
 def test_the_double_shows_what_the_worker_would_get_and_says_what_went_elsewhere(workerpool_in_memory: Any) -> None:

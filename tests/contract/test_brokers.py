@@ -54,7 +54,7 @@ def check_that_kombu_finds_what_was_submitted(pool: WorkerPool, **options: Any) 
     plain = task.apply_async(("b",), headers={"workerpool": {"accelerated": True}}, **options)
     assert (decision.reason, pool.queue_length("cpu-jobs")) == (Reason.NO_CAPACITY, 2)
     with pool._app.connection_for_read() as connection:
-        for task_id, args in ((decision.task_id, ["a"]), (plain.id, ["b"])):
+        for task_id, args in ((str(decision.task_id), ["a"]), (plain.id, ["b"])):
             message = connection.default_channel.basic_get("cpu-jobs")
             assert (message.headers["id"], message.payload[0]) == (task_id, args)
             assert message.headers["workerpool"]["attempt"] == 1
