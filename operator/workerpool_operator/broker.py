@@ -63,13 +63,18 @@ class RedisBroker:
         except (redis.RedisError, OSError) as error:
             return Unavailable(_why(url, error))
 
-    async def publish(self, url: str, pool: Pool, policy: Policy, capacity: Capacity) -> None:
-        """Tell API pods and workers what they may count on; an outage here shows in the next reading."""
-        with _logged(pool):
-            async with self._client(url).pipeline(transaction=True) as pipe:
+    async def publish(self, url: str, pool: Pool, policy: Policy, capacity: Capacity | None) -> Unavailable | None:
+        """Tell API pods and workers what they may count on."""
+        try:
+            async with self._client(url).pipeline(transaction=False) as pipe:
                 pipe.set(pool.keys.policy, policy.dump())
-                pipe.set(pool.keys.capacity, capacity.dump(), px=CAPACITY_LIFE_MS)
-                await pipe.execute()
+                if capacity:
+                    pipe.set(pool.keys.capacity, capacity.dump(), px=CAPACITY_LIFE_MS)
+                answers = await pipe.execute(raise_on_error=False)
+        except (redis.RedisError, OSError) as error:
+            return Unavailable(_why(url, error))
+        refusal = next((answer for answer in answers if isinstance(answer, redis.RedisError)), None)
+        return Unavailable(f"Redis at {_place(url)} refuses writes: {_said(refusal)}") if refusal else None
 
     async def take_over(self, url: str, pool: Pool, tier: str, owner: str) -> list[str]:
         """Give every job that a lost worker held to whoever the ledger says; return a sentence for each."""
@@ -189,11 +194,18 @@ def _logged(pool: Pool) -> Iterator[None]:
         logger.warning("%s: %s", pool.id, error)
 
 
+def _place(url: str) -> str:
+    address = urlsplit(url)
+    return f"{address.hostname}:{address.port or 6379}"
+
+
+def _said(error: Exception) -> str:
+    return str(error).rstrip(".")
+
+
 def _why(url: str, error: Exception) -> str:
     """What is wrong with the broker, in words, without the password that its URL may hold."""
-    address = urlsplit(url)
-    place = f"{address.hostname}:{address.port or 6379}"
-    said = str(error).rstrip(".")
+    place, said = _place(url), _said(error)
     if isinstance(error, redis.AuthenticationError):
         return f"Redis at {place} refuses the user or the password: {said}"
     if isinstance(error, redis.TimeoutError):

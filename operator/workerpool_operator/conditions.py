@@ -24,6 +24,7 @@ def assess(
     pool: Pool,
     plans: Sequence[TierPlan],
     broker: Unavailable | None,
+    refused: Unavailable | None,
     workers: Unavailable | None,
     conflict: Conflict | None,
     previous: Mapping[str, Any],
@@ -35,6 +36,7 @@ def assess(
         pool: the pool.
         plans: one for each tier; empty when the workers could not be seen.
         broker: why the broker could not be read, None when it could.
+        refused: why the broker took no writes, None when it did or nothing was written.
         workers: the same of the workers.
         conflict: the queue that another pool owns.
         previous: the status of the pass before, as stored.
@@ -42,7 +44,7 @@ def assess(
     """
     tiers = tuple(_tier(plan) for plan in plans)
     found = [
-        _broker(broker),
+        _broker(broker, refused),
         _capacity(plans, workers),
         _spilling(plans, broker, workers),
         _limited(plans, broker, workers),
@@ -96,10 +98,12 @@ def _ready(found: Sequence[_Fields], plans: Sequence[TierPlan], workers: Unavail
     return kind, "True", "Working", "the broker answers and no tier is down"
 
 
-def _broker(unavailable: Unavailable | None) -> _Fields:
+def _broker(unavailable: Unavailable | None, refused: Unavailable | None) -> _Fields:
     kind = ConditionType.BROKER_REACHABLE
     if unavailable:
         return kind, "False", "BrokerUnreadable", f"{unavailable.why}; replicas stay as they are"
+    if refused:
+        return kind, "False", "BrokerRefusesWrites", f"{refused.why}; no worker is taken for lost meanwhile"
     return kind, "True", "Answering", "the queues are read every second"
 
 

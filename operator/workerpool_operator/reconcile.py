@@ -94,21 +94,19 @@ class Reconciler:
 
     async def _read(self, url: str, pools: list[Pool]) -> dict[str, BrokerReading | Unavailable]:
         answer = await self._broker.read(url, pools)
-        readings = {pool.id: answer if isinstance(answer, Unavailable) else answer[pool.id] for pool in pools}
-        run_ids = [reading.run_id for reading in readings.values() if isinstance(reading, BrokerReading)]
-        run_id = run_ids[0] if run_ids else Unavailable("no pool of this broker could be read")
-        self._witnesses[url] = reaping.witness(self._witnesses.get(url), run_id, self._clock())
-        return readings
+        return {pool.id: answer if isinstance(answer, Unavailable) else answer[pool.id] for pool in pools}
 
     async def _pass(self, pool: Pool, url: str, reading: BrokerReading | Unavailable, conflict: Conflict | None) -> None:
         seen = await self._workers.observe(pool)
         plans = [] if isinstance(seen, Unavailable) else self._decide(pool, reading, seen)
+        refused = None
         if pool.spec.mode is Mode.ACTIVE and conflict is None:
-            await self._act(pool, url, reading, plans)
+            refused = await self._act(pool, url, reading, plans)
         status, events = conditions.assess(
             pool,
             plans,
             reading if isinstance(reading, Unavailable) else None,
+            refused,
             seen if isinstance(seen, Unavailable) else None,
             conflict,
             self._status.get(pool.uid, pool.status),
@@ -122,16 +120,22 @@ class Reconciler:
         self._memory[pool.uid] = {plan.tier.name: plan.decision.memory for plan in plans}
         return plans
 
-    async def _act(self, pool: Pool, url: str, reading: BrokerReading | Unavailable, plans: list[TierPlan]) -> None:
+    async def _act(self, pool: Pool, url: str, reading: BrokerReading | Unavailable, plans: list[TierPlan]) -> Unavailable | None:
+        """Make it so; return why the broker took nothing, where it could be read."""
         if plans:
             replicas = {plan.tier.name: plan.decision.replicas for plan in plans}
             await self._workers.scale(pool, replicas, planning.busy(plans))
         if isinstance(reading, Unavailable):
-            return
-        if plans:
-            await self._broker.publish(url, pool, planning.policy(pool.spec), planning.capacity(plans))
-        if reaping.may_reap(self._witnesses.get(url)):
+            self._witnesses[pool.uid] = None
+            return None
+        capacity = planning.capacity(plans) if plans else None
+        refused = await self._broker.publish(url, pool, planning.policy(pool.spec), capacity)
+        # A Redis that takes no write takes no presence either: workers that live fall silent there.
+        seen = reaping.witness(self._witnesses.get(pool.uid), refused or reading.run_id, self._clock())
+        self._witnesses[pool.uid] = seen
+        if reaping.may_reap(seen):
             await self._reap(pool, url, reading)
+        return refused
 
     async def _reap(self, pool: Pool, url: str, reading: BrokerReading) -> None:
         for tier, queue in reading.tiers.items():
@@ -140,6 +144,6 @@ class Reconciler:
                     logger.warning("%s: %s", pool.id, sentence)
 
     def _forget_all_but(self, uids: set[str]) -> None:
-        for kept in (self._memory, self._status):
+        for kept in (self._memory, self._status, self._witnesses):
             for uid in kept.keys() - uids:
                 del kept[uid]

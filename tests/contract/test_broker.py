@@ -259,6 +259,20 @@ def test_what_is_published_can_be_read_and_capacity_expires(redis_url: str, pool
         assert CAPACITY_LIFE_MS - 5_000 < client.pttl(pool.keys.capacity) <= CAPACITY_LIFE_MS
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"), [("maxmemory", "used memory > 'maxmemory'"), ("min-replicas-to-write", "NOREPLICAS")]
+)
+def test_a_redis_that_takes_no_writes_says_so_to_whoever_publishes(pool: Pool, setting: str, words: str) -> None:
+    with private_redis() as server, Redis.from_url(server.url) as client:
+        client.config_set(setting, "1")
+        refused = ask(lambda broker: broker.publish(server.url, pool, planning.policy(pool.spec), CAPACITY))
+        assert refused
+        assert refused.why.startswith(f"Redis at 127.0.0.1:{server.port} refuses writes: ")
+        assert words in refused.why
+        client.config_set(setting, "0")
+        assert ask(lambda broker: broker.publish(server.url, pool, planning.policy(pool.spec), CAPACITY)) is None
+
+
 def test_what_was_published_is_forgotten_and_the_queue_is_kept(redis_url: str, pool: Pool) -> None:
     open_for_jobs(redis_url, pool)
     publish(pool, "gpu-tasks", 0)
@@ -270,7 +284,7 @@ def test_what_was_published_is_forgotten_and_the_queue_is_kept(redis_url: str, p
 
 def test_an_outage_while_acting_raises_nothing(pool: Pool) -> None:
     url = "redis://127.0.0.1:1/0"
-    open_for_jobs(url, pool)
+    assert ask(lambda broker: broker.publish(url, pool, planning.policy(pool.spec), CAPACITY))
     assert ask(lambda broker: broker.take_over(url, pool, "gpu", "w.1")) == []
     ask(lambda broker: broker.forget(url, pool))
 

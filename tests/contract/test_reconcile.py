@@ -340,6 +340,32 @@ def test_a_silent_worker_is_taken_for_lost_only_after_redis_answered_for_a_prese
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("setting", ["maxmemory", "min-replicas-to-write"])
+def test_a_worker_whose_presence_redis_refuses_keeps_its_job(redis_url: str, pool: Pool, setting: str) -> None:
+    async def scenario() -> None:
+        async with running(pool) as system:
+            await system.after()
+            assert await asyncio.to_thread(submit, pool) == "gpu"
+            with consumer(pool, "gpu") as connection, Redis.from_url(redis_url) as client:
+                held = claim(redis_url, pool, connection, "gpu", "w.1")
+                report(redis_url, pool, "gpu", "w.1", busy=1, age_ms=PRESENCE_LIFE_MS)
+                client.config_set(setting, "1")
+                try:
+                    await system.watch_for(3 * PRESENCE_LIFE_MS / 1000)
+                finally:
+                    client.config_set(setting, "0")
+                assert system.condition(pool, ConditionType.BROKER_REACHABLE) == "False"
+                told = [event.reason for report in system.reports for event in report.events if event.warning]
+                assert told == ["BrokerRefusesWrites"]
+                await system.watch_for(PRESENCE_LIFE_MS / 1000)
+                assert system.condition(pool, ConditionType.BROKER_REACHABLE) == "True"
+                assert seeds.job(redis_url, pool, held.task_id).owner == "w.1"
+                await system.after(1)
+                assert seeds.job(redis_url, pool, held.task_id).attempt == 2
+
+    asyncio.run(scenario())
+
+
 def test_when_all_presence_expired_in_a_pause_of_redis_only_the_dead_are_reaped(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
