@@ -122,7 +122,10 @@ def test_a_directory_is_no_file(mark: str, command: str) -> None:
         (resource(broker={}), "spec.broker: set exactly one of url and urlFrom"),
         (resource(surprise=1), "spec.surprise: "),
         (resource(tiers=[]), "spec.tiers: "),
-        (with_worker(env=[{"name": "N", "value": 1}]), "spec.tiers[0].template.spec.containers[0].env[0].value: must be a string"),
+        (
+            with_worker(env=[{"name": "N", "value": 1}]),
+            "spec.tiers[0].template.spec.containers[0].env[0].value: must be a string",
+        ),
         (with_worker(args="-P solo"), "spec.tiers[0].template.spec.containers[0].args: must be a list (given: '-P solo')"),
         (with_worker() | {"spec": None}, "spec: "),
     ],
