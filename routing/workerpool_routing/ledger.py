@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.resources import files
+from uuid import uuid4
 
 from workerpool_routing.decide import Reason
 from workerpool_routing.wire import (
@@ -180,7 +181,19 @@ def claim(
     """
     return Call(
         [keys.job(task_id), keys.held(owner)],
-        [task_id, attempt, tag, owner, tier, retries, LOSSES_ALLOWED, JOB_LIFE_SECONDS, int(moves_on), int(no_result)],
+        [
+            task_id,
+            attempt,
+            tag,
+            owner,
+            tier,
+            retries,
+            LOSSES_ALLOWED,
+            JOB_LIFE_SECONDS,
+            int(moves_on),
+            int(no_result),
+            str(uuid4()),
+        ],
     )
 
 
