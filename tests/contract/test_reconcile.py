@@ -26,7 +26,7 @@ from workerpool_operator.reconcile import SHORTEST_PAUSE_SECONDS, TICK_SECONDS, 
 from workerpool_operator.status import ConditionType
 from workerpool_routing import WorkerPool, wire
 from workerpool_routing.ledger import State
-from workerpool_routing.wire import PRESENCE_LIFE_MS, Capacity, Policy
+from workerpool_routing.wire import CAPACITY_LIFE_MS, PRESENCE_LIFE_MS, Capacity, Policy
 
 pytestmark = pytest.mark.contract
 
@@ -39,6 +39,7 @@ class Place:
         self.changes: list[tuple[str, dict[str, int]]] = []
         self.busy: frozenset[str] = frozenset()
         self.broken: set[str] = set()
+        self.hanging: set[str] = set()
 
     async def observe(self, pool: Pool) -> Mapping[str, TierReplicas]:
         ordered = self.ordered.get(pool.id, {})
@@ -47,6 +48,8 @@ class Place:
     async def scale(self, pool: Pool, replicas: Mapping[str, int], busy: frozenset[str]) -> None:
         if pool.id in self.broken:
             raise ConnectionResetError("the place is out of order")
+        if pool.id in self.hanging:
+            await asyncio.Event().wait()
         self.busy = busy
         if self.ordered.get(pool.id) != dict(replicas):
             self.ordered[pool.id] = dict(replicas)
@@ -364,6 +367,36 @@ def test_a_worker_whose_presence_redis_refuses_keeps_its_job(redis_url: str, poo
                 assert seeds.job(redis_url, pool, held.task_id).attempt == 2
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("what", ["another broker", "the place of another pool", "the place of the pool itself"])
+def test_what_hangs_delays_neither_reaping_nor_what_is_published(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    life = 2_500
+    monkeypatch.setattr(reaping, "PRESENCE_LIFE_MS", life)
+    well = make_pool(redis_url, "well")
+    report(redis_url, well, "gpu", "dead.1", age_ms=PRESENCE_LIFE_MS)
+
+    async def scenario() -> None:
+        with private_redis() as server, Redis.from_url(redis_url) as client:
+            other = make_pool(server.url, "other")
+            async with running(well, other) as system:
+                system.reconciler._clock = time.time
+                system.place.hanging = {"the place of another pool": {other.id}, "the place of the pool itself": {well.id}}.get(
+                    what, set()
+                )
+                if what == "another broker":
+                    os.kill(server.pid, signal.SIGSTOP)
+                passes = asyncio.create_task(system.reconciler.run())
+                await until(lambda: bool(caplog.messages), life / 1000 + 2)
+                assert client.pttl(well.keys.capacity) > CAPACITY_LIFE_MS - 2_000
+                os.kill(server.pid, signal.SIGCONT)
+                passes.cancel()
+                await asyncio.wait([passes])
+
+    asyncio.run(scenario())
+    assert caplog.messages == ["test/well: gpu: worker dead.1 is lost, it has not reported for too long"]
 
 
 def test_when_all_presence_expired_in_a_pause_of_redis_only_the_dead_are_reaped(
