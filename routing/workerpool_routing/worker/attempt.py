@@ -116,7 +116,7 @@ class Attempt:
         moves_on = bool(tier and tier.accelerated and life.policy.plain_tier() and life.policy.fallback_on_loss)
         call = ledger.claim(
             life.keys, self.task_id, attempt=self.number, tag=self.tag, owner=life.owner, tier=life.tier, retries=self.retries,
-            moves_on=moves_on, no_result=no_result,
+            moves_on=moves_on, no_result=no_result, name=str(uuid4()),
         )  # fmt: skip
         return Claim(life.connection.run("claim", call))
 
