@@ -58,8 +58,9 @@ class RedisBroker:
                     _ask(pipe, pool)
                 (seconds, micros), server, *answers = await pipe.execute()
             now = Milliseconds(seconds * 1000 + micros // 1000)
+            database = int(client.connection_pool.connection_kwargs.get("db") or 0)
             rest = iter(answers)
-            return {pool.id: _reading(pool, rest, server["run_id"], now) for pool in pools}
+            return {pool.id: _reading(pool, rest, server["run_id"], database, now) for pool in pools}
         except (redis.RedisError, OSError) as error:
             return Unavailable(_why(url, error))
 
@@ -161,7 +162,7 @@ def _ask(pipe: Any, pool: Pool) -> None:
         pipe.hgetall(keys.presence(tier.name))
 
 
-def _reading(pool: Pool, answers: Iterator[Any], run_id: str, now: Milliseconds) -> BrokerReading | Unavailable:
+def _reading(pool: Pool, answers: Iterator[Any], run_id: str, database: int, now: Milliseconds) -> BrokerReading | Unavailable:
     """Take this pool's answers, all of them, then make sense of them."""
     routes = next(answers)
     answered = {
@@ -170,7 +171,7 @@ def _reading(pool: Pool, answers: Iterator[Any], run_id: str, now: Milliseconds)
     }
     try:
         tiers = {name: _queue(*answer, now) for name, answer in answered.items()}
-        return BrokerReading(tiers, run_id, now, {route: int(count) for route, count in routes.items()})
+        return BrokerReading(tiers, run_id, now, {route: int(count) for route, count in routes.items()}, database)
     except (VersionMismatch, ValueError, TypeError) as error:
         return Unavailable(f"what Redis holds of the pool cannot be read: {error}")
 
