@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -56,10 +57,18 @@ class RedisBroker:
                 pipe.info("server")
                 for pool in pools:
                     _ask(pipe, pool)
-                (seconds, micros), server, *answers = await pipe.execute()
+                asked = [" ".join(map(str, command)) for command, _ in pipe.command_stack]
+                clock, server, *answers = await pipe.execute(raise_on_error=False)
+            for answer in (clock, server):
+                if isinstance(answer, redis.RedisError):
+                    return Unavailable(_why(url, answer))
+            seconds, micros = clock
             now = Milliseconds(seconds * 1000 + micros // 1000)
             database = int(client.connection_pool.connection_kwargs.get("db") or 0)
-            rest = iter(answers)
+            rest = (
+                Unavailable(f"{command}: {_said(answer)}") if isinstance(answer, redis.RedisError) else answer
+                for command, answer in zip(asked[2:], answers, strict=True)
+            )
             return {pool.id: _reading(pool, rest, server["run_id"], database, now) for pool in pools}
         except (redis.RedisError, OSError) as error:
             return Unavailable(_why(url, error))
@@ -165,21 +174,22 @@ def _ask(pipe: Any, pool: Pool) -> None:
 def _reading(pool: Pool, answers: Iterator[Any], run_id: str, database: int, now: Milliseconds) -> BrokerReading | Unavailable:
     """Take this pool's answers, all of them, then make sense of them."""
     routes = next(answers)
-    answered = {
-        tier.name: (sum(next(answers) for _ in pool.keys.priority_steps), next(answers), next(answers), next(answers))
-        for tier in pool.spec.tiers
-    }
+    answered = {tier.name: [next(answers) for _ in range(len(pool.keys.priority_steps) + 3)] for tier in pool.spec.tiers}
+    for answer in (routes, *chain.from_iterable(answered.values())):
+        if isinstance(answer, Unavailable):
+            return Unavailable(f"what Redis holds of the pool cannot be read: {answer.why}")
     try:
-        tiers = {name: _queue(*answer, now) for name, answer in answered.items()}
+        tiers = {name: _queue(answer, now) for name, answer in answered.items()}
         return BrokerReading(tiers, run_id, now, {route: int(count) for route, count in routes.items()}, database)
     except (VersionMismatch, ValueError, TypeError) as error:
         return Unavailable(f"what Redis holds of the pool cannot be read: {error}")
 
 
-def _queue(waiting: int, in_flight: int, spilled: int, presence: Mapping[str, str], now: Milliseconds) -> QueueReading:
+def _queue(answers: Sequence[Any], now: Milliseconds) -> QueueReading:
+    *waiting, in_flight, spilled, presence = answers
     reports = [Presence.load(raw) for raw in presence.values()]
     return QueueReading(
-        waiting,
+        sum(waiting),
         in_flight,
         spilled,
         workers=tuple(report for report in reports if report.alive(now)),

@@ -220,6 +220,22 @@ def test_a_presence_that_no_worker_wrote_is_not_taken_for_an_empty_queue(redis_u
     assert not isinstance(both[other.id], Unavailable), "it is the affair of its own pool"
 
 
+@pytest.mark.parametrize("kind", ["queue", "presence"])
+def test_a_key_of_the_wrong_kind_is_named_and_is_the_affair_of_its_own_pool(redis_url: str, pool: Pool, kind: str) -> None:
+    bad = make_pool(redis_url, "bad", tiers=[{"name": "gpu", "queue": "q", "template": seeds.TEMPLATE}])
+    key = "q" if kind == "queue" else bad.keys.presence("gpu")
+    with Redis.from_url(redis_url) as client:
+        client.set(key, "a string")
+    publish(pool, "gpu-tasks", 0)
+    both = ask(lambda broker: broker.read(redis_url, [bad, pool]))
+    assert not isinstance(both, Unavailable)
+    ill, well = both[bad.id], both[pool.id]
+    assert isinstance(ill, Unavailable)
+    assert f"{key}: WRONGTYPE" in ill.why
+    assert isinstance(well, BrokerReading)
+    assert well.tiers["gpu"].waiting == 1
+
+
 async def listening(url: str, *prefixes: str) -> None:
     """Return when somebody has subscribed to the wake channel of each prefix."""
     with Redis.from_url(url) as client:
