@@ -47,9 +47,6 @@ class RedisBroker:
         """Read all pools of one server in one pipeline."""
         try:
             client = self._client(url)
-        except ValueError:  # what it says may quote a part of the password
-            return Unavailable("the broker's URL cannot be read; a password with any of :/?#[]@ in it has to be percent-encoded")
-        try:
             for prefix in {pool.keys.prefix for pool in pools}:
                 self._listen(url, prefix)
             async with client.pipeline(transaction=False) as pipe:
@@ -128,14 +125,7 @@ class RedisBroker:
 
     def _client(self, url: str) -> Any:
         if url not in self._clients:
-            self._clients[url] = redis.asyncio.Redis.from_url(
-                url,
-                decode_responses=True,
-                socket_timeout=TIMEOUT_SECONDS,
-                socket_connect_timeout=TIMEOUT_SECONDS,
-                # A connection that broke since the last pass is made again at once; an answer is waited for only once.
-                retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-            )
+            self._clients[url] = _connect(url)
         return self._clients[url]
 
     def _listen(self, url: str, prefix: str) -> None:
@@ -157,6 +147,27 @@ class RedisBroker:
             if task.cancelling():
                 return
             await asyncio.sleep(RESUBSCRIBE_SECONDS)
+
+
+class _UnreadableUrl(redis.RedisError):
+    """What redis-py says of such a URL may quote a part of the password: this says nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__("the broker's URL cannot be read; a password with any of :/?#[]@ in it has to be percent-encoded")
+
+
+def _connect(url: str) -> Any:
+    try:
+        return redis.asyncio.Redis.from_url(
+            url,
+            decode_responses=True,
+            socket_timeout=TIMEOUT_SECONDS,
+            socket_connect_timeout=TIMEOUT_SECONDS,
+            # A connection that broke since the last pass is made again at once; an answer is waited for only once.
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+        )
+    except ValueError:
+        raise _UnreadableUrl from None
 
 
 def _ask(pipe: Any, pool: Pool) -> None:
@@ -216,6 +227,8 @@ def _said(error: Exception) -> str:
 
 def _why(url: str, error: Exception) -> str:
     """What is wrong with the broker, in words, without the password that its URL may hold."""
+    if isinstance(error, _UnreadableUrl):
+        return str(error)
     place, said = _place(url), _said(error)
     if isinstance(error, redis.AuthenticationError):
         return f"Redis at {place} refuses the user or the password: {said}"

@@ -182,8 +182,15 @@ def test_a_refused_password_is_told_and_not_repeated(given: str, pool: Pool) -> 
 @pytest.mark.parametrize(
     "url", [f"redis://:{PASSWORD}/1@127.0.0.1:1/0", f"redis://:a#{PASSWORD}@h:1", f"redis://h:1?password={PASSWORD}"]
 )
-def test_a_password_is_not_repeated_wherever_in_the_url_it_stands(url: str, pool: Pool) -> None:
+def test_a_password_is_not_repeated_wherever_in_the_url_it_stands(url: str, pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
     assert PASSWORD not in why_not(url, pool)
+    refused = ask(lambda broker: broker.publish(url, pool, planning.policy(pool.spec), CAPACITY))
+    assert refused
+    assert PASSWORD not in refused.why
+    assert ask(lambda broker: broker.take_over(url, pool, "gpu", "w.1")) == []
+    ask(lambda broker: broker.forget(url, pool))
+    assert len(caplog.messages) == 2
+    assert PASSWORD not in caplog.text
 
 
 def test_a_redis_that_does_not_answer_is_given_up_in_time_and_read_again_when_it_does(pool: Pool) -> None:
