@@ -51,7 +51,8 @@ def plan(
         observed: scaling.Demand | scaling.Unread
         if queue is None:
             assert isinstance(reading, Unavailable)
-            observed = scaling.Unread(live.desired, reading)
+            # The minimum needs no reading: a Deployment that is not there is created with it.
+            observed = scaling.Unread(max(live.desired, tier.replicas.min), reading)
         else:
             observed = scaling.Demand(queue.waiting, queue.in_flight, queue.spilled, live.desired, live.start_seconds)
         decision = scaling.decide(bounds, observed, memory.get(tier.name, scaling.Memory()), now)

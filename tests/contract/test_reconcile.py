@@ -224,6 +224,18 @@ def test_without_redis_no_count_changes_and_it_recovers_by_itself(how: int, monk
     asyncio.run(scenario())
 
 
+def test_without_redis_a_tier_that_is_not_there_is_created_with_its_minimum() -> None:
+    pool = bounded("redis://127.0.0.1:1/0", min=2, max=3)
+
+    async def scenario() -> None:
+        async with running(pool) as system:
+            await system.after()
+            await system.after()
+            assert system.place.changes == [(pool.id, {"cpu": 2})]
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("mode", ["Advisory", "Paused"])
 def test_a_pool_that_is_set_aside_is_only_looked_at(redis_url: str, mode: str) -> None:
     pool = make_pool(redis_url, mode=mode)
