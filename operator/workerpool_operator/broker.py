@@ -41,6 +41,7 @@ class RedisBroker:
     def __init__(self, wake: asyncio.Event) -> None:
         self._wake = wake
         self._clients: dict[str, Any] = {}
+        self._told: set[tuple[str, str]] = set()
         self._listeners: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     async def read(self, url: str, pools: Sequence[Pool]) -> Mapping[str, BrokerReading | Unavailable] | Unavailable:
@@ -85,16 +86,21 @@ class RedisBroker:
 
     async def take_over(self, url: str, pool: Pool, tier: str, owner: str) -> list[str]:
         """Give every job that a lost worker held to whoever the ledger says; return a sentence for each."""
-        sentences = []
+        sentences, foreign = [], False
         with _logged(pool):
             client = self._client(url)
             for task_id in sorted(await client.smembers(pool.keys.held(owner))):
-                job = Job.load(task_id, await client.hgetall(pool.keys.job(task_id)))
-                # One that is finishing may have stored its result: Kombu delivers it again, and whoever gets it looks first.
-                if job and job.owner == owner and job.state is State.CLAIMED:
-                    sentences += await self._move(client, pool, job)
-            await self._run(client, "leave", ledger.leave(pool.keys, tier, owner))
-            sentences.append(f"{tier}: worker {owner} is lost, it has not reported for too long")
+                try:
+                    sentences += await self._take_job(client, pool, task_id, owner)
+                except VersionMismatch as error:
+                    # Whoever knows that version finds it by its owner.
+                    foreign = True
+                    self._say_once(pool, task_id, error)
+                except (redis.ResponseError, LookupError, TypeError, ValueError) as error:
+                    self._say_once(pool, task_id, error)
+            if not foreign:
+                await self._run(client, "leave", ledger.leave(pool.keys, tier, owner))
+                sentences.append(f"{tier}: worker {owner} is lost, it has not reported for too long")
         return sentences
 
     async def forget(self, url: str, pool: Pool) -> None:
@@ -109,6 +115,18 @@ class RedisBroker:
         await asyncio.gather(*self._listeners.values(), return_exceptions=True)
         for client in self._clients.values():
             await client.aclose()
+
+    def _say_once(self, pool: Pool, task_id: str, error: Exception) -> None:
+        if (pool.id, task_id) not in self._told:
+            self._told.add((pool.id, task_id))
+            logger.warning("%s: job %s of a lost worker is not taken over: %r", pool.id, task_id, error)
+
+    async def _take_job(self, client: Any, pool: Pool, task_id: str, owner: str) -> list[str]:
+        job = Job.load(task_id, await client.hgetall(pool.keys.job(task_id)))
+        # One that is finishing may have stored its result: Kombu delivers it again, and whoever gets it looks first.
+        if job is None or job.owner != owner or job.state is not State.CLAIMED:
+            return []
+        return await self._move(client, pool, job)
 
     async def _move(self, client: Any, pool: Pool, job: Job) -> list[str]:
         to = ledger.after_loss(planning.policy(pool.spec), job)
@@ -212,7 +230,7 @@ def _queue(answers: Sequence[Any], now: Milliseconds) -> QueueReading:
 def _logged(pool: Pool) -> Iterator[None]:
     try:
         yield
-    except (redis.RedisError, OSError, VersionMismatch) as error:
+    except (redis.RedisError, OSError) as error:
         logger.warning("%s: %s", pool.id, error)
 
 

@@ -390,6 +390,42 @@ def test_a_job_whose_result_may_be_stored_is_not_started_anew(redis_url: str, po
         assert read(redis_url, pool).tiers["gpu"].in_flight == 1
 
 
+@pytest.mark.parametrize("damage", ["a field is gone", "a field is no number", "not a hash", "another version", "the message"])
+def test_a_job_that_cannot_be_read_is_named_once_and_the_others_of_its_worker_are_taken_over(
+    redis_url: str, pool: Pool, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    open_for_jobs(redis_url, pool)
+    with consumer(pool, "gpu") as connection, Redis.from_url(redis_url, decode_responses=True) as client:
+        held = []
+        for _ in range(3):
+            submit(pool)
+            held.append(claim(redis_url, pool, connection, "gpu", "w.1"))
+        report(redis_url, pool, "gpu", "w.1", age_ms=PRESENCE_LIFE_MS)
+        broken, *sound = sorted(held, key=lambda one: one.task_id)
+        entry = pool.keys.job(broken.task_id)
+        match damage:
+            case "a field is gone":
+                client.hdel(entry, "task")
+            case "a field is no number":
+                client.hset(entry, "attempt", "one")
+            case "not a hash":
+                client.set(entry, "x")
+            case "another version":
+                client.hset(entry, "version", "2")
+            case _:
+                client.hset(pool.keys.unacked("gpu"), broken.message.delivery_tag, "[]")
+
+        async def twice(broker: RedisBroker) -> None:
+            for _ in range(2):
+                await broker.take_over(redis_url, pool, "gpu", "w.1")
+
+        ask(twice)
+        assert {seeds.job(redis_url, pool, one.task_id).attempt for one in sound} == {2}
+        assert [broken.task_id in message for message in caplog.messages] == [True]
+        gone = damage != "another version"
+        assert (read(redis_url, pool).tiers["gpu"].lost == ()) == gone, "whoever knows the version finds the worker"
+
+
 def test_a_job_of_another_schema_version_is_not_touched(redis_url: str, pool: Pool) -> None:
     open_for_jobs(redis_url, pool)
     submit(pool)
