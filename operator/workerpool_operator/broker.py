@@ -103,6 +103,14 @@ class RedisBroker:
                 sentences.append(f"{tier}: worker {owner} is lost, it has not reported for too long")
         return sentences
 
+    async def keep_only(self, pools: Sequence[tuple[str, Pool]]) -> None:
+        """End the subscriptions and connections that none of these needs."""
+        for unheard in self._listeners.keys() - {(url, pool.keys.prefix) for url, pool in pools}:
+            self._listeners.pop(unheard).cancel()
+        unused = [self._clients.pop(url) for url in self._clients.keys() - {url for url, _ in pools}]
+        for client in unused:
+            await client.aclose()
+
     async def forget(self, url: str, pool: Pool) -> None:
         """Remove what was published for a pool that is gone."""
         with _logged(pool):
@@ -147,7 +155,7 @@ class RedisBroker:
         return self._clients[url]
 
     def _listen(self, url: str, prefix: str) -> None:
-        if (url, prefix) not in self._listeners:
+        if (url, prefix) not in self._listeners or self._listeners[url, prefix].done():
             self._listeners[url, prefix] = asyncio.create_task(self._follow(url, prefix))
 
     async def _follow(self, url: str, prefix: str) -> None:

@@ -101,6 +101,8 @@ class Reconciler:
         for pool, url in zip(pools, found, strict=True):
             if isinstance(url, Unavailable):
                 self._readings[_version(pool)] = url
+        needed = [(urls[pool.id], pool) for pool in pools if pool.id in urls]
+        self._begin(("keep only", ""), "connections", partial(self._broker.keep_only, needed))
         await self._read(pools, urls, patience)
         readings, self._readings = self._readings, {}
         held = self._conflicts(pools, urls, readings)

@@ -272,6 +272,38 @@ def test_an_admitted_job_wakes_whoever_has_read_its_pool_also_after_a_restart_of
     asyncio.run(scenario())
 
 
+def test_what_no_pool_names_any_more_is_let_go(redis_url: str) -> None:
+    rotated = f"{redis_url}?client_name=rotated"
+    old, new = (make_pool(redis_url, broker={"url": redis_url, "globalKeyPrefix": prefix}) for prefix in ("old:", "new:"))
+
+    async def scenario(broker: RedisBroker) -> None:
+        with Redis.from_url(redis_url, decode_responses=True) as client:
+            await broker.read(redis_url, [old, new])
+            await broker.read(rotated, [old])
+            await listening(redis_url, "old:", "new:")
+            await broker.keep_only([(redis_url, new)])
+            async with asyncio.timeout(3):
+                while client.pubsub_channels() != [wake_channel("new:")]:  # noqa: ASYNC110 it is Redis
+                    await asyncio.sleep(0.02)
+            assert not any(connection["name"] == "rotated" for connection in client.client_list())
+            assert not isinstance(await broker.read(redis_url, [new]), Unavailable)
+
+    ask(scenario)
+
+
+def test_a_subscription_that_ended_is_made_again_by_the_next_reading(redis_url: str, pool: Pool) -> None:
+    async def scenario(broker: RedisBroker) -> None:
+        await broker.read(redis_url, [pool])
+        await listening(redis_url, "")
+        [listener] = broker._listeners.values()
+        listener.cancel()
+        await asyncio.wait([listener])
+        await broker.read(redis_url, [pool])
+        await listening(redis_url, "")
+
+    ask(scenario)
+
+
 def test_what_is_published_can_be_read_and_capacity_expires(redis_url: str, pool: Pool) -> None:
     policy = planning.policy(pool.spec)
     ask(lambda broker: broker.publish(redis_url, pool, policy, CAPACITY))

@@ -321,6 +321,18 @@ def test_a_pool_whose_secret_cannot_be_read_keeps_its_queues(redis_url: str) -> 
     asyncio.run(scenario())
 
 
+def test_a_pool_that_moves_to_another_url_leaves_no_connection_behind(redis_url: str, pool: Pool) -> None:
+    async def scenario() -> None:
+        async with running(pool) as system:
+            await system.after()
+            url = f"{redis_url}?client_name=rotated"
+            system.reconciler.pools[pool.id] = make_pool(url)
+            await system.after()
+            assert system.broker._clients.keys() == {url}
+
+    asyncio.run(scenario())
+
+
 def two_pools(url: str) -> tuple[Pool, Pool]:
     """Two pools with queues of their own."""
     prefixes = {"ill": "ill:", "well": "well:"}
