@@ -236,8 +236,8 @@ def test_without_redis_a_tier_that_is_not_there_is_created_with_its_minimum() ->
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("mode", ["Advisory", "Paused"])
-def test_a_pool_that_is_set_aside_is_only_looked_at(redis_url: str, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "desired"), [("Advisory", 1), ("Paused", 0)])
+def test_a_pool_that_is_set_aside_is_only_looked_at(redis_url: str, mode: str, desired: int) -> None:
     pool = make_pool(redis_url, mode=mode)
     publish(pool, "gpu-tasks", 0)
     report(redis_url, pool, "gpu", "lost.1", age_ms=PRESENCE_LIFE_MS)
@@ -247,7 +247,7 @@ def test_a_pool_that_is_set_aside_is_only_looked_at(redis_url: str, mode: str) -
             await system.watch_for(12)
             assert system.place.changes == []
             (gpu, _) = system.reports[-1].status.tiers
-            assert (gpu.desired, gpu.waiting) == (1, 1)
+            assert (gpu.desired, gpu.waiting) == (desired, 1)
             assert system.condition(pool, ConditionType.PAUSED) == "True"
 
     asyncio.run(scenario())
