@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from workerpool_operator import scaling
@@ -24,6 +25,7 @@ def assess(
     pool: Pool,
     plans: Sequence[TierPlan],
     broker: Unavailable | None,
+    refused: Unavailable | None,
     workers: Unavailable | None,
     conflict: Conflict | None,
     previous: Mapping[str, Any],
@@ -35,14 +37,17 @@ def assess(
         pool: the pool.
         plans: one for each tier; empty when the workers could not be seen.
         broker: why the broker could not be read, None when it could.
+        refused: why the broker took no writes, None when it did or nothing was written.
         workers: the same of the workers.
         conflict: the queue that another pool owns.
         previous: the status of the pass before, as stored.
         now: wall-clock seconds.
     """
+    if pool.spec.mode is Mode.ADVISORY:
+        plans = [replace(plan, decision=_advised(plan.decision)) for plan in plans]
     tiers = tuple(_tier(plan) for plan in plans)
     found = [
-        _broker(broker),
+        _broker(broker, refused),
         _capacity(plans, workers),
         _spilling(plans, broker, workers),
         _limited(plans, broker, workers),
@@ -63,6 +68,10 @@ def assess(
 
 
 _Fields = tuple[ConditionType, str, str, str]
+
+
+def _advised(decision: scaling.Decision) -> scaling.Decision:
+    return replace(decision, message=decision.message.replace(", ordered", ", would order"))
 
 
 def _tier(plan: TierPlan) -> TierStatus:
@@ -96,10 +105,12 @@ def _ready(found: Sequence[_Fields], plans: Sequence[TierPlan], workers: Unavail
     return kind, "True", "Working", "the broker answers and no tier is down"
 
 
-def _broker(unavailable: Unavailable | None) -> _Fields:
+def _broker(unavailable: Unavailable | None, refused: Unavailable | None) -> _Fields:
     kind = ConditionType.BROKER_REACHABLE
     if unavailable:
         return kind, "False", "BrokerUnreadable", f"{unavailable.why}; replicas stay as they are"
+    if refused:
+        return kind, "False", "BrokerRefusesWrites", f"{refused.why}; no worker is taken for lost meanwhile"
     return kind, "True", "Answering", "the queues are read every second"
 
 
@@ -158,13 +169,16 @@ def _paused(mode: Mode) -> _Fields:
 
 
 def _scaled(pool: Pool, plans: Sequence[TierPlan], previous: Mapping[str, Any], *, held: bool) -> list[Event]:
-    """One Event for each count that was decided anew; while it cannot be written, the decision stays the same."""
+    """One Event for each count that was decided anew; none until the last one was written, however often the need changes."""
     if held or pool.spec.mode is not Mode.ACTIVE:
         return []
+    set_aside = {c.get("type") for c in previous.get("conditions", ()) if c.get("status") == "True"}
     decided = {tier.get("name"): tier.get("desired") for tier in previous.get("tiers", ())}
+    if set_aside & {ConditionType.PAUSED, ConditionType.QUEUE_SHARED}:
+        decided = {}  # what was only advised was never written
     events = []
     for plan in plans:
         name, before, after = plan.tier.name, plan.workers.desired, plan.decision.replicas
-        if after not in (before, decided.get(name)):
+        if after != before == decided.get(name, before):
             events.append(Event(False, plan.decision.reason, f"{name}: {before} → {after}: {plan.decision.message}"))
     return events

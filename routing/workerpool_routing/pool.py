@@ -67,10 +67,10 @@ class WorkerPool:
             raise NotConfigured(f"timeout {timeout!r}: give the seconds that a call may wait for Redis, more than none")
         self.name = name
         self._app = app
-        self._given = _policy(tiers) if tiers is not None else None
+        self.given = _policy(tiers) if tiers is not None else None
         self._fail_open = fail_open
         in_worker = os.environ.get(ENV_POOL) == name and ENV_TIER in os.environ
-        self._connection = Connection(app, patient=in_worker, timeout=timeout)
+        self._connection = Connection(app, patient=False, timeout=timeout)
         self._store: Store | None = None
         if in_worker:
             from workerpool_routing.worker import install  # only workers pay for it
@@ -95,13 +95,8 @@ class WorkerPool:
     def store(self) -> Store:
         """Where the pool's state is kept."""
         if self._store is None:
-            self._store = RedisStore(self._connection, self.keys, self._given)
+            self._store = RedisStore(self._connection, self.keys, self.given)
         return self._store
-
-    @property
-    def given(self) -> Policy | None:
-        """The policy of the tiers that the code gave."""
-        return self._given
 
     @contextmanager
     def kept_in(self, store: Store) -> Iterator[None]:

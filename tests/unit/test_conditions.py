@@ -51,20 +51,23 @@ def workers(desired: int, *phases: Phase, detail: str = "") -> TierReplicas:
 IDLE = {"gpu": workers(0), "cpu": workers(1, Phase.READY)}
 
 
-def plans(seen: Mapping[str, TierReplicas], broker: Unavailable | None = None, **queues: QueueReading) -> list[TierPlan]:
+def plans(
+    seen: Mapping[str, TierReplicas], broker: Unavailable | None = None, *, pool: Pool = POOL, **queues: QueueReading
+) -> list[TierPlan]:
     tiers = {"gpu": QueueReading(0, 0, 0), "cpu": QueueReading(0, 0, 0), **queues}
-    return planning.plan(POOL, broker or BrokerReading(tiers, "r1", Milliseconds(0)), seen, {}, 0.0)
+    return planning.plan(pool, broker or BrokerReading(tiers, "r1", Milliseconds(0)), seen, {}, 0.0)
 
 
 def told(
     planned: list[TierPlan],
     broker: Unavailable | None = None,
+    refused: Unavailable | None = None,
     blind: Unavailable | None = None,
     conflict: Conflict | None = None,
     pool: Pool = POOL,
     previous: Mapping[str, Any] | None = None,
 ) -> tuple[Status, tuple[Event, ...]]:
-    return assess(pool, planned, broker, blind, conflict, previous or {}, NOON)
+    return assess(pool, planned, broker, refused, blind, conflict, previous or {}, NOON)
 
 
 def conditions(outcome: tuple[Status, tuple[Event, ...]]) -> dict[str, Condition]:
@@ -124,6 +127,15 @@ def test_a_broker_that_cannot_be_read_is_named_and_nothing_is_claimed_about_its_
         assert DOWN.why in conditions(outcome)[kind].message
     assert (outcome[0].waiting, outcome[0].in_flight) == (None, None)
     assert {(tier.waiting, tier.in_flight, tier.spilled) for tier in outcome[0].tiers} == {(None, None, None)}
+
+
+def test_a_broker_that_takes_no_writes_is_told_and_its_queues_are_still_shown() -> None:
+    outcome = told(plans(IDLE), refused=Unavailable("Redis at one:6379 refuses writes: out of memory"))
+    assert values(outcome) == HEALTHY | {"Ready": "False", "BrokerReachable": "False"}
+    reachable = conditions(outcome)["BrokerReachable"]
+    assert reachable.reason == "BrokerRefusesWrites"
+    assert reachable.message == "Redis at one:6379 refuses writes: out of memory; no worker is taken for lost meanwhile"
+    assert outcome[0].waiting == 0
 
 
 def test_workers_that_cannot_be_seen_make_what_depends_on_them_unknown() -> None:
@@ -221,27 +233,61 @@ def test_a_change_of_replicas_is_an_event_with_its_reason_and_numbers() -> None:
     assert events == (Event(False, "BacklogExceedsCapacity", "gpu: 0 → 3: 3 waiting + 0 in flight need 3, ordered 3"),)
 
 
+def test_scaling_that_is_refused_is_one_event_however_the_backlog_grows() -> None:
+    seen, previous, told_so_far = IDLE, dict[str, Any](), list[Event]()
+    for waiting in range(1, 8):
+        status, events = told(plans(seen, gpu=QueueReading(waiting, 0, 0)), previous=previous)
+        previous = status.dump()
+        told_so_far += events
+    assert [event.message.partition(":")[2] for event in told_so_far] == [" 0 → 1: 1 waiting + 0 in flight need 1, ordered 1"]
+    # It is written at last, and the next count is news again.
+    seen = IDLE | {"gpu": workers(previous["tiers"][0]["desired"])}
+    _, events = told(plans(seen, gpu=QueueReading(9, 0, 0)), previous=previous)
+    assert [event.message.partition(": ")[0] for event in events] == ["gpu"]
+
+
 @pytest.mark.parametrize(
     ("pool", "conflict"),
-    [
-        pytest.param(in_mode(Mode.ADVISORY), None, id="Advisory"),
-        pytest.param(in_mode(Mode.PAUSED), None, id="Paused"),
-        pytest.param(POOL, TAKEN, id="held"),
-    ],
+    [pytest.param(in_mode(Mode.ADVISORY), None, id="Advisory"), pytest.param(POOL, TAKEN, id="held")],
 )
 def test_a_pool_that_is_not_touched_has_no_events_of_scaling(pool: Pool, conflict: Conflict | None) -> None:
-    outcome = told(plans(IDLE, gpu=QueueReading(3, 0, 0)), pool=pool, conflict=conflict)
+    outcome = told(plans(IDLE, pool=pool, gpu=QueueReading(3, 0, 0)), pool=pool, conflict=conflict)
     assert [event for event in outcome[1] if "→" in event.message] == []
     assert outcome[0].tiers[0].desired == 3, "what it would do is still shown"
+
+
+@pytest.mark.parametrize(("pool", "conflict"), [(in_mode(Mode.ADVISORY), None), (POOL, TAKEN)], ids=["Advisory", "held"])
+def test_what_was_only_advised_is_an_event_when_it_is_done(pool: Pool, conflict: Conflict | None) -> None:
+    advised, _ = told(plans(IDLE, pool=pool, gpu=QueueReading(3, 0, 0)), pool=pool, conflict=conflict)
+    _, events = told(plans(IDLE, gpu=QueueReading(3, 0, 0)), previous=advised.dump())
+    assert [event.message.partition(": 3 ")[0] for event in events if "→" in event.message] == ["gpu: 0 → 3"]
+
+
+def test_an_advisory_pool_says_what_it_would_order() -> None:
+    pool = in_mode(Mode.ADVISORY)
+    status, _ = told(plans(IDLE, pool=pool, gpu=QueueReading(3, 0, 0), cpu=QueueReading(9, 0, 0)), pool=pool)
+    assert [(tier.desired, tier.reason) for tier in status.tiers] == [(3, "BacklogExceedsCapacity"), (4, "AtMaximum")]
+    assert status.tiers[0].message == "3 waiting + 0 in flight need 3, would order 3"
+    limited = next(condition for condition in status.conditions if condition.type == "ScalingLimited")
+    assert limited.message == "cpu: 9 waiting + 0 in flight need 9, would order 4; the maximum limits it"
+
+
+def test_a_paused_pool_shows_what_runs_and_no_decision() -> None:
+    pool = in_mode(Mode.PAUSED)
+    outcome = told(plans(IDLE, pool=pool, gpu=QueueReading(3, 0, 0), cpu=QueueReading(9, 0, 0)), pool=pool)
+    assert [(tier.desired, tier.waiting, tier.reason) for tier in outcome[0].tiers] == [(0, 3, "Paused"), (1, 9, "Paused")]
+    assert {tier.message for tier in outcome[0].tiers} == {"mode: Paused: nothing is decided, the count is what was seen"}
+    assert values(outcome)["ScalingLimited"] == "False"
+    assert outcome[1] == ()
 
 
 def test_a_condition_that_stays_as_it_is_gives_one_event_and_keeps_its_time() -> None:
     first, events = told(plans(IDLE, DOWN), broker=DOWN)
     assert [(event.warning, event.reason) for event in events] == [(True, "BrokerUnreadable")], "Ready says nothing new"
-    again, events = assess(POOL, plans(IDLE, DOWN), DOWN, None, None, first.dump(), NOON + 60)
+    again, events = assess(POOL, plans(IDLE, DOWN), DOWN, None, None, None, first.dump(), NOON + 60)
     assert events == ()
     assert again.conditions == first.conditions
-    back, events = assess(POOL, plans(IDLE), None, None, None, again.dump(), NOON + 120)
+    back, events = assess(POOL, plans(IDLE), None, None, None, None, again.dump(), NOON + 120)
     assert [event.warning for event in events] == [False, False, False, False]
     assert {c.last_transition_time for c in back.conditions if c.type in ("Ready", "BrokerReachable")} == {"2026-01-01T12:02:00Z"}
 
