@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test check generate lock
+.PHONY: help demo test check bench generate lock
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,6 +16,9 @@ test: $(READY) ## Run every level of test that this machine can run (the first r
 
 check: $(READY) ## Run what has to pass before a commit: format, lint, types, imports, generated files, unit tests
 	@$(BIN)/python -m tests.levels check
+
+bench: $(READY) ## Measure what admission costs, as ratios (about 2 min; the table of docs/benchmarks.md)
+	@$(BIN)/python -m benchmarks.admission
 
 generate: $(READY) ## Write the files that are made from others: the chart's CRD and manifests/
 	@$(BIN)/python charts/render.py

@@ -153,6 +153,8 @@ BAD = [
     Bad("routing", {"tasks": [TASK] * 129}, "spec.routing.tasks"),
     Bad("routing", {"tasks": [{**TASK, "accelerated": "yes"}]}, "spec.routing.tasks[0].accelerated"),
     Bad("routing", {"tasks": [{**TASK, "accelerated": 1}]}, "spec.routing.tasks[0].accelerated"),
+    Bad("routing", {"maxWaitSeconds": 0}, "spec.routing.maxWaitSeconds"),
+    Bad("routing", {"maxWaitSeconds": 86401}, "spec.routing.maxWaitSeconds"),
     Bad("routing", {"fallback": {"onLoss": "yes"}}, "spec.routing.fallback.onLoss"),
     Bad("routing", {"fallback": {"onFailure": 1}}, "spec.routing.fallback.onFailure"),
     Bad("mode", "active", "spec.mode"),
