@@ -140,7 +140,7 @@ def submitting(client: Any, pool: WorkerPool, app: Celery) -> Iterator[Row]:
     )
     yield Row("share of the hook in a routed apply_async", f"{hook:.0%} ({micros(seen['hook'])})", "beside it", True)
     ids = list(client.scan_iter(pool.keys.job("*"), count=1000))[:200]
-    bytes_each = median(client.memory_usage(key) for key in ids)
+    bytes_each = median(client.memory_usage(key, samples=0) for key in ids)
     lives = max(client.ttl(key) for key in ids)
     yield Row(
         "memory of the ledger for each waiting job, its message included",

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from math import ceil, inf, isinf
 
+from workerpool_routing import metrics
 from workerpool_routing.admission import Admission
 from workerpool_routing.decide import Reason, Request, explain
 from workerpool_routing.errors import Overloaded
@@ -56,7 +57,7 @@ def undecided(task_id: str | None, queue: str) -> Decision:
 
 
 def log(pool: str, request: Request, decided: Decision | None) -> None:
-    """One record for each decision; None: it was refused."""
+    """One record and one count for each decision; None: it was refused."""
     values = (
         pool,
         decided.task_id if decided else None,
@@ -67,6 +68,7 @@ def log(pool: str, request: Request, decided: Decision | None) -> None:
         decided.reason if decided else Reason.OVERLOADED,
         decided.expected_wait if decided else None,
     )
+    metrics.count(pool, decided.tier if decided else None, decided.reason if decided else Reason.OVERLOADED)
     fields = dict(zip(LOG_FIELDS, values, strict=True))
     words = " ".join(f"{key}=%s" for key in LOG_FIELDS)
     logger.info(f"{'routed' if decided else 'refused'} {words}", *values, extra=fields)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from workerpool_routing import admission
+from workerpool_routing import admission, metrics
 from workerpool_routing.admission import Admission, Entry
 from workerpool_routing.connection import Connection, unavailable_when_down
 from workerpool_routing.decide import Candidates, Request
@@ -99,8 +100,10 @@ class RedisStore:
             call = admission.call(
                 self.keys, candidates, request, entry=entry, lease=lease, wanted=wanted, refuses=refuses, until=until
             )
+            asked = time.perf_counter()
             answer = admission.parse(connection.run("admit", call))
             if isinstance(answer, Admission):
+                metrics.took(self.keys.pool, time.perf_counter() - asked)
                 connection.set_clock(answer.time)
                 return answer
             connection.set_clock(answer)  # after a failover another server's clock counts
@@ -134,7 +137,7 @@ class RedisStore:
             pipe.time()
             pipe.get(self.keys.capacity)
             for tier in policy.tiers:
-                pipe.hgetall(self.keys.presence(tier.name))
+                pipe.hvals(self.keys.presence(tier.name))
                 pipe.hlen(self.keys.unacked(tier.name))
                 for name in self.keys.queue_lists(tier.queue):
                     pipe.llen(name)
@@ -147,7 +150,7 @@ class RedisStore:
         return [
             TierState(
                 tier,
-                tuple(report for raw in presence.values() if (report := Presence.load(raw)).alive(now)),
+                tuple(report for raw in presence if (report := Presence.load(raw)).alive(now)),
                 starting.get(tier.name, 0),
                 sum(rest[0::2]),
                 in_flight,

@@ -14,14 +14,16 @@ from collections.abc import Iterator
 from math import inf
 from typing import Any, cast
 
+import prometheus_client
 import pytest
 from celery import Celery, chain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kombu.exceptions import OperationalError
 from redis import Redis
 
 from workerpool_operator.local.redis_server import private_redis
-from workerpool_routing import Overloaded, PoolUnavailable, Reason, Tier, WorkerPool, wire
+from workerpool_routing import Overloaded, PoolUnavailable, Reason, Tier, WorkerPool, metrics, wire
 from workerpool_routing.decide import Load, Request, place, preselect
 from workerpool_routing.decision import LOG_FIELDS
 from workerpool_routing.errors import NoAcceleratedTier, NotConfigured
@@ -313,6 +315,27 @@ def test_the_record_of_a_decision_has_the_documented_fields(
     ]
 
 
+def test_decisions_are_counted_and_timed_for_prometheus(app: Celery, client: Any) -> None:
+    pool = WorkerPool("ml/counted", app, tiers=TIERS)
+    pool.submit(app.tasks["media.index"], ("a",))
+    with pytest.raises(Overloaded):
+        pool.submit(app.tasks["media.index"], ("a",), max_wait=5)
+    sample = prometheus_client.REGISTRY.get_sample_value
+    labels = {"pool": "ml/counted", "tier": "cpu", "reason": "NotRequested"}
+    assert sample("workerpool_decisions_total", labels) == 1
+    assert sample("workerpool_decisions_total", {**labels, "tier": "", "reason": "Overloaded"}) == 1
+    assert sample("workerpool_decision_seconds_count", {"pool": "ml/counted"}) == 2
+
+
+def test_without_the_prometheus_client_nothing_is_counted_and_nothing_fails(
+    pool: WorkerPool, app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    monkeypatch.setattr(metrics, "_registered", metrics._registered.__wrapped__)
+    assert metrics._instruments() is None
+    assert pool.submit(app.tasks["media.index"], ("a",)).task_id
+
+
 @pytest.mark.parametrize(
     ("wish", "content_type", "tier", "reason"),
     [
@@ -391,6 +414,41 @@ def test_a_required_job_without_an_accelerated_tier_is_refused(app: Celery) -> N
 def test_submit_refuses_what_it_decides_itself(pool: WorkerPool, app: Celery, option: str) -> None:
     with pytest.raises(TypeError, match=option):
         pool.submit(app.tasks["media.index"], ("a",), **cast("dict[str, Any]", {option: "x"}))
+
+
+def test_the_pools_longest_wait_refuses_what_is_submitted_unless_the_caller_waits_longer_and_never_a_plain_delay(
+    app: Celery, client: Any
+) -> None:
+    pool = WorkerPool("ml/media", app)
+    client.set(pool.keys.policy, Policy(TIERS, tasks=(TaskPolicy("media.*"),), max_wait_seconds=5).dump())
+    load(client, pool, CPU, Load(8, 1, 1, 0), "media.index")
+    task = app.tasks["media.index"]
+    with pytest.raises(Overloaded) as refused:
+        pool.submit(task, ("a",), accelerated=True)
+    assert refused.value.retry_after == 4
+    assert client.hget(pool.keys.routes, "cpu:Overloaded") == "1"
+    assert pool.submit(task, ("a",), accelerated=True, max_wait=60).expected_wait == 9.0
+    job = pool.job(task.delay("a").id)
+    assert job is not None
+    assert (job.tier, job.reason) == ("cpu", Reason.NO_CAPACITY)
+
+
+def test_celerys_own_publish_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workerpool_routing.pool.PUBLISH_TIMEOUT_SECONDS", 0.5)
+    with private_redis() as server:
+        app = media_app(server.url)
+        WorkerPool("ml/media", app, tiers=TIERS)
+        task = app.tasks["media.index"]
+        task.delay("before")
+        os.kill(server.pid, signal.SIGSTOP)
+        started = time.monotonic()
+        try:
+            for options in ({}, {"headers": {"workerpool": {"accelerated": True}}}):
+                with pytest.raises(OperationalError):
+                    task.apply_async(("after",), **options)
+            assert time.monotonic() - started < 10
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
 
 
 @pytest.mark.parametrize("name", ["media", "ML/media", "ml/media/x", ""])
