@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -105,18 +106,19 @@ def decision(client: Any, pool: WorkerPool, task: Any) -> Iterator[Row]:
     yield Row(f"status() with {WORKERS} workers", micros(seen["status"]), "p99 < 5 ms", p99(seen["status"]) < 0.005)
 
 
-def flatness(client: Any, pool: WorkerPool, task: Any) -> Iterator[Row]:
-    medians = {}
+def flatness(client: Any, app: Celery, task: Any) -> Iterator[Row]:
+    pools = {}
     for waiting in (0, 1_000, 100_000):
-        missing = waiting - client.llen(GPU.queue)
-        while missing > 0:
-            client.lpush(GPU.queue, *["{}"] * min(missing, 10_000))
-            missing -= 10_000
-        medians[waiting] = median(turns({"ours": lambda: pool.should_accelerate(task)}, 1500)["ours"])
-    client.delete(GPU.queue)
+        queue = f"held-{waiting}"
+        pools[waiting] = WorkerPool(f"bench/held-{waiting}", app, tiers=(Tier("gpu", queue, accelerated=True), CPU))
+        for at in range(0, waiting, 1_000):
+            client.lpush(queue, *[f"{at}"] * 1_000)
+    seen = turns({str(waiting): partial(pool.should_accelerate, task) for waiting, pool in pools.items()}, 1500)
+    medians = {waiting: median(seconds) for waiting, seconds in seen.items()}
     spread = max(medians.values()) / min(medians.values()) - 1
     shown = ", ".join(f"{waiting}: {seconds * 1e6:.0f} µs" for waiting, seconds in medians.items())
     yield Row("one decision by waiting messages", f"{spread:.0%} apart ({shown})", "≤ 25 %", spread <= 0.25)
+    client.delete(*(f"held-{waiting}" for waiting in pools))
 
 
 def submitting(client: Any, pool: WorkerPool, app: Celery) -> Iterator[Row]:
@@ -280,7 +282,7 @@ def main() -> int:
         client.set(pool.keys.policy, Policy((GPU, CPU), tasks=(TaskPolicy("bench.work"),)).dump())
         task = hooked.tasks["bench.work"]
         rows += decision(client, pool, task)
-        rows += flatness(client, pool, task)
+        rows += flatness(client, hooked, task)
         rows += submitting(client, pool, hooked)
         rows += herd(client, server.url, pool)
         client.set(pool.keys.policy, Policy((GPU, CPU), tasks=(TaskPolicy("bench.work"),)).dump())
