@@ -138,6 +138,8 @@ def _tier(keys: Keyspace, tier: TierPolicy) -> dict[str, Any]:
         "lists": keys.queue_lists(tier.queue),
         "unacked": keys.unacked(tier.name),
         "slots": keys.slots(tier.name),
+        "waiting": keys.waiting(tier.name),
+        "scheduled": keys.scheduled(tier.name),
         "leases": keys.leases(tier.name),
         "service": keys.service(tier.name),
         "spilled": keys.spilled(tier.name),

@@ -10,7 +10,10 @@ class WorkerPoolError(Exception):
 
 
 class PoolUnavailable(WorkerPoolError):
-    """Redis, which is the broker too, did not answer in time: nothing was queued. Worth trying again."""
+    """Redis, which is the broker too, did not answer in time. Worth trying again.
+
+    Nothing was queued, unless Redis decided and its answer was lost on the way; an idempotency key makes trying again safe.
+    """
 
 
 class Overloaded(WorkerPoolError):

@@ -19,7 +19,7 @@ from celery import Celery, signals
 
 from workerpool_routing.admission import Admission, Entry
 from workerpool_routing.content import main_type
-from workerpool_routing.decide import Candidates, Request, preselect
+from workerpool_routing.decide import Candidates, Request
 from workerpool_routing.decision import decision, log
 from workerpool_routing.message import serialise
 from workerpool_routing.wire import HEADER, Policy, TierPolicy
@@ -79,7 +79,7 @@ class RoutingHook:
         request = _request(policy, name, (options.get("headers") or {}).get(HEADER) or {})
         if policy is None or request is None:
             return None
-        candidates, lease = preselect(policy, request), str(uuid4())
+        candidates, lease = self._pool.candidates(policy, request), str(uuid4())
         admission = self._pool.store.admit(candidates, request, lease=lease, refuses=False)
         tier = next(tier for tier in candidates.tiers if tier.name == admission.tier)
         wanted = candidates.tiers[0] if candidates.tiers[0].accelerated else tier

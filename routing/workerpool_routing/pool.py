@@ -132,7 +132,7 @@ class WorkerPool:
             args: its positional arguments.
             kwargs: its keyword arguments.
             accelerated: True when an accelerator helps, "required" when the job can run nowhere else.
-            content_type: what it works on, as a MIME type, its main part or a file name; what gains nothing goes to a plain tier.
+            content_type: what it works on, as a MIME type, its main part or a file name; what gains nothing goes to a plain one.
             deadline: seconds from now by which it must have started, else it expires.
             max_wait: seconds that it may be expected to wait, in place of the pool's own ``maxWaitSeconds``.
             idempotency_key: a second call with the same key, within a day, gets the decision of the first and queues nothing.
@@ -140,7 +140,8 @@ class WorkerPool:
 
         Raises:
             Overloaded: no tier can start it within ``deadline`` and ``max_wait``; nothing was queued.
-            PoolUnavailable: Redis did not answer in time; nothing was queued.
+            PoolUnavailable: Redis did not answer in time; nothing was queued, unless Redis decided and its answer was lost: under
+                an idempotency key, calling again is safe.
             NoAcceleratedTier: the job requires an accelerator that the pool does not have.
             TypeError: ``task`` is none, or ``options`` choose what submit() chooses itself.
             kombu.exceptions.EncodeError: the arguments cannot be serialised.
@@ -159,17 +160,15 @@ class WorkerPool:
             self._may_go_undecided(promises, "its policy is not in Redis: is the WorkerPool applied, the operator running?")
             return self._logged(request, apply(self._app))
         request = _limited(request, policy, max_wait)
-        candidates = self._candidates(policy, request)
+        candidates = self.candidates(policy, request)
         message = prepare(task, args, kwargs, task_id=task_id, expires=deadline, options=options)
         try:
             admission = self.store.admit(candidates, request, entry=Entry(task_id, message, idempotency_key=idempotency_key))
         except redis.ResponseError as error:
             self._may_go_undecided(promises, f"the admission script failed: {error}")
             logger.exception("pool %s: the admission script failed, the last tier takes %s", self.name, task.name)
-            last = policy.tiers[-1]
-            self.store.push(last.queue, message)
-            reason = Reason.ADMISSION_FAILED
-            return self._logged(request, Decision(task_id, last.name, last.queue, reason, explain(reason, last.name)))
+            self.store.push(policy.tiers[-1].queue, message)
+            return self._logged(request, _failed(task_id, policy))
         return self._logged(request, self._decided(admission, request))
 
     async def submit_async(self, task: Task, *args: Any, **kwargs: Any) -> Decision:
@@ -190,9 +189,14 @@ class WorkerPool:
         if policy is None:
             return undecided(None, self._app.conf.task_default_queue)
         request = _limited(request, policy, max_wait)
-        return decision(self.store.admit(self._candidates(policy, request), request), request)
+        try:
+            return decision(self.store.admit(self.candidates(policy, request), request), request)
+        except redis.ResponseError:
+            logger.exception("pool %s: the admission script failed, the last tier would take %s", self.name, task.name)
+            return _failed(None, policy)
 
-    def _candidates(self, policy: Policy, request: Request) -> Candidates:
+    def candidates(self, policy: Policy, request: Request) -> Candidates:
+        """The tiers that may take a job; raises :class:`NoAcceleratedTier`."""
         candidates = preselect(policy, request)
         if request.accelerated == "required" and not candidates.tiers[0].accelerated:
             raise NoAcceleratedTier(f"{request.task} requires an accelerator, and no tier of pool {self.name} has one")
@@ -309,6 +313,11 @@ def _apply(
     except (OperationalError, redis.RedisError) as error:
         raise PoolUnavailable(f"the job could not be published: {error}") from error
     return undecided(task_id, app.conf.task_default_queue)
+
+
+def _failed(task_id: str | None, policy: Policy) -> Decision:
+    last, reason = policy.tiers[-1], Reason.ADMISSION_FAILED
+    return Decision(task_id, last.name, last.queue, reason, explain(reason, last.name))
 
 
 def _kind(state: TierState) -> str:

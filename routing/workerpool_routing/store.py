@@ -139,24 +139,25 @@ class RedisStore:
             for tier in policy.tiers:
                 pipe.hvals(self.keys.presence(tier.name))
                 pipe.hlen(self.keys.unacked(tier.name))
+                pipe.get(self.keys.scheduled(tier.name))
                 for name in self.keys.queue_lists(tier.queue):
                     pipe.llen(name)
                     pipe.lindex(name, -1)
             (seconds, micros), capacity, *answers = pipe.execute()
         now = Milliseconds(seconds * 1000 + micros // 1000)
-        starting, size = _starting(capacity), 2 + 2 * len(self.keys.priority_steps)
+        starting, size = _starting(capacity), 3 + 2 * len(self.keys.priority_steps)
         by_tier = [answers[at : at + size] for at in range(0, len(answers), size)]
-        ages = self._ages([[raw for raw in rest[1::2] if raw] for _, _, *rest in by_tier], now)
+        ages = self._ages([[raw for raw in rest[1::2] if raw] for _, _, _, *rest in by_tier], now)
         return [
             TierState(
                 tier,
                 tuple(report for raw in presence if (report := Presence.load(raw)).alive(now)),
                 starting.get(tier.name, 0),
                 sum(rest[0::2]),
-                in_flight,
+                held - int(scheduled or 0),
                 age,
             )
-            for tier, (presence, in_flight, *rest), age in zip(policy.tiers, by_tier, ages, strict=True)
+            for tier, (presence, held, scheduled, *rest), age in zip(policy.tiers, by_tier, ages, strict=True)
         ]
 
     def _ages(self, oldest: list[list[str]], now: Milliseconds) -> list[float | None]:

@@ -16,6 +16,8 @@ key                       type    meaning
 ``job:<task id>``         hash    the ledger entry, see :mod:`workerpool_routing.ledger`
 ``spilled:<tier>``        zset    task ids that wanted the tier and wait or run elsewhere → time of admission
 ``routes``                hash    ``<tier>:<reason>`` → decisions so far
+``waiting:<tier>``        zset    task ids that are on their way to a worker → time of admission; where the sweep looks
+``scheduled:<tier>``      string  messages with a future ETA that workers hold, to be subtracted from what is in flight
 ``leases:<tier>``         zset    messages that are decided on and not yet in the queue → time at which that stops counting
 ``idempotent:<key>``      hash    the decision that the first caller with that key got
 ``service:<tier>``        hash    task → mean seconds from claim to end, an EWMA of weight 0.2; written when a job has ended
@@ -135,6 +137,12 @@ class Keyspace:
 
     def job(self, task_id: str) -> str:
         return self._own(f"job:{task_id}")
+
+    def waiting(self, tier: str) -> str:
+        return self._own(f"waiting:{tier}")
+
+    def scheduled(self, tier: str) -> str:
+        return self._own(f"scheduled:{tier}")
 
     def leases(self, tier: str) -> str:
         return self._own(f"leases:{tier}")

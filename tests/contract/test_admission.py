@@ -75,6 +75,9 @@ def load(client: Any, pool: WorkerPool, tier: Tier, seen: Load, task: str) -> No
         client.lpush(keys.queue_list(tier.queue, (0, 3, 6, 9)[n % 4]), "{}")
     for n in range(seen.in_flight):
         client.hset(keys.unacked(tier.name), f"tag-{n}", "[]")
+    for n in range(seen.in_flight % 3):
+        client.hset(keys.unacked(tier.name), f"scheduled-{n}", "[]")
+        client.incr(keys.scheduled(tier.name))
     seconds, micros = client.time()
     now = seconds * 1000 + micros // 1000
     slots = {f"worker/{n}": now for n in range(seen.ready)} | {"lost/0": now - 9_000}
@@ -186,6 +189,7 @@ def test_submit_writes_message_ledger_and_counters_and_wakes_the_operator(
     assert job is not None
     assert (job.state, job.attempt, job.tier, job.wanted, job.reason) == (State.ADMITTED, 1, "cpu", "gpu", Reason.NO_CAPACITY)
     assert client.zrange(pool.keys.spilled("gpu"), 0, -1) == [decision.task_id]
+    assert client.zrange(pool.keys.waiting("cpu"), 0, -1) == [decision.task_id]
     assert client.hgetall(pool.keys.routes) == {"cpu:NoCapacity": "1"}
     assert woken == ["ml/media"]
     assert client.ttl(pool.keys.job(job.task_id)) > 0
@@ -394,6 +398,7 @@ def test_a_broken_script_sends_the_job_to_the_last_tier(pool: WorkerPool, app: C
     decision = pool.submit(app.tasks["media.index"], ("a",), accelerated=True)
     assert (decision.tier, decision.reason) == ("cpu", Reason.ADMISSION_FAILED)
     assert pool.queue_length("cpu-jobs") == 1
+    assert pool.should_accelerate(app.tasks["media.index"]).reason is Reason.ADMISSION_FAILED
 
 
 def test_scripts_that_redis_has_forgotten_are_loaded_again(pool: WorkerPool, app: Celery, client: Any) -> None:
@@ -407,6 +412,7 @@ def test_a_required_job_without_an_accelerated_tier_is_refused(app: Celery) -> N
     pool = WorkerPool("ml/media", app, tiers=[CPU])
     with pytest.raises(NoAcceleratedTier, match=r"media\.index"):
         pool.submit(app.tasks["media.index"], ("a",), accelerated="required")
+    app.tasks["media.index"].apply_async(("a",), headers={"workerpool": {"accelerated": "required"}})
     assert pool.queue_length("cpu-jobs") == 0
 
 

@@ -303,6 +303,8 @@ def test_the_script_is_asked_with_the_keys_of_every_candidate() -> None:
         "lists": KEYS.queue_lists("gpu-tasks"),
         "unacked": KEYS.unacked("gpu"),
         "slots": KEYS.slots("gpu"),
+        "waiting": KEYS.waiting("gpu"),
+        "scheduled": KEYS.scheduled("gpu"),
         "leases": KEYS.leases("gpu"),
         "service": KEYS.service("gpu"),
         "spilled": KEYS.spilled("gpu"),

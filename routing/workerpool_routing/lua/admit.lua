@@ -26,7 +26,7 @@ end
 local function measure(tier)
   local load = {waiting = 0}
   for _, list in ipairs(tier.lists) do load.waiting = load.waiting + redis.call('LLEN', list) end
-  load.in_flight = redis.call('HLEN', tier.unacked)
+  load.in_flight = redis.call('HLEN', tier.unacked) - (redis.call('GET', tier.scheduled) or 0)
   load.ready = redis.call('ZCOUNT', tier.slots, '(' .. (now - pool.presence_life), '+inf')
   load.leased = redis.call('ZCOUNT', tier.leases, '(' .. now, '+inf')
   local slots = coming[tier.name]
@@ -130,6 +130,8 @@ redis.call('HSET', ask.job, 'version', pool.version, 'state', 'admitted', 'attem
   'admitted_at', now)
 if #message <= pool.message_limit then redis.call('HSET', ask.job, 'message', message) end
 redis.call('EXPIRE', ask.job, pool.job_life)
+redis.call('ZADD', tier.waiting, now, ask.id)
+redis.call('ZREMRANGEBYSCORE', tier.waiting, '-inf', now - pool.job_life * 1000)
 if ask.idempotent then
   redis.call('HSET', ask.idempotent, 'id', ask.id, 'tier', tier.name, 'queue', tier.queue, 'reason', reason, 'wait', seconds)
   redis.call('EXPIRE', ask.idempotent, pool.idempotency_life)
