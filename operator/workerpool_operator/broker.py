@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -15,7 +15,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from workerpool_operator import planning
-from workerpool_operator.observation import BrokerReading, QueueReading, Unavailable
+from workerpool_operator.observation import BrokerReading, QueueReading, Served, Unavailable
 from workerpool_operator.ports import Pool
 from workerpool_routing import ledger
 from workerpool_routing.ledger import Job, State
@@ -143,6 +143,10 @@ def _ask(pipe: Any, pool: Pool) -> None:
         pipe.hlen(keys.unacked(tier.name))
         pipe.zcard(keys.spilled(tier.name))
         pipe.hgetall(keys.presence(tier.name))
+        pipe.hgetall(keys.served(tier.name))
+
+
+_SERVED: Sequence[tuple[Callable[[Any], Any], str]] = ((int, "jobs"), (float, "seconds"), (float, "squares"))
 
 
 def _reading(pool: Pool, answers: Iterator[Any], run_id: str, now: Milliseconds) -> BrokerReading:
@@ -150,7 +154,7 @@ def _reading(pool: Pool, answers: Iterator[Any], run_id: str, now: Milliseconds)
     tiers = {}
     for tier in pool.spec.tiers:
         waiting = sum(next(answers) for _ in pool.keys.priority_steps)
-        in_flight, spilled, presence = next(answers), next(answers), next(answers)
+        in_flight, spilled, presence, served = (next(answers) for _ in range(4))
         reports = [Presence.load(raw) for raw in presence.values()]
         tiers[tier.name] = QueueReading(
             waiting,
@@ -158,6 +162,7 @@ def _reading(pool: Pool, answers: Iterator[Any], run_id: str, now: Milliseconds)
             spilled,
             workers=tuple(report for report in reports if report.alive(now)),
             lost=tuple(report.owner for report in reports if not report.alive(now)),
+            served=Served(*(kind(served.get(name, 0)) for kind, name in _SERVED)),
         )
     return BrokerReading(tiers, run_id, now, routes)
 

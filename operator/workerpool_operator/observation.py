@@ -20,6 +20,15 @@ class Unavailable:
 
 
 @dataclass(frozen=True, slots=True)
+class Served:
+    """The jobs that a tier has ended since its Redis began: how many, their seconds on a slot, and the squares of these."""
+
+    jobs: int = 0
+    seconds: float = 0.0
+    squares: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class QueueReading:
     """One tier as Redis has it.
 
@@ -29,6 +38,7 @@ class QueueReading:
         spilled: jobs that wanted this tier and wait or run elsewhere.
         workers: the last report of each live worker.
         lost: owners that reported once and then fell silent, not yet taken over.
+        served: the jobs that it has ended.
     """
 
     waiting: int
@@ -36,6 +46,7 @@ class QueueReading:
     spilled: int
     workers: tuple[Presence, ...] = ()
     lost: tuple[str, ...] = ()
+    served: Served = Served()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +64,10 @@ class BrokerReading:
     run_id: str
     time: Milliseconds
     routes: Mapping[str, int] = field(default_factory=dict)
+
+    def arrived(self, tier: str) -> int:
+        """Jobs that were ever sent to the tier, by admission or by a fallback."""
+        return sum(count for route, count in self.routes.items() if route.partition(":")[0] == tier)
 
 
 class Phase(StrEnum):

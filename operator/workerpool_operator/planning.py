@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from workerpool_operator import scaling
 from workerpool_operator.model import Tier, WorkerPoolSpec
@@ -47,16 +47,34 @@ def plan(
     for tier in pool.spec.tiers:
         live = workers[tier.name]
         queue = None if isinstance(reading, Unavailable) else _bounded(reading, tier)
-        bounds = scaling.Policy(tier.replicas.min, tier.replicas.max, tier.concurrency)
+        bounds = scaling.Policy(tier.replicas.min, tier.replicas.max, tier.concurrency, pool.spec.scaling.target_wait_seconds)
         observed: scaling.Demand | scaling.Unread
-        if queue is None:
+        if queue is None or isinstance(reading, Unavailable):
             assert isinstance(reading, Unavailable)
             observed = scaling.Unread(live.desired, reading)
         else:
-            observed = scaling.Demand(queue.waiting, queue.in_flight, queue.spilled, live.desired, live.start_seconds)
+            observed = demand(queue, live, reading.arrived(tier.name), now)
         decision = scaling.decide(bounds, observed, memory.get(tier.name, scaling.Memory()), now)
         plans.append(TierPlan(tier, queue, live, decision))
     return plans
+
+
+def demand(queue: QueueReading, live: TierReplicas, arrived: int, now: float) -> scaling.Demand:
+    """What the rule is told of one tier."""
+    starting = [replica.ordered_at for replica in live.replicas if replica.phase is Phase.STARTING][: live.starting]
+    return scaling.Demand(
+        waiting=queue.waiting,
+        in_flight=queue.in_flight,
+        spilled=queue.spilled,
+        replicas=live.desired,
+        start_seconds=live.start_seconds,
+        ready=live.count(Phase.READY),
+        # What was ordered so lately that no worker is to be seen yet is ordered now.
+        starting=(*starting, *[now] * (live.starting - len(starting))),
+        stuck=live.count(Phase.UNSCHEDULABLE) + live.count(Phase.FAILING),
+        arrived=arrived,
+        served=queue.served,
+    )
 
 
 def _bounded(reading: BrokerReading, tier: Tier) -> QueueReading:
@@ -65,7 +83,7 @@ def _bounded(reading: BrokerReading, tier: Tier) -> QueueReading:
     """
     own = reading.tiers[tier.name]
     elsewhere = sum(q.waiting + q.in_flight for name, q in reading.tiers.items() if name != tier.name)
-    return QueueReading(own.waiting, own.in_flight, min(own.spilled, elsewhere), own.workers, own.lost)
+    return replace(own, spilled=min(own.spilled, elsewhere))
 
 
 def policy(spec: WorkerPoolSpec) -> Policy:

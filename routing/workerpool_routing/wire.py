@@ -16,6 +16,7 @@ key                       type    meaning
 ``job:<task id>``         hash    the ledger entry, see :mod:`workerpool_routing.ledger`
 ``spilled:<tier>``        zset    task ids that wanted the tier and wait or run elsewhere → time of admission
 ``routes``                hash    ``<tier>:<reason>`` → decisions so far
+``served:<tier>``         hash    ``jobs``, ``seconds``, ``squares``: attempts so far, their time on a slot and the squares of it
 ========================  ======  =====================================================================================
 
 An *owner* is one life of a worker process: the worker's name and a suffix of its own, so that a container that restarts under
@@ -116,6 +117,9 @@ class Keyspace:
 
     def spilled(self, tier: str) -> str:
         return self._own(f"spilled:{tier}")
+
+    def served(self, tier: str) -> str:
+        return self._own(f"served:{tier}")
 
     def held(self, owner: str) -> str:
         return self._own(f"held:{owner}")

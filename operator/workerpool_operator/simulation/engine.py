@@ -95,7 +95,8 @@ class Tier:
         self.coming = 0
         self.ghost_slots = 0
         self.down = False
-        self.services: deque[float] = deque(maxlen=256)
+        self.served_seconds = 0.0
+        self.served_squares = 0.0
         self.waits: deque[tuple[float, float]] = deque(maxlen=4096)  # (start, wait)
         self.finished = 0
         self._replicas: TierReplicas | None = None
@@ -272,7 +273,9 @@ class _Run:
         del pod.jobs[job]
         tier.in_flight -= 1
         tier.finished += 1
-        tier.services.append(self.trace.services[job] * tier.setup.slowdown)
+        seconds = self.trace.services[job] * tier.setup.slowdown
+        tier.served_seconds += seconds
+        tier.served_squares += seconds * seconds
         if self.wanted and tier is not self.first:
             self.first.spilled -= 1
         self.open -= 1
