@@ -107,7 +107,7 @@ class TierReplicas:
 
     def count(self, phase: Phase) -> int:
         """How many are in that phase."""
-        return sum(replica.phase is phase for replica in self.replicas)
+        return [replica.phase for replica in self.replicas].count(phase)
 
     @property
     def starting(self) -> int:

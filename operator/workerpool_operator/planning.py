@@ -61,7 +61,8 @@ def plan(
 
 def demand(queue: QueueReading, live: TierReplicas, arrived: int, now: float) -> scaling.Demand:
     """What the rule is told of one tier."""
-    starting = [replica.ordered_at for replica in live.replicas if replica.phase is Phase.STARTING][: live.starting]
+    count = live.starting
+    starting = [replica.ordered_at for replica in live.replicas if replica.phase is Phase.STARTING][:count] if count else []
     return scaling.Demand(
         waiting=queue.waiting,
         in_flight=queue.in_flight,
@@ -70,7 +71,7 @@ def demand(queue: QueueReading, live: TierReplicas, arrived: int, now: float) ->
         start_seconds=live.start_seconds,
         ready=live.count(Phase.READY),
         # What was ordered so lately that no worker is to be seen yet is ordered now.
-        starting=(*starting, *[now] * (live.starting - len(starting))),
+        starting=(*starting, *[now] * (count - len(starting))),
         stuck=live.count(Phase.UNSCHEDULABLE) + live.count(Phase.FAILING),
         arrived=arrived,
         served=queue.served,

@@ -21,14 +21,15 @@ from enum import StrEnum
 
 from workerpool_operator.observation import Served, Unavailable
 
-START_SECONDS_UNTIL_KNOWN = 30.0
-"""Assumed start time of a worker before one has been seen to start."""
+START_SECONDS_UNTIL_KNOWN = 240.0
+"""Assumed start time of a worker before one has been seen to start: about what a new GPU node, an image and a model take."""
 
 SERVICE_SECONDS_UNTIL_KNOWN = 30.0
 """Assumed length of a job before one has been seen to end."""
 
-CONFIDENCE = 3.0
-"""Standard deviations by which fewer starts are counted on than expected: one deadline in a thousand."""
+CONFIDENCE = 2.33
+"""Standard deviations by which fewer starts are counted on than expected: one deadline in a hundred, were it never looked at
+again."""
 
 MIN_LINGER_SECONDS = 5.0
 """Never lower sooner than this: a gap between two uploads is not the end of a burst."""
@@ -38,6 +39,9 @@ BURST_MEMORY_SECONDS = 900.0
 
 _PASS_SECONDS = 1.5
 """By how much an order may come late: the time between two passes, and some."""
+
+_STREAKS = 0.04
+"""Jobs that come together are alike, so that their mean is off by a part that no number of them averages out: its square."""
 
 _PRIOR_JOBS = 4.0
 _MEMORY_JOBS = 256.0
@@ -241,15 +245,18 @@ def _learn(policy: Policy, observed: Demand, memory: Memory, now: float) -> Memo
         served=served,
         arrivals=arrivals,
         service=service,
-        start_seconds=_start_after(memory, observed.start_seconds),
+        start_seconds=_start_after(memory, observed, now),
         newest_start=observed.start_seconds,
         level=observed.replicas if memory.level is None else memory.level,
     )
 
 
-def _start_after(memory: Memory, newest: float | None) -> float | None:
+def _start_after(memory: Memory, observed: Demand, now: float) -> float | None:
     """What is believed of the start time: slow starts weigh more than fast ones, one that hung does not weigh all."""
-    believed = memory.start_seconds
+    believed, newest = memory.start_seconds, observed.start_seconds
+    lasts = now - min(observed.starting, default=now)
+    if lasts > _start(memory):
+        believed = min(lasts, 4 * _start(memory))
     if newest is None or newest == memory.newest_start:
         return believed
     if believed is None:
@@ -321,7 +328,7 @@ class _Outlook:
             first += 1
             work += until - ready_in
         ends = slots * work / mean
-        sure = max(0.0, ends - deviations * math.sqrt(self._variation * ends)) if deviations else ends
+        sure = max(0.0, ends - deviations * math.sqrt(self._variation * ends * (1 + _STREAKS * ends))) if deviations else ends
         lacking = place - self._free - slots * first - sure
         return lacking / (slots * (1 + max(0.0, until - self._start) / mean)) if lacking > 0 else 0.0
 
