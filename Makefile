@@ -21,15 +21,17 @@ generate: $(READY) ## Write the files that are made from others: the chart's CRD
 	@$(BIN)/python charts/render.py
 
 lock: $(READY) ## Bring requirements.lock in line with pyproject.toml; ARGS=--upgrade takes the newest versions
-	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" \
+	@$(BIN)/uv pip compile --system-certs --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" \
 		--all-extras --group examples --group test --group lint --group build $(ARGS) --output-file requirements.lock pyproject.toml
 
-# uv, itself taken from the lock by pip, installs the rest in a few seconds where pip needs half a minute.
+# uv, itself taken from the lock by pip, installs the rest in a few seconds where pip needs half a minute. It does not read pip's
+# configuration: where packages come through a mirror that only pip knows, pip does it all.
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python %d.%d; this needs 3.11 or newer; name one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" % sys.version_info[:2])'
 	@echo "Setting up .venv from requirements.lock (some 300 MB, once)"
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv --clear .venv
 	@sed -n '/^uv==/,/# via/p' requirements.lock | $(BIN)/pip install --quiet --require-hashes --requirement /dev/stdin
-	@VIRTUAL_ENV=.venv $(BIN)/uv pip sync $$([ -t 2 ] || echo --quiet) --require-hashes requirements.lock
-	@VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
+	@VIRTUAL_ENV=.venv $(BIN)/uv pip sync --system-certs $$([ -t 2 ] || echo --quiet) --require-hashes requirements.lock \
+		|| $(BIN)/pip install --quiet --require-hashes --requirement requirements.lock
+	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@

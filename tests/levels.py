@@ -129,8 +129,8 @@ LEVELS = (
 )
 
 CHECKS: Mapping[str, Sequence[str]] = {
-    "format": ("ruff", "format", "--check", "--quiet"),
-    "lint": ("ruff", "check", "--quiet"),
+    "format": ("ruff", "format", "--check"),
+    "lint": ("ruff", "check"),
     "types": ("mypy",),
     "imports": ("lint-imports", "--no-logo"),
     "generated": ("python", "charts/render.py", "--check"),

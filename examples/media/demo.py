@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -33,6 +34,7 @@ from examples.media.kinds import MAX_BYTES, Kind, kind_of
 from examples.media.summary import Outcome, problems, same, sparkline, summarise
 from rich.console import Console, RenderableType
 from rich.table import Table
+from soundfile import LibsndfileError
 
 from workerpool_operator import manifest
 from workerpool_operator.dev import CannotStart, session
@@ -42,19 +44,22 @@ from workerpool_operator.local.redis_server import RedisServerError
 from workerpool_operator.observation import Unavailable
 from workerpool_operator.ports import Pool, Report
 from workerpool_operator.status import TierStatus
-from workerpool_routing import State, WorkerPool
+from workerpool_routing import Job, State, WorkerPool
 
 RESOURCE = Path(__file__).with_name("workerpool.yaml")
 BURST_SECONDS = 48.0
 """From the start until every job has ended and the GPU tier is back at zero."""
 
 STOP_SECONDS = 6.0
+"""What the workers then get to end."""
+
+TIERS = ("gpu", "cpu")
 UPLOADS_AT_ONCE = 2
 SAMPLE_FILES = 9
 PLAIN_EVERY = 6
 """Every so many uploads, one does not ask for a GPU."""
 
-LOOK_EVERY_SECONDS = 0.02
+LOOK_EVERY_SECONDS = 0.05
 SPARK_WIDTH = 22
 MEASURES: Mapping[Kind, Callable[..., Mapping[str, Any]]] = {"image": image.measure, "audio": audio.measure}
 
@@ -93,12 +98,12 @@ class Recorder:
     @property
     def peak(self) -> dict[str, int]:
         """The most ready replicas of each tier."""
-        return {tier: max(ready for _, ready in self.ready(tier)) for tier in self.passes[-1][1]}
+        return {tier: max((ready for _, ready in self.ready(tier)), default=0) for tier in TIERS}
 
     @property
     def final(self) -> dict[str, int]:
         """The last ready replicas of each tier."""
-        return {name: tier.ready for name, tier in self.passes[-1][1].items()}
+        return {tier: ready for tier in TIERS for _, ready in self.ready(tier)[-1:]}
 
     def ready(self, tier: str) -> list[tuple[float, int]]:
         """Ready replicas over time."""
@@ -151,6 +156,17 @@ def usable(directory: Path) -> dict[Path, Kind]:
     return kinds
 
 
+def measured(directory: Path, most: int) -> dict[Path, Mapping[str, Any]]:
+    """What the jobs will have to find in the first files of a folder; raises :class:`BadFiles` for one that is damaged."""
+    expected = {}
+    for path, kind in islice(usable(directory).items(), most):
+        try:
+            expected[path] = MEASURES[kind](path, accelerated=True)
+        except (OSError, LibsndfileError) as error:
+            raise BadFiles(f"{path} cannot be decoded: {error}") from error
+    return expected
+
+
 def _kind(path: Path) -> Kind | None:
     with path.open("rb") as file:
         return kind_of(file)
@@ -196,30 +212,30 @@ async def follow(client: httpx.AsyncClient, uploads: Sequence[Upload]) -> None:
 
 
 async def kill_a_busy_gpu_worker(pool: WorkerPool, workers: LocalWorkers, uploads: Sequence[Upload], console: Console) -> None:
-    """SIGKILL one GPU worker, children and all, in the middle of a job.
-
-    It is frozen first and killed only if the ledger says that it still has the job: a job that ends in between is no loss.
-    """
+    """SIGKILL one GPU worker, children and all, in the middle of a job."""
     while True:
-        names = {owner: presence.worker for owner, presence in pool.workers().items() if presence.tier == "gpu"}
-        for upload in uploads:
+        present = {owner: worker for owner, worker in pool.workers().items() if worker.tier == "gpu"}
+        for upload in uploads if present else ():
             job = pool.job(upload.accepted["task_id"]) if upload.accepted else None
-            if job is None or job.state is not State.CLAIMED or job.owner not in names:
-                continue
-            worker = names[job.owner]
-            group = workers.process_group(worker)
-            if group is None:
-                continue
-            os.killpg(group, signal.SIGSTOP)
-            frozen = pool.job(job.task_id)
-            if frozen and (frozen.state, frozen.owner) == (State.CLAIMED, job.owner):
-                os.killpg(group, signal.SIGKILL)
-                console.print(
-                    f"{time.strftime('%H:%M:%S')}  killed {worker} in the middle of {upload.path.name}", highlight=False
-                )
+            if job and job.owner in present and kill_at_work(pool, job, workers.process_group(present[job.owner].worker)):
+                words = f"killed {present[job.owner].worker} in the middle of {upload.path.name}"
+                console.print(f"{time.strftime('%H:%M:%S')}  {words}", highlight=False)
                 return
-            os.killpg(group, signal.SIGCONT)
         await asyncio.sleep(LOOK_EVERY_SECONDS)
+
+
+def kill_at_work(pool: WorkerPool, job: Job, group: int | None) -> bool:
+    """Kill the worker that has claimed this job; whether it did.
+
+    It is frozen first, and killed only if the ledger says that it still has the job: a job that ends in between is no loss.
+    """
+    if job.state is not State.CLAIMED or group is None:
+        return False
+    os.killpg(group, signal.SIGSTOP)
+    frozen = pool.job(job.task_id)
+    at_work = frozen is not None and (frozen.state, frozen.owner) == (job.state, job.owner)
+    os.killpg(group, signal.SIGKILL if at_work else signal.SIGCONT)
+    return at_work
 
 
 async def burst(recorder: Recorder, console: Console, workers: LocalWorkers, uploads: Sequence[Upload]) -> None:
@@ -254,15 +270,13 @@ async def run(recorder: Recorder, console: Console, directory: Path, uploads: Se
 def demo(options: argparse.Namespace, console: Console, directory: Path) -> list[str]:
     """Run, show the summary, write what was asked for; return what went wrong."""
     started = time.monotonic()
-    kinds = options.files or usable(samples.write(directory / "samples", SAMPLE_FILES))
-    files = list(kinds)
-    chosen = [files[n % len(files)] for n in range(options.jobs)]
-    uploads = [Upload(path, asked=n % PLAIN_EVERY != PLAIN_EVERY - 1) for n, path in enumerate(chosen)]
+    expected = measured(options.files or samples.write(directory / "samples", SAMPLE_FILES), options.jobs)
+    chosen = islice(cycle(expected), options.jobs)
+    uploads = [Upload(path, asked=n % PLAIN_EVERY != 0) for n, path in enumerate(chosen, start=1)]
     with LiveView(console) as view:
         recorder = Recorder(view)
         in_time = asyncio.run(run(recorder, console, directory, uploads))
     seconds = time.monotonic() - started
-    expected = {path: MEASURES[kind](path, accelerated=True) for path, kind in kinds.items()}
     outcomes = [upload.outcome(expected) for upload in uploads if upload.accepted]
     summary = summarise(outcomes, recorder.peak, recorder.final, seconds)
     show(console, summary, recorder)
@@ -312,11 +326,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for path in filter(None, (options.json, options.picture)):
         if not path.absolute().parent.is_dir():
             parser.error(f"{path}: no such directory: {path.absolute().parent}")
-    if options.files:
-        try:
-            options.files = usable(options.files)
-        except BadFiles as error:
-            parser.error(f"argument --files: {error}")
     return options
 
 
@@ -329,6 +338,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found: list[str] = []
     try:
         found = demo(options, console, directory)
+    except BadFiles as error:
+        print(f"--files: {error}", file=sys.stderr)
+        return 2
     except (CannotStart, RedisServerError) as error:
         found = [str(error)]
     except KeyboardInterrupt:

@@ -97,14 +97,22 @@ def same(result: Any, expected: Mapping[str, Any]) -> bool:
 
 
 def sparkline(values: Iterable[tuple[float, int]], width: int) -> str:
-    """The highest value of each of ``width`` equal spans of time, from ``(time, value)`` in order of time."""
+    """The highest value of each of ``width`` equal spans of time, from ``(time, value)`` in order of time.
+
+    A value holds until the next one.
+    """
     points = list(values)
-    begin, end = points[0][0], points[-1][0]
-    highest, most = [0] * width, max(1, max(value for _, value in points))
+    if not points:
+        return ""
+    begin, end, most = points[0][0], points[-1][0], max(1, max(value for _, value in points))
+    spans: list[list[int]] = [[] for _ in range(width)]
     for at, value in points:
-        column = min(width - 1, int((at - begin) / max(end - begin, 1e-9) * width))
-        highest[column] = max(highest[column], value)
-    return "".join(_SPARKS[math.ceil(value / most * (len(_SPARKS) - 1))] for value in highest)
+        spans[min(width - 1, int((at - begin) / max(end - begin, 1e-9) * width))].append(value)
+    marks, last = "", points[0][1]
+    for span in spans:
+        marks += _SPARKS[math.ceil(max(span, default=last) / most * (len(_SPARKS) - 1))]
+        last = span[-1] if span else last
+    return marks
 
 
 def _equal(one: Any, other: Any) -> bool:

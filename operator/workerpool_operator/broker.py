@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import redis
@@ -41,10 +42,13 @@ class RedisBroker:
         self._clients: dict[str, Any] = {}
         self._listeners: dict[tuple[str, str], asyncio.Task[None]] = {}
 
-    async def read(self, url: str, pools: Sequence[Pool]) -> Mapping[str, BrokerReading] | Unavailable:
+    async def read(self, url: str, pools: Sequence[Pool]) -> Mapping[str, BrokerReading | Unavailable] | Unavailable:
         """Read all pools of one server in one pipeline."""
         try:
             client = self._client(url)
+        except ValueError:  # what it says may quote a part of the password
+            return Unavailable("the broker's URL cannot be read; a password with any of :/?#[]@ in it has to be percent-encoded")
+        try:
             for prefix in {pool.keys.prefix for pool in pools}:
                 self._listen(url, prefix)
             async with client.pipeline(transaction=False) as pipe:
@@ -56,16 +60,21 @@ class RedisBroker:
             now = Milliseconds(seconds * 1000 + micros // 1000)
             rest = iter(answers)
             return {pool.id: _reading(pool, rest, server["run_id"], now) for pool in pools}
-        except (redis.RedisError, OSError, VersionMismatch, ValueError) as error:
+        except (redis.RedisError, OSError) as error:
             return Unavailable(_why(url, error))
 
-    async def publish(self, url: str, pool: Pool, policy: Policy, capacity: Capacity) -> None:
-        """Tell API pods and workers what they may count on; an outage here shows in the next reading."""
-        with _logged(pool):
-            async with self._client(url).pipeline(transaction=True) as pipe:
+    async def publish(self, url: str, pool: Pool, policy: Policy, capacity: Capacity | None) -> Unavailable | None:
+        """Tell API pods and workers what they may count on."""
+        try:
+            async with self._client(url).pipeline(transaction=False) as pipe:
                 pipe.set(pool.keys.policy, policy.dump())
-                pipe.set(pool.keys.capacity, capacity.dump(), px=CAPACITY_LIFE_MS)
-                await pipe.execute()
+                if capacity:
+                    pipe.set(pool.keys.capacity, capacity.dump(), px=CAPACITY_LIFE_MS)
+                answers = await pipe.execute(raise_on_error=False)
+        except (redis.RedisError, OSError) as error:
+            return Unavailable(_why(url, error))
+        refusal = next((answer for answer in answers if isinstance(answer, redis.RedisError)), None)
+        return Unavailable(f"Redis at {_place(url)} refuses writes: {_said(refusal)}") if refusal else None
 
     async def take_over(self, url: str, pool: Pool, tier: str, owner: str) -> list[str]:
         """Give every job that a lost worker held to whoever the ledger says; return a sentence for each."""
@@ -74,7 +83,8 @@ class RedisBroker:
             client = self._client(url)
             for task_id in sorted(await client.smembers(pool.keys.held(owner))):
                 job = Job.load(task_id, await client.hgetall(pool.keys.job(task_id)))
-                if job and job.owner == owner and job.state in (State.CLAIMED, State.FINISHING):
+                # One that is finishing may have stored its result: Kombu delivers it again, and whoever gets it looks first.
+                if job and job.owner == owner and job.state is State.CLAIMED:
                     sentences += await self._move(client, pool, job)
             await self._run(client, "leave", ledger.leave(pool.keys, tier, owner))
             sentences.append(f"{tier}: worker {owner} is lost, it has not reported for too long")
@@ -113,7 +123,8 @@ class RedisBroker:
                 decode_responses=True,
                 socket_timeout=TIMEOUT_SECONDS,
                 socket_connect_timeout=TIMEOUT_SECONDS,
-                retry=Retry(NoBackoff(), 1),
+                # A connection that broke since the last pass is made again at once; an answer is waited for only once.
+                retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
             )
         return self._clients[url]
 
@@ -123,13 +134,18 @@ class RedisBroker:
 
     async def _follow(self, url: str, prefix: str) -> None:
         """Pass wake messages on; losing one costs a tick, so an outage needs no more than another try."""
+        task = asyncio.current_task()
+        assert task is not None
         while True:
             with contextlib.suppress(redis.RedisError, OSError):
                 async with self._client(url).pubsub(ignore_subscribe_messages=True) as subscription:
                     await subscription.subscribe(wake_channel(prefix))
-                    while True:
+                    while not task.cancelling():
                         if await subscription.get_message(timeout=TIMEOUT_SECONDS / 2):
                             self._wake.set()
+            # On Python 3.11 the wait_for inside redis-py may swallow a cancellation.
+            if task.cancelling():
+                return
             await asyncio.sleep(RESUBSCRIBE_SECONDS)
 
 
@@ -146,42 +162,58 @@ def _ask(pipe: Any, pool: Pool) -> None:
         pipe.hgetall(keys.served(tier.name))
 
 
-_SERVED: Sequence[tuple[Callable[[Any], Any], str]] = ((int, "jobs"), (float, "seconds"), (float, "squares"))
+def _reading(pool: Pool, answers: Iterator[Any], run_id: str, now: Milliseconds) -> BrokerReading | Unavailable:
+    """Take this pool's answers, all of them, then make sense of them."""
+    routes = next(answers)
+    answered = {
+        tier.name: (sum(next(answers) for _ in pool.keys.priority_steps), *(next(answers) for _ in range(4)))
+        for tier in pool.spec.tiers
+    }
+    try:
+        tiers = {name: _queue(*answer, now) for name, answer in answered.items()}
+        return BrokerReading(tiers, run_id, now, {route: int(count) for route, count in routes.items()})
+    except (VersionMismatch, ValueError, TypeError) as error:
+        return Unavailable(f"what Redis holds of the pool cannot be read: {error}")
 
 
-def _reading(pool: Pool, answers: Iterator[Any], run_id: str, now: Milliseconds) -> BrokerReading:
-    routes = {route: int(count) for route, count in next(answers).items()}
-    tiers = {}
-    for tier in pool.spec.tiers:
-        waiting = sum(next(answers) for _ in pool.keys.priority_steps)
-        in_flight, spilled, presence, served = (next(answers) for _ in range(4))
-        reports = [Presence.load(raw) for raw in presence.values()]
-        tiers[tier.name] = QueueReading(
-            waiting,
-            in_flight,
-            spilled,
-            workers=tuple(report for report in reports if report.alive(now)),
-            lost=tuple(report.owner for report in reports if not report.alive(now)),
-            served=Served(*(kind(served.get(name, 0)) for kind, name in _SERVED)),
-        )
-    return BrokerReading(tiers, run_id, now, routes)
+def _queue(
+    waiting: int, in_flight: int, spilled: int, presence: Mapping[str, str], served: Mapping[str, str], now: Milliseconds
+) -> QueueReading:
+    reports = [Presence.load(raw) for raw in presence.values()]
+    return QueueReading(
+        waiting,
+        in_flight,
+        spilled,
+        workers=tuple(report for report in reports if report.alive(now)),
+        lost=tuple(report.owner for report in reports if not report.alive(now)),
+        served=Served(int(served.get("jobs", 0)), float(served.get("seconds", 0)), float(served.get("squares", 0))),
+    )
 
 
 @contextlib.contextmanager
 def _logged(pool: Pool) -> Iterator[None]:
     try:
         yield
-    except (redis.RedisError, OSError) as error:
+    except (redis.RedisError, OSError, VersionMismatch) as error:
         logger.warning("%s: %s", pool.id, error)
+
+
+def _place(url: str) -> str:
+    address = urlsplit(url)
+    return f"{address.hostname}:{address.port or 6379}"
+
+
+def _said(error: Exception) -> str:
+    return str(error).rstrip(".")
 
 
 def _why(url: str, error: Exception) -> str:
     """What is wrong with the broker, in words, without the password that its URL may hold."""
-    place = url.rpartition("@")[2].partition("://")[2] or url.rpartition("@")[2]
+    place, said = _place(url), _said(error)
     if isinstance(error, redis.AuthenticationError):
-        return f"Redis at {place} refuses the user or the password: {error}"
+        return f"Redis at {place} refuses the user or the password: {said}"
     if isinstance(error, redis.TimeoutError):
         return f"Redis at {place} does not answer within {TIMEOUT_SECONDS:.0f} s"
     if isinstance(error, redis.ConnectionError | OSError):
-        return f"Redis at {place} cannot be reached: {error}"
-    return f"Redis at {place}: {error}"
+        return f"Redis at {place} cannot be reached: {said}"
+    return f"Redis at {place}: {said}"

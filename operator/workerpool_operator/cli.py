@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import click
+from kombu.utils.url import sanitize_url
 from rich.console import Console
 
 from workerpool_operator import dev as dev_mode
@@ -31,11 +32,12 @@ def main() -> None:
 
 @main.command()
 @click.option("--namespace", "-n", "namespaces", multiple=True, help="Watch this namespace only; may be repeated. Default: all.")
-def run(namespaces: Sequence[str]) -> None:
+@click.option("--health-port", default=8080, show_default=True, help="Where /healthz is served.")
+def run(namespaces: Sequence[str], health_port: int) -> None:
     """Run the operator against the cluster of this pod, or of KUBECONFIG."""
     from workerpool_operator.main import run as run_operator  # kopf and the client take a second to import
 
-    run_operator(namespaces)
+    run_operator(namespaces, health_port=health_port)
 
 
 @main.command()
@@ -68,10 +70,11 @@ def dev(file: Path, broker_url: str | None, logs: Path | None, debug: bool) -> N
     directory = logs or Path(tempfile.mkdtemp(prefix=f"workerpool-{pool.name}-"))
     try:
         asyncio.run(_dev(pool, directory, broker_url))
-    except (dev_mode.CannotStart, RedisServerError, OSError) as error:
+    except Exception as error:
         if debug:
             raise
-        _fail(str(error))
+        foreseen = isinstance(error, dev_mode.CannotStart | RedisServerError | OSError)
+        _fail(str(error) if foreseen else f"{type(error).__name__}: {error}; --debug shows where")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -84,9 +87,13 @@ async def _dev(pool: Pool, directory: Path, broker_url: str | None) -> None:
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     with suppress(asyncio.CancelledError), LiveView(console) as view:
         async with dev_mode.session(pool, directory=directory, reporter=view, broker_url=broker_url) as session:
-            console.print(f"broker  {session.broker_url}", highlight=False)
-            console.print(f"logs    {directory}", highlight=False)
-            console.print(f"in the API: CELERY_BROKER_URL={session.broker_url}, WorkerPool({pool.id!r}, app)", highlight=False)
+            url = sanitize_url(session.broker_url)
+            for line in (
+                f"broker  {url}",
+                f"logs    {directory}",
+                f"in the API: CELERY_BROKER_URL={url}, WorkerPool({pool.id!r}, app)",
+            ):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
             await asyncio.Event().wait()
 
 

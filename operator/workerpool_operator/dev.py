@@ -8,8 +8,12 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from workerpool_operator.broker import RedisBroker
-from workerpool_operator.local.launch import launch, unsupported
+from workerpool_operator.local.guardian import Guardian, kill_group
+from workerpool_operator.local.launch import Launch, launch, unsupported
+from workerpool_operator.local.process import last_words
 from workerpool_operator.local.redis_server import private_redis
 from workerpool_operator.local.workers import LocalWorkers
 from workerpool_operator.model import Broker, Problem
@@ -50,14 +54,13 @@ async def session(pool: Pool, *, directory: Path, reporter: Reporter, broker_url
     """
     async with AsyncExitStack() as stack:
         url = broker_url or stack.enter_context(private_redis()).url
-        broker = pool.spec.broker.model_copy(update={"url": url, "url_from": None})
-        pool = replace(pool, spec=pool.spec.model_copy(update={"broker": Broker.model_validate(broker.model_dump())}))
+        pool = replace(pool, spec=pool.spec.model_copy(update={"broker": _at(url, pool.spec.broker)}))
         _fail_if(unsupported(pool.spec))
         wake = asyncio.Event()
         redis = RedisBroker(wake)
         stack.push_async_callback(redis.close)
         if isinstance(answer := await redis.read(url, [pool]), Unavailable):
-            raise CannotStart(f"{answer.why}. Start it, or leave out --broker-url to get a private one.")
+            raise CannotStart(f"{answer.why}. Correct --broker-url, or leave it out to get a private Redis.")
         await _check_app(pool)
         workers = LocalWorkers(directory, wake)
         stack.push_async_callback(workers.close)
@@ -80,6 +83,13 @@ class _OneUrl:
         return self.url
 
 
+def _at(url: str, broker: Broker) -> Broker:
+    try:
+        return Broker.model_validate({**broker.model_dump(), "url": url, "url_from": None})
+    except ValidationError:  # its text repeats the URL, which may hold a password
+        raise CannotStart("--broker-url: must begin with redis:// or rediss://") from None
+
+
 def _fail_if(problems: list[Problem]) -> None:
     if problems:
         raise CannotStart("\n".join(map(str, problems)))
@@ -91,26 +101,36 @@ async def _check_app(pool: Pool) -> None:
     if "-A" not in start.command:
         return
     until_app = start.command[: start.command.index("-A") + 2]
-    process = await asyncio.create_subprocess_exec(
-        *until_app,
-        "report",
-        env={name: value for name, value in start.environment.items() if not name.startswith("WORKERPOOL_")},
-        cwd=start.directory,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
     try:
-        output, _ = await asyncio.wait_for(process.communicate(), APP_CHECK_SECONDS)
+        async with asyncio.timeout(APP_CHECK_SECONDS):
+            status, output = await _run([*until_app, "report"], start)
     except TimeoutError:
         raise CannotStart(f"spec.app: {pool.spec.app} was not imported within {APP_CHECK_SECONDS:.0f} s") from None
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode:
-        last = [line for line in output.decode(errors="replace").splitlines() if line.strip()][-1:] or ["it said nothing"]
+    if status:
         raise CannotStart(
-            f"spec.app: {pool.spec.app} cannot be loaded from {start.directory}: {last[0].strip()}. "
+            f"spec.app: {pool.spec.app} cannot be loaded from {start.directory}: {last_words(output) or 'it said nothing'}. "
             "Start in the directory that the module's name begins in, with its dependencies installed."
         )
+
+
+async def _run(command: list[str], start: Launch) -> tuple[int | None, str]:
+    """Exit status and output of a command in the place of a worker; nothing of it outlives the call, or this process."""
+    guardian = Guardian()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *guardian.wrap(command),
+            env={name: value for name, value in start.environment.items() if not name.startswith("WORKERPOOL_")},
+            cwd=start.directory,
+            stdin=guardian.pipe,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            output, _ = await process.communicate()
+        finally:
+            kill_group(process.pid)
+            await process.wait()
+    finally:
+        guardian.close()
+    return process.returncode, output.decode(errors="replace")

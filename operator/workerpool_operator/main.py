@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from http import HTTPStatus
@@ -23,12 +23,12 @@ from workerpool_operator.model import API_VERSION, GROUP, PLURAL, VERSION
 from workerpool_operator.ports import Pool
 from workerpool_operator.reconcile import Reconciler
 
-HEALTH_PORT = 8080
-
 RELIST_SECONDS = 60.0
 """What a watch has missed is seen after so long."""
 
 RETRY_SECONDS = 2.0
+
+LAST_PASS_SECONDS = 3.0
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class CannotStart(Exception):
     """The operator cannot work here; the message says what is missing and what to do."""
 
 
-def run(namespaces: Sequence[str], *, health_port: int = HEALTH_PORT) -> None:
+def run(namespaces: Sequence[str], *, health_port: int) -> None:
     """Run until SIGTERM or SIGINT; exit with one plain message where it cannot start.
 
     Args:
@@ -58,15 +58,20 @@ async def _serve(namespaces: Sequence[str], health_port: int) -> None:
     except ConfigException as error:
         raise CannotStart(f"no cluster to connect to: {error}; set KUBECONFIG, or run inside a cluster") from error
     try:
+        _check_port(health_port)
         await _wait_for_resource(api)
         _LOG.info("serving the WorkerPools of %s at %s", ", ".join(namespaces) or "all namespaces", api.host)
         await Operator(api, namespaces).run(health_port)
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise
-        raise CannotStart(f"port {health_port} for /healthz is in use; choose another") from error
     finally:
         await api.close()
+
+
+def _check_port(port: int) -> None:
+    """Look before kopf does, which would end in a traceback."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise CannotStart(f"port {port} for /healthz cannot be had: {error.strerror}; end what holds it") from error
 
 
 async def _wait_for_resource(api: Api) -> None:
@@ -142,8 +147,9 @@ class Operator:
 
     async def _on_pool(self, event: kopf.RawEvent, **_: Any) -> None:
         _take_in(self._seen.pools, event)
-        metadata = event["object"]["metadata"]
-        await self._reflect(metadata["namespace"], metadata["name"])
+        if self._seen.complete:
+            metadata = event["object"]["metadata"]
+            await self._reflect(metadata["namespace"], metadata["name"])
 
     async def _on_deployment(self, event: kopf.RawEvent, **_: Any) -> None:
         _take_in(self._seen.deployments, event)
@@ -160,7 +166,8 @@ class Operator:
             except ApiError as error:
                 _LOG.warning("listing failed: %s", error)
             else:
-                for namespace, name in {*self._seen.pools.keys(), *(tuple(i.split("/")) for i in self._reconciler.pools)}:
+                known = {(pool.namespace, pool.name) for pool in self._reconciler.pools.values()}
+                for namespace, name in known.union(key for key, _ in self._seen.pools.items()):
                     await self._reflect(namespace, name)
             await asyncio.sleep(RELIST_SECONDS if self._seen.complete else RETRY_SECONDS)
 
@@ -183,6 +190,8 @@ class Operator:
         self._reporter.forget(pool.uid)
         url = await self._urls.broker_url(pool)
         if isinstance(url, str):
+            # The pass that is under way may publish once more.
+            await asyncio.sleep(LAST_PASS_SECONDS)
             await self._broker.forget(url, pool)
         else:
             _LOG.warning("%s is deleted, what it published stays in Redis: %s", pool.id, url.why)

@@ -26,7 +26,8 @@ def parse(text: str) -> Pool | list[Problem]:
     except _UNREADABLE as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        return [Problem(field="file", message=f"is not YAML: {getattr(error, 'problem', None) or error}{where}")]
+        what = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        return [Problem(field="file", message=f"is not YAML: {what}{where}")]
     if len(documents) != 1:
         return [Problem(field="file", message=f"must hold one document, a {KIND}; it holds {len(documents)}")]
     return _pool(documents[0])

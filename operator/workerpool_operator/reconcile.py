@@ -71,7 +71,8 @@ class Reconciler:
                 logger.exception("the pass failed, the next one tries again")
             await asyncio.sleep(SHORTEST_PAUSE_SECONDS)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), TICK_SECONDS - SHORTEST_PAUSE_SECONDS)
+                async with asyncio.timeout(TICK_SECONDS - SHORTEST_PAUSE_SECONDS):
+                    await self._wake.wait()
 
     async def reconcile_once(self) -> None:
         """One pass over all pools."""
@@ -93,19 +94,19 @@ class Reconciler:
 
     async def _read(self, url: str, pools: list[Pool]) -> dict[str, BrokerReading | Unavailable]:
         answer = await self._broker.read(url, pools)
-        run_id = answer if isinstance(answer, Unavailable) else answer[pools[0].id].run_id
-        self._witnesses[url] = reaping.witness(self._witnesses.get(url), run_id, self._clock())
         return {pool.id: answer if isinstance(answer, Unavailable) else answer[pool.id] for pool in pools}
 
     async def _pass(self, pool: Pool, url: str, reading: BrokerReading | Unavailable, conflict: Conflict | None) -> None:
         seen = await self._workers.observe(pool)
         plans = [] if isinstance(seen, Unavailable) else self._decide(pool, reading, seen)
-        if plans and pool.spec.mode is Mode.ACTIVE and conflict is None:
-            await self._act(pool, url, reading, plans)
+        refused = None
+        if pool.spec.mode is Mode.ACTIVE and conflict is None:
+            refused = await self._act(pool, url, reading, plans)
         status, events = conditions.assess(
             pool,
             plans,
             reading if isinstance(reading, Unavailable) else None,
+            refused,
             seen if isinstance(seen, Unavailable) else None,
             conflict,
             self._status.get(pool.uid, pool.status),
@@ -119,22 +120,30 @@ class Reconciler:
         self._memory[pool.uid] = {plan.tier.name: plan.decision.memory for plan in plans}
         return plans
 
-    async def _act(self, pool: Pool, url: str, reading: BrokerReading | Unavailable, plans: list[TierPlan]) -> None:
-        replicas = {plan.tier.name: plan.decision.replicas for plan in plans}
-        await self._workers.scale(pool, replicas, planning.busy(plans))
+    async def _act(self, pool: Pool, url: str, reading: BrokerReading | Unavailable, plans: list[TierPlan]) -> Unavailable | None:
+        """Make it so; return why the broker took nothing, where it could be read."""
+        if plans:
+            replicas = {plan.tier.name: plan.decision.replicas for plan in plans}
+            await self._workers.scale(pool, replicas, planning.busy(plans))
         if isinstance(reading, Unavailable):
-            return
-        await self._broker.publish(url, pool, planning.policy(pool.spec), planning.capacity(plans))
-        if reaping.may_reap(self._witnesses.get(url)):
-            await self._reap(pool, url, plans)
+            self._witnesses[pool.uid] = None
+            return None
+        capacity = planning.capacity(plans) if plans else None
+        refused = await self._broker.publish(url, pool, planning.policy(pool.spec), capacity)
+        # A Redis that takes no write takes no presence either: workers that live fall silent there.
+        seen = reaping.witness(self._witnesses.get(pool.uid), refused or reading.run_id, self._clock())
+        self._witnesses[pool.uid] = seen
+        if reaping.may_reap(seen):
+            await self._reap(pool, url, reading)
+        return refused
 
-    async def _reap(self, pool: Pool, url: str, plans: list[TierPlan]) -> None:
-        for plan in plans:
-            for owner in plan.queue.lost if plan.queue else ():
-                for sentence in await self._broker.take_over(url, pool, plan.tier.name, owner):
+    async def _reap(self, pool: Pool, url: str, reading: BrokerReading) -> None:
+        for tier, queue in reading.tiers.items():
+            for owner in queue.lost:
+                for sentence in await self._broker.take_over(url, pool, tier, owner):
                     logger.warning("%s: %s", pool.id, sentence)
 
     def _forget_all_but(self, uids: set[str]) -> None:
-        for kept in (self._memory, self._status):
+        for kept in (self._memory, self._status, self._witnesses):
             for uid in kept.keys() - uids:
                 del kept[uid]

@@ -111,16 +111,15 @@ class WorkerPool:
         """
         if taken := [name for name in _RESERVED if name in options]:
             raise TypeError(f"submit() chooses {', '.join(taken)} itself; use apply_async() to choose them")
-        request = Request(task.name, accelerated, content_type)
-        task_id = str(uuid4())
+        request, task_id = Request(task.name, accelerated, content_type), str(uuid4())
         admitted = self.admit(request, task_id)
         decided = self._decision(admitted, task_id)
-        headers = dict(options.pop("headers", None) or {})
         if admitted:
+            headers = options.get("headers") or {}
+            options["headers"] = {**headers, HEADER: {**headers.get(HEADER, {}), "attempt": 1}}
             options["queue"] = decided.queue
-            headers[HEADER] = {**headers.get(HEADER, {}), "attempt": 1}
         try:
-            task.apply_async(args, kwargs, task_id=task_id, headers=headers, expires=deadline, retry=False, **options)
+            task.apply_async(args, kwargs, task_id=task_id, expires=deadline, retry=False, **options)
         except (OperationalError, redis.RedisError) as error:
             self._withdraw(task_id)
             raise PoolUnavailable(f"the job could not be published: {error}") from error
@@ -156,13 +155,13 @@ class WorkerPool:
 
     def _withdraw(self, task_id: str) -> None:
         """Forget a job that was never published; what cannot be forgotten now expires by itself."""
-        policy = self._policy_source.get()
-        names = [self.keys.job(task_id)]
         try:
-            with unavailable_when_down():
-                self._connection.client.delete(*names)
+            policy = self.policy
+            with unavailable_when_down(), self._connection.client.pipeline() as pipe:
+                pipe.delete(self.keys.job(task_id))
                 for tier in policy.tiers if policy else ():
-                    self._connection.client.zrem(self.keys.spilled(tier.name), task_id)
+                    pipe.zrem(self.keys.spilled(tier.name), task_id)
+                pipe.execute()
         except PoolUnavailable:
             logger.warning("job %s was not published and stays on the ledger until it expires", task_id)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,21 +15,35 @@ from PIL import Image
 pytestmark = pytest.mark.unit
 
 
+@pytest.fixture(autouse=True)
+def _own_handler_of_sigterm() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "a.png"
+    Image.effect_noise((40, 30), 50).save(path)
+    return path
+
+
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as ended:
-        demo.main(arguments)
+        sys.exit(demo.main(arguments))
     assert ended.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_folder_that_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = tmp_path / "nowhere"
-    assert refusal(["--files", str(missing)], capsys).endswith(f"argument --files: {missing} is not a directory")
+    assert refusal(["--files", str(missing)], capsys) == f"--files: {missing} is not a directory"
 
 
 def test_a_folder_that_is_empty_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    expected = f"argument --files: {tmp_path} holds no picture or recording of at most 50 MiB (0 other files)"
-    assert refusal(["--files", str(tmp_path)], capsys).endswith(expected)
+    expected = f"--files: {tmp_path} holds no picture or recording of at most 50 MiB (0 other files)"
+    assert refusal(["--files", str(tmp_path)], capsys) == expected
 
 
 def test_a_folder_of_other_types_says_how_many_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,10 +52,15 @@ def test_a_folder_of_other_types_says_how_many_it_holds(tmp_path: Path, capsys: 
     assert refusal(["--files", str(tmp_path)], capsys).endswith("(2 other files)")
 
 
-def test_a_file_where_a_folder_should_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "one.png"
-    Image.new("L", (8, 8)).save(file)
-    assert refusal(["--files", str(file)], capsys).endswith("is not a directory")
+def test_a_file_where_a_folder_should_be_is_refused(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(["--files", str(picture)], capsys).endswith("is not a directory")
+
+
+def test_a_damaged_picture_is_named_before_anything_starts(
+    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture.write_bytes(picture.read_bytes()[:200])
+    assert refusal(["--files", str(tmp_path)], capsys).startswith(f"--files: {picture} cannot be decoded")
 
 
 @pytest.mark.parametrize("jobs", ["0", "-3", "many"])
@@ -52,10 +74,13 @@ def test_a_result_that_cannot_be_written_is_refused_before_anything_starts(
     assert "no such directory" in refusal(["--json", str(tmp_path / "missing" / "demo.json")], capsys)
 
 
-def test_a_folder_of_ones_own_is_used_without_what_is_not_media(tmp_path: Path) -> None:
-    picture = tmp_path / "a.png"
-    Image.new("L", (8, 8)).save(picture)
+def test_a_folder_of_ones_own_is_used_without_what_is_not_media(picture: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("words")
     (tmp_path / "deeper").mkdir()
     shutil.copy(picture, tmp_path / "named-like-nothing")
     assert demo.usable(tmp_path) == {picture: "image", tmp_path / "named-like-nothing": "image"}
+
+
+def test_only_as_many_files_are_measured_as_are_uploaded(picture: Path, tmp_path: Path) -> None:
+    shutil.copy(picture, tmp_path / "b.png")
+    assert list(demo.measured(tmp_path, most=1)) == [picture]

@@ -68,4 +68,6 @@ def test_a_result_is_compared_in_full_and_its_fractions_nearly() -> None:
 
 def test_a_sparkline_shows_the_highest_of_each_span() -> None:
     assert sparkline([(0, 0), (1, 4), (1.5, 1), (2, 8), (4, 0)], 4) == " ▄█ "
+    assert sparkline([(0, 8), (4, 0)], 4) == "███ "
     assert sparkline([(3, 0)], 3) == "   "
+    assert sparkline([], 3) == ""

@@ -82,6 +82,14 @@ class Api:
         """Server-side apply: create it or make the fields in ``body`` as they say, and own them."""
         return await self._request("PATCH", path, {"fieldManager": manager, "force": "true"}, body, APPLY)
 
+    async def delete(self, path: str) -> None:
+        """Delete an object, unless it is gone already; what it owns goes with it."""
+        try:
+            await self._request("DELETE", path, {}, {"propagationPolicy": "Background"}, "application/json")
+        except ApiError as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+
     async def _request(
         self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any] | None, content_type: str
     ) -> dict[str, Any]:

@@ -76,9 +76,9 @@ class Cache(Generic[T]):
         """The object of that name."""
         return self._values.get((namespace, name))
 
-    def keys(self) -> list[Key]:
-        """Namespace and name of every object."""
-        return list(self._values)
+    def items(self) -> list[tuple[Key, T]]:
+        """Every object."""
+        return list(self._values.items())
 
     def members(self, group: Group) -> list[T]:
         """All objects of a tier."""
@@ -199,7 +199,8 @@ def pod(raw: Mapping[str, Any], before: LivePod | None = None) -> LivePod | None
         return None
     phase, detail = _phase(raw)
     ready = _condition(raw, "Ready")
-    became_ready = _seconds(ready["lastTransitionTime"]) if ready.get("status") == "True" else None
+    since = ready.get("lastTransitionTime")
+    became_ready = _seconds(since) if since and ready["status"] == "True" else None
     replica = Replica(
         worker=metadata["name"],
         phase=phase,

@@ -12,12 +12,13 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeAlias
 
-from workerpool_operator.deployment import MANAGED_BY, MANAGER, POOL_LABEL, TIER_LABEL, build, name_of, selector_of
+from workerpool_operator.deployment import MANAGED_BY, POOL_LABEL, TIER_LABEL, build, name_of, selector_of
 from workerpool_operator.kube.api import Api, ApiError, path_to
 from workerpool_operator.kube.seen import (
     DELETION_COST,
@@ -43,19 +44,27 @@ BUSY_COST = "1000"
 _LOG = logging.getLogger(__name__)
 
 
-class _Refused(Exception):
+class _Taken(Exception):
     """The Deployment's name is taken by something that is not this pool's."""
+
+    passing = False
+    retry_after = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Trouble:
-    """Why a tier's last write failed, how often in a row, and when it may be tried again."""
+    """Why a tier's last write failed, how often in a row, and when it may be tried again: at once when the pool has changed."""
 
     why: str
+    generation: int
     tries: int
     shown: bool
     since: float
     retry_at: float
+
+
+_Part: TypeAlias = tuple[str, str]
+"""The uid of a pool, and the name of a tier; no name where it is about all of them."""
 
 
 class KubeWorkers:
@@ -66,8 +75,9 @@ class KubeWorkers:
         self._seen = seen
         self._clock = clock
         # What was applied, and what the API server made of it: as long as both stand there is nothing to repair.
-        self._settled: dict[tuple[str, str], tuple[str, str]] = {}
-        self._troubles: dict[tuple[str, str], _Trouble] = {}
+        self._settled: dict[_Part, tuple[str, str]] = {}
+        self._troubles: dict[_Part, _Trouble] = {}
+        self._swept: dict[str, int] = {}
 
     async def observe(self, pool: Pool) -> Mapping[str, TierReplicas] | Unavailable:
         """What the watches have shown of the pool's Deployments and pods."""
@@ -77,66 +87,89 @@ class KubeWorkers:
 
     async def scale(self, pool: Pool, replicas: Mapping[str, int], busy: frozenset[str]) -> None:
         """Make every tier's Deployment as the spec says, with that many replicas."""
-        tiers = [tier for tier in pool.spec.tiers if tier.name in replicas]
-        await asyncio.gather(*(self._try(pool, tier, replicas[tier.name], busy) for tier in tiers))
+        steps = [
+            self._try(pool, tier.name, partial(self._bring, pool, tier, replicas[tier.name], busy))
+            for tier in pool.spec.tiers
+            if tier.name in replicas
+        ]
+        if self._swept.get(pool.uid) != pool.generation:
+            steps.append(self._try(pool, "", partial(self._sweep, pool)))
+        await asyncio.gather(*steps)
 
     def forget(self, pool: Pool) -> None:
         """Drop what is remembered of a pool that is gone."""
-        for tier in pool.spec.tiers:
-            key = (pool.namespace, name_of(pool, tier))
-            self._settled.pop(key, None)
-            self._troubles.pop(key, None)
+        self._swept.pop(pool.uid, None)
+        for tier in ("", *(tier.name for tier in pool.spec.tiers)):
+            self._settled.pop((pool.uid, tier), None)
+            self._troubles.pop((pool.uid, tier), None)
 
     def _tier(self, pool: Pool, tier: Tier) -> TierReplicas:
         name = name_of(pool, tier)
         live = self._seen.deployments.get(pool.namespace, name)
         desired, failure, pods = 0, "", [pod.replica for pod in self._pods(pool, tier)]
-        if live is not None and _owned(live, pool):
+        if live is not None and _owned(live, pool, tier):
             desired, failure = live.replicas, live.failure
-        trouble = self._troubles.get((pool.namespace, name))
+        trouble = self._troubles.get((pool.uid, tier.name))
         if trouble is not None and trouble.shown:
             failure = trouble.why
         if failure:
             since = trouble.since if trouble else self._clock()
-            pods.append(Replica(name, Phase.FAILING, since, detail=f"Deployment {name}: {failure}"))
+            pods.append(Replica(name, Phase.FAILING, since, detail=failure))
         return TierReplicas(desired, tuple(pods))
 
     def _pods(self, pool: Pool, tier: Tier) -> list[LivePod]:
         selector = selector_of(pool, tier)
         return self._seen.pods.members((pool.namespace, selector[POOL_LABEL], selector[TIER_LABEL]))
 
-    async def _try(self, pool: Pool, tier: Tier, wanted: int, busy: frozenset[str]) -> None:
-        key = (pool.namespace, name_of(pool, tier))
-        before = self._troubles.get(key)
-        now = self._clock()
-        if before is not None and now < before.retry_at:
+    async def _try(self, pool: Pool, tier: str, step: Callable[[], Awaitable[None]]) -> None:
+        part, now = (pool.uid, tier), self._clock()
+        before = self._troubles.get(part)
+        if before is not None and before.generation == pool.generation and now < before.retry_at:
             return
         try:
-            await self._bring(pool, tier, wanted, busy)
-        except (ApiError, _Refused) as error:
+            await step()
+        except (ApiError, _Taken) as error:
             tries = before.tries + 1 if before else 1
-            asked, passing = (error.retry_after, error.passing) if isinstance(error, ApiError) else (0.0, False)
-            pause = max(min(2.0 ** (tries - 1), LONGEST_PAUSE_SECONDS), asked)
-            shown = not passing or tries >= PASSING_TRIES
-            self._troubles[key] = _Trouble(str(error), tries, shown, before.since if before else now, now + pause)
+            pause = max(min(2.0 ** (tries - 1), LONGEST_PAUSE_SECONDS), error.retry_after)
+            self._troubles[part] = _Trouble(
+                why=str(error),
+                generation=pool.generation,
+                tries=tries,
+                shown=not error.passing or tries >= PASSING_TRIES,
+                since=before.since if before else now,
+                retry_at=now + pause,
+            )
             if before is None or before.why != str(error):
-                _LOG.warning("%s %s: Deployment %s: %s", pool.id, tier.name, key[1], error)
+                _LOG.warning("%s %s: %s", pool.id, tier, error)
         else:
-            self._troubles.pop(key, None)
+            self._troubles.pop(part, None)
 
     async def _bring(self, pool: Pool, tier: Tier, wanted: int, busy: frozenset[str]) -> None:
         name = name_of(pool, tier)
-        live = self._seen.deployments.get(pool.namespace, name) or await self._look_up(pool, name)
+        seen = self._seen.deployments.get(pool.namespace, name)
+        live = seen or await self._look_up(pool, name)
         if live is not None:
-            if not _owned(live, pool):
-                raise _Refused(_taken(live))
             if live.deleting:
                 return
-        live = await self._settle(pool, tier, live, wanted)
-        if live.replicas != wanted:
-            if wanted < live.replicas:
-                await self._mark(pool, tier, busy)
-            await self._write_scale(pool, name, live, wanted)
+            if not _owned(live, pool, tier):
+                raise _Taken(_taken(name, live))
+        settled = await self._settle(pool, tier, live, wanted)
+        if settled.replicas == wanted or (seen is None and live is not None):
+            # The count was decided without having seen this Deployment: the next pass decides anew.
+            return
+        if wanted < settled.replicas:
+            await self._mark(pool, tier, busy)
+        await self._write_scale(pool, name, settled, wanted)
+
+    async def _sweep(self, pool: Pool) -> None:
+        """Delete the Deployments of tiers that the pool no longer has; their workers get their grace period."""
+        kept = {name_of(pool, tier) for tier in pool.spec.tiers}
+        for (namespace, name), live in self._seen.deployments.items():
+            owned = namespace == pool.namespace and live.owner is not None and live.owner[2] == pool.uid
+            if owned and name not in kept and not live.deleting:
+                await self._api.delete(_path(pool, name))
+                _LOG.info("%s: deleted Deployment %s, its tier is no longer in the WorkerPool", pool.id, name)
+        self._swept[pool.uid] = pool.generation
 
     async def _look_up(self, pool: Pool, name: str) -> LiveDeployment | None:
         """Ask for a Deployment that no watch shows: the name may be taken, or its labels may have been edited away."""
@@ -150,21 +183,21 @@ class KubeWorkers:
     async def _settle(self, pool: Pool, tier: Tier, live: LiveDeployment | None, wanted: int) -> LiveDeployment:
         """Create or repair the Deployment, and give its replica count an owner of its own."""
         manifest = build(pool, tier)
-        key, digest = (pool.namespace, manifest["metadata"]["name"]), _digest(manifest)
+        part, name, digest = (pool.uid, tier.name), name_of(pool, tier), _digest(manifest)
         if live is None:
             created = {**manifest, "spec": {**manifest["spec"], "replicas": wanted}}
             live = await self._apply(pool, created, TEMPLATE_MANAGER)
-            _LOG.info("%s %s: created Deployment %s with %d replicas", pool.id, tier.name, key[1], wanted)
+            _LOG.info("%s %s: created Deployment %s with %d replicas", pool.id, tier.name, name, wanted)
         if live.replicas_in_template:
             # Left out by its only owner the field would fall back to 1.
-            count = {"metadata": {"name": key[1]}, "spec": {"replicas": live.replicas}}
+            count = {"metadata": {"name": name}, "spec": {"replicas": live.replicas}}
             await self._apply(pool, {"apiVersion": "apps/v1", "kind": "Deployment", **count}, SCALE_MANAGER)
-        elif self._settled.get(key) == (digest, live.fingerprint):
+        elif self._settled.get(part) == (digest, live.fingerprint):
             return live
         applied = await self._apply(pool, manifest, TEMPLATE_MANAGER)
         if applied.fingerprint != live.fingerprint:
-            _LOG.info("%s %s: Deployment %s differed from its WorkerPool, repaired", pool.id, tier.name, key[1])
-        self._settled[key] = (digest, applied.fingerprint)
+            _LOG.info("%s %s: Deployment %s differed from its WorkerPool, repaired", pool.id, tier.name, name)
+        self._settled[part] = (digest, applied.fingerprint)
         return applied
 
     async def _apply(self, pool: Pool, manifest: Mapping[str, Any], manager: str) -> LiveDeployment:
@@ -191,17 +224,17 @@ def _path(pool: Pool, name: str, *subresource: str) -> str:
     return path_to("apps/v1", pool.namespace, "deployments", name, *subresource)
 
 
-def _owned(live: LiveDeployment, pool: Pool) -> bool:
+def _owned(live: LiveDeployment, pool: Pool, tier: Tier) -> bool:
     """Whether the pool controls it; one that lost its owner reference but still carries the labels is the pool's too."""
     if live.owner is not None:
         return live.owner[2] == pool.uid
-    return live.labels.get(MANAGED_BY) == MANAGER and live.labels.get(POOL_LABEL) is not None
+    ours = selector_of(pool, tier)
+    return all(live.labels.get(label) == ours[label] for label in (MANAGED_BY, POOL_LABEL))
 
 
-def _taken(live: LiveDeployment) -> str:
-    kind, name, _ = live.owner or ("", "", "")
-    holder = f"belongs to {kind} {name}" if kind else f"exists and was not made for a {KIND}"
-    return f"{holder}; delete or rename it, or rename the tier"
+def _taken(name: str, live: LiveDeployment) -> str:
+    holder = f"belongs to {live.owner[0]} {live.owner[1]}" if live.owner else f"exists and was not made for a {KIND}"
+    return f"Deployment {name} {holder}; delete or rename it, or rename the tier"
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

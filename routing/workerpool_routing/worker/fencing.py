@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
@@ -14,7 +15,7 @@ from celery.utils.imports import symbol_by_name
 from celery.worker.state import task_ready
 
 from workerpool_routing import ledger
-from workerpool_routing.errors import JobLost
+from workerpool_routing.errors import JobLost, PoolUnavailable
 from workerpool_routing.ledger import Claim, Job, Move, State
 from workerpool_routing.wire import Policy
 from workerpool_routing.worker.attempt import Attempt, Outcome, WorkerLife
@@ -33,6 +34,15 @@ def fence(task: Task, life: WorkerLife) -> None:
     task.acks_late = True
 
 
+@contextmanager
+def _back_to_the_queue_without_redis() -> Iterator[None]:
+    """While the ledger cannot be asked, nothing is decided: the message is to be delivered again."""
+    try:
+        yield
+    except PoolUnavailable as unavailable:
+        raise Reject(str(unavailable), requeue=True) from unavailable
+
+
 class FencedTask(Task):
     """Runs in the pool's child: claims before the author's code, commits after it, and falls back when it raises."""
 
@@ -43,14 +53,16 @@ class FencedTask(Task):
         attempt = self._attempt()
         if attempt is None:
             return super().__call__(*args, **kwargs)
-        match attempt.claim(lambda: self.backend.get_state(attempt.task_id) == states.SUCCESS):
+        with _back_to_the_queue_without_redis():
+            answer = attempt.claim(lambda: self.backend.get_state(attempt.task_id) == states.SUCCESS)
+        match answer:
             case Claim.RUN:
                 return self._run(attempt, *args, **kwargs)
             case Claim.UNKNOWN:
                 return super().__call__(*args, **kwargs)
             case Claim.POISON:
                 raise JobLost(f"the workers that ran {self.name} on tier {self.life.tier} were lost each time; not run again")
-            case answer:
+            case _:
                 raise self._dropped(attempt, f"its delivery is {answer}")
 
     def _run(self, attempt: Attempt, *args: Any, **kwargs: Any) -> Any:
@@ -63,13 +75,16 @@ class FencedTask(Task):
             attempt.settle(State.CLAIMED, State.DONE)
             raise
         except Exception as error:
-            outcome = attempt.end(ledger.after_failure)
+            with _back_to_the_queue_without_redis():
+                outcome = attempt.end(ledger.after_failure)
             if outcome is Outcome.FINAL:
                 raise
             if outcome is Outcome.RELEASED:
                 raise Reject(str(error), requeue=True) from error
             raise self._dropped(attempt, f"it raised {error!r}: {outcome.value}") from error
-        if not attempt.settle(State.CLAIMED, State.FINISHING):
+        with _back_to_the_queue_without_redis():
+            counts = attempt.settle(State.CLAIMED, State.FINISHING)
+        if not counts:
             raise self._dropped(attempt, "it was taken over")
         return result
 
@@ -79,15 +94,22 @@ class FencedTask(Task):
 
     def on_success(self, retval: Any, task_id: str, args: Any, kwargs: Any) -> None:
         """Close the ledger entry: Celery has stored the result."""
-        if attempt := self._attempt():
-            attempt.settle(State.FINISHING, State.DONE)
+        self._close(State.FINISHING, State.DONE)
         super().on_success(retval, task_id, args, kwargs)
 
     def on_failure(self, exc: Exception, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
         """Close the ledger entry: Celery has stored the failure."""
-        if attempt := self._attempt():
-            attempt.settle(State.CLAIMED, State.FAILED)
+        self._close(State.CLAIMED, State.FAILED)
         super().on_failure(exc, task_id, args, kwargs, einfo)
+
+    def _close(self, before: State, after: State) -> None:
+        attempt = self._attempt()
+        try:
+            if attempt:
+                attempt.settle(before, after)
+        except PoolUnavailable as unavailable:
+            # The result is stored: an error here would turn it into another one.
+            logger.warning("not closed task_id=%s task=%s: %s", self.request.id, self.name, unavailable)
 
     def _attempt(self) -> Attempt | None:
         request = self.request

@@ -1,0 +1,380 @@
+"""The broker port on a real Redis, with messages that real Celery and Kombu wrote."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import pytest
+from redis import Redis
+from tests.contract import seeds
+from tests.contract.seeds import claim, consumer, make_pool, publish, report, take
+
+from workerpool_operator import planning
+from workerpool_operator.broker import TIMEOUT_SECONDS, RedisBroker
+from workerpool_operator.local import redis_server
+from workerpool_operator.local.redis_server import private_redis
+from workerpool_operator.observation import BrokerReading, Unavailable
+from workerpool_operator.ports import Pool
+from workerpool_routing import WorkerPool, ledger
+from workerpool_routing.ledger import State
+from workerpool_routing.wire import CAPACITY_LIFE_MS, PRESENCE_LIFE_MS, Capacity, Policy, TierCapacity, wake_channel
+
+pytestmark = pytest.mark.contract
+
+Answer = TypeVar("Answer")
+
+CAPACITY = Capacity({"gpu": TierCapacity(startable=1)})
+PASSWORD = "pass-phrase"
+
+
+def ask(question: Callable[[RedisBroker], Awaitable[Answer]]) -> Answer:
+    async def scenario() -> Answer:
+        broker = RedisBroker(asyncio.Event())
+        try:
+            return await question(broker)
+        finally:
+            await broker.close()
+
+    return asyncio.run(scenario())
+
+
+def read(url: str, pool: Pool) -> BrokerReading:
+    answer = ask(lambda broker: broker.read(url, [pool]))
+    assert not isinstance(answer, Unavailable), answer.why
+    one = answer[pool.id]
+    assert not isinstance(one, Unavailable), one.why
+    return one
+
+
+def why_not(url: str, pool: Pool) -> str:
+    answer = ask(lambda broker: broker.read(url, [pool]))
+    one = answer if isinstance(answer, Unavailable) else answer[pool.id]
+    assert isinstance(one, Unavailable)
+    return one.why
+
+
+def open_for_jobs(url: str, pool: Pool) -> None:
+    ask(lambda broker: broker.publish(url, pool, planning.policy(pool.spec), CAPACITY))
+
+
+def submit(pool: Pool, *, priority: int | None = None) -> str:
+    """Admit a job that asks for the accelerated tier; its task id."""
+    with seeds.celery_app(pool) as app:
+        decision = WorkerPool(pool.id, app).submit(app.tasks["tasks.work"], accelerated=True, priority=priority)
+    assert decision.tier == "gpu"
+    assert decision.task_id
+    return decision.task_id
+
+
+@pytest.fixture
+def pool(redis_url: str) -> Pool:
+    return make_pool(redis_url)
+
+
+@pytest.mark.parametrize(
+    "broker",
+    [{}, {"globalKeyPrefix": "team-a:"}, {"prioritySteps": [0, 1, 5]}, {"prioritySteps": [2, 7], "globalKeyPrefix": "{x}"}],
+    ids=str,
+)
+def test_waiting_messages_are_counted_over_all_priority_steps(redis_url: str, broker: dict[str, object]) -> None:
+    pool = make_pool(redis_url, broker={"url": redis_url, **broker})
+    publish(pool, "gpu-tasks", *range(10))
+    publish(pool, "celery", 0, 9)
+    tiers = read(redis_url, pool).tiers
+    assert (tiers["gpu"].waiting, tiers["cpu"].waiting) == (10, 2)
+    with consumer(pool, "gpu") as connection:
+        # What is left in no list that Kombu knows would not be taken.
+        assert [take(connection, "gpu-tasks") is not None for _ in range(11)] == [True] * 10 + [False]
+
+
+def test_an_empty_redis_reads_as_nothing_waiting_and_nobody_there(redis_url: str, pool: Pool) -> None:
+    gpu = read(redis_url, pool).tiers["gpu"]
+    assert (gpu.waiting, gpu.in_flight, gpu.spilled, gpu.workers, gpu.lost) == (0, 0, 0, (), ())
+
+
+@pytest.mark.parametrize("prefix", ["", "team-a:"])
+def test_messages_that_a_worker_holds_are_in_flight_on_its_tier_alone(redis_url: str, prefix: str) -> None:
+    pool = make_pool(redis_url, broker={"url": redis_url, "globalKeyPrefix": prefix})
+    publish(pool, "gpu-tasks", 0, 3, 9)
+    with consumer(pool, "gpu") as connection:
+        first, _ = take(connection, "gpu-tasks"), take(connection, "gpu-tasks")
+        tiers = read(redis_url, pool).tiers
+        assert (tiers["gpu"].waiting, tiers["gpu"].in_flight, tiers["cpu"].in_flight) == (1, 2, 0)
+        assert first
+        first.ack()
+        assert read(redis_url, pool).tiers["gpu"].in_flight == 1
+
+
+def test_a_job_that_had_to_go_elsewhere_is_read_as_spilled_from_the_tier_it_wanted(redis_url: str, pool: Pool) -> None:
+    ask(lambda broker: broker.publish(redis_url, pool, planning.policy(pool.spec), Capacity()))
+    with seeds.celery_app(pool) as app:
+        WorkerPool(pool.id, app).submit(app.tasks["tasks.work"], accelerated=True)
+    reading = read(redis_url, pool)
+    assert (reading.tiers["gpu"].spilled, reading.tiers["cpu"].spilled, reading.tiers["cpu"].waiting) == (1, 0, 1)
+    assert reading.routes == {"cpu:NoCapacity": 1}
+
+
+def test_any_number_of_pools_is_read_in_one_round_trip(redis_url: str) -> None:
+    pools = [make_pool(redis_url, f"pool-{n}", broker={"url": redis_url, "globalKeyPrefix": f"{n % 2}:"}) for n in range(6)]
+    for n, pool in enumerate(pools):
+        publish(pool, "gpu-tasks", *[0] * (n // 2))
+
+    async def requests(broker: RedisBroker, client: Any, count: int) -> Any:
+        before = client.info("stats")["total_reads_processed"]
+        answer = await broker.read(redis_url, pools[:count])
+        assert not isinstance(answer, Unavailable)
+        # Both pools of a prefix share its queue: what counts here is that every pool has its own answer.
+        seen = [answer[pool.id] for pool in pools[:count]]
+        waiting = [one.tiers["gpu"].waiting for one in seen if isinstance(one, BrokerReading)]
+        assert waiting == [(0 + 1 + 2), (0 + 1 + 2)] * (count // 2)
+        return client.info("stats")["total_reads_processed"] - before - 1
+
+    async def scenario(broker: RedisBroker) -> None:
+        with Redis.from_url(redis_url) as client:
+            await broker.read(redis_url, pools)
+            await listening(redis_url, "0:", "1:")
+            assert [await requests(broker, client, count) for count in (2, 6)] == [1, 1]
+
+    ask(scenario)
+
+
+def test_presence_lives_by_the_clock_of_redis(redis_url: str, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    report(redis_url, pool, "gpu", "here.1", busy=1)
+    report(redis_url, pool, "gpu", "late.2", age_ms=PRESENCE_LIFE_MS - 3_000)
+    report(redis_url, pool, "gpu", "lost.3", age_ms=PRESENCE_LIFE_MS)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    gpu = read(redis_url, pool).tiers["gpu"]
+    assert {worker.owner: worker.busy for worker in gpu.workers} == {"here.1": 1, "late.2": 0}
+    assert gpu.lost == ("lost.3",)
+
+
+def test_a_restarted_redis_is_told_from_the_old_one(redis_url: str, pool: Pool) -> None:
+    with private_redis() as other:
+        ids = {read(redis_url, pool).run_id, read(redis_url, pool).run_id, read(other.url, pool).run_id}
+    assert len(ids) == 2
+
+
+def test_a_redis_that_is_not_there_is_named_with_its_place(pool: Pool) -> None:
+    why = why_not(f"redis://me:{PASSWORD}@127.0.0.1:1/0", pool)
+    assert why.startswith("Redis at 127.0.0.1:1 cannot be reached: ")
+    assert PASSWORD not in why
+
+
+@pytest.mark.parametrize("given", ["", f":wrong-{PASSWORD}@", f"nobody:{PASSWORD}@"])
+def test_a_refused_password_is_told_and_not_repeated(given: str, pool: Pool) -> None:
+    with private_redis() as server:
+        place = f"127.0.0.1:{server.port}"
+        with Redis.from_url(server.url) as client:
+            client.config_set("requirepass", PASSWORD)
+        why = why_not(f"redis://{given}{place}/0", pool)
+        assert why.startswith(f"Redis at {place} refuses the user or the password: ")
+        assert PASSWORD not in why
+        assert read(f"redis://:{PASSWORD}@{place}/0", pool).tiers["gpu"].waiting == 0
+
+
+@pytest.mark.parametrize(
+    "url", [f"redis://:{PASSWORD}/1@127.0.0.1:1/0", f"redis://:a#{PASSWORD}@h:1", f"redis://h:1?password={PASSWORD}"]
+)
+def test_a_password_is_not_repeated_wherever_in_the_url_it_stands(url: str, pool: Pool) -> None:
+    assert PASSWORD not in why_not(url, pool)
+
+
+def test_a_redis_that_does_not_answer_is_given_up_in_time_and_read_again_when_it_does(pool: Pool) -> None:
+    async def scenario(broker: RedisBroker) -> None:
+        with private_redis() as server:
+            assert not isinstance(await broker.read(server.url, [pool]), Unavailable)
+            os.kill(server.pid, signal.SIGSTOP)
+            began = time.monotonic()
+            answer = await broker.read(server.url, [pool])
+            assert time.monotonic() - began < TIMEOUT_SECONDS + 0.5
+            assert answer == Unavailable(f"Redis at 127.0.0.1:{server.port} does not answer within 2 s")
+            os.kill(server.pid, signal.SIGCONT)
+            assert not isinstance(await broker.read(server.url, [pool]), Unavailable)
+
+    ask(scenario)
+
+
+def test_another_schema_version_is_refused_in_words(redis_url: str, pool: Pool) -> None:
+    report(redis_url, pool, "gpu", "new.1")
+    with Redis.from_url(redis_url, decode_responses=True) as client:
+        stored = json.loads(client.hget(pool.keys.presence("gpu"), "new.1"))
+        client.hset(pool.keys.presence("gpu"), "new.1", json.dumps({**stored, "version": 2}))
+    assert "presence has schema version 2, this side knows 1: use one release on both sides" in why_not(redis_url, pool)
+
+
+@pytest.mark.parametrize("raw", ["", "not json", "[]", "1", '{"version": 1}', '{"version": 1, "owner": "x", "surprise": 0}'])
+def test_a_presence_that_no_worker_wrote_is_not_taken_for_an_empty_queue(redis_url: str, pool: Pool, raw: str) -> None:
+    with Redis.from_url(redis_url) as client:
+        client.hset(pool.keys.presence("gpu"), "odd.1", raw)
+    assert why_not(redis_url, pool).startswith("what Redis holds of the pool cannot be read: ")
+    other = replace(pool, name="other")
+    both = ask(lambda broker: broker.read(redis_url, [pool, other]))
+    assert not isinstance(both, Unavailable)
+    assert not isinstance(both[other.id], Unavailable), "it is the affair of its own pool"
+
+
+async def listening(url: str, *prefixes: str) -> None:
+    """Return when somebody has subscribed to the wake channel of each prefix."""
+    with Redis.from_url(url) as client:
+        async with asyncio.timeout(5):
+            while not all(count for _, count in client.pubsub_numsub(*map(wake_channel, prefixes))):  # noqa: ASYNC110 it is Redis
+                await asyncio.sleep(0.02)
+
+
+def test_an_admitted_job_wakes_whoever_has_read_its_pool_also_after_a_restart_of_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        wake = asyncio.Event()
+        broker = RedisBroker(wake)
+        for _ in range(2):
+            with private_redis() as server:
+                monkeypatch.setattr(redis_server, "_free_port", lambda port=server.port: port)
+                pool = make_pool(server.url)
+                await broker.publish(server.url, pool, planning.policy(pool.spec), CAPACITY)
+                await broker.read(server.url, [pool])
+                await listening(server.url, "")
+                wake.clear()
+                await asyncio.to_thread(submit, pool)
+                async with asyncio.timeout(1):
+                    await wake.wait()
+            await asyncio.sleep(0.2)  # the subscription meets a port on which nobody listens
+        await broker.close()
+
+    asyncio.run(scenario())
+
+
+def test_what_is_published_can_be_read_and_capacity_expires(redis_url: str, pool: Pool) -> None:
+    policy = planning.policy(pool.spec)
+    ask(lambda broker: broker.publish(redis_url, pool, policy, CAPACITY))
+    with Redis.from_url(redis_url, decode_responses=True) as client:
+        assert Policy.load(client.get(pool.keys.policy)) == policy
+        assert Capacity.load(client.get(pool.keys.capacity)) == CAPACITY
+        assert client.pttl(pool.keys.policy) == -1
+        assert CAPACITY_LIFE_MS - 5_000 < client.pttl(pool.keys.capacity) <= CAPACITY_LIFE_MS
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"), [("maxmemory", "used memory > 'maxmemory'"), ("min-replicas-to-write", "NOREPLICAS")]
+)
+def test_a_redis_that_takes_no_writes_says_so_to_whoever_publishes(pool: Pool, setting: str, words: str) -> None:
+    with private_redis() as server, Redis.from_url(server.url) as client:
+        client.config_set(setting, "1")
+        refused = ask(lambda broker: broker.publish(server.url, pool, planning.policy(pool.spec), CAPACITY))
+        assert refused
+        assert refused.why.startswith(f"Redis at 127.0.0.1:{server.port} refuses writes: ")
+        assert words in refused.why
+        client.config_set(setting, "0")
+        assert ask(lambda broker: broker.publish(server.url, pool, planning.policy(pool.spec), CAPACITY)) is None
+
+
+def test_what_was_published_is_forgotten_and_the_queue_is_kept(redis_url: str, pool: Pool) -> None:
+    open_for_jobs(redis_url, pool)
+    publish(pool, "gpu-tasks", 0)
+    ask(lambda broker: broker.forget(redis_url, pool))
+    with Redis.from_url(redis_url, decode_responses=True) as client:
+        assert client.keys(pool.keys.policy) + client.keys(pool.keys.capacity) == []
+    assert read(redis_url, pool).tiers["gpu"].waiting == 1
+
+
+def test_an_outage_while_acting_raises_nothing(pool: Pool) -> None:
+    url = "redis://127.0.0.1:1/0"
+    assert ask(lambda broker: broker.publish(url, pool, planning.policy(pool.spec), CAPACITY))
+    assert ask(lambda broker: broker.take_over(url, pool, "gpu", "w.1")) == []
+    ask(lambda broker: broker.forget(url, pool))
+
+
+@pytest.mark.parametrize("priority", [None, 3, 7])
+def test_the_job_of_a_lost_worker_moves_to_the_head_of_the_plain_queue_once(
+    redis_url: str, pool: Pool, priority: int | None
+) -> None:
+    open_for_jobs(redis_url, pool)
+    submit(pool, priority=priority)
+    publish(pool, "celery", *[priority or 0] * 2)
+    with consumer(pool, "gpu") as connection, consumer(pool, "cpu") as heir:
+        held = claim(redis_url, pool, connection, "gpu", "w.1")
+        report(redis_url, pool, "gpu", "w.1", age_ms=PRESENCE_LIFE_MS)
+
+        async def twice(broker: RedisBroker) -> list[list[str]]:
+            return await asyncio.gather(*(broker.take_over(redis_url, pool, "gpu", "w.1") for _ in range(2)))
+
+        sentences = [sentence for said in ask(twice) for sentence in said]
+        moved = f"job {held.task_id} of lost worker w.1 goes from gpu to cpu, attempt 2"
+        assert sentences.count(moved) == 1
+        assert "gpu: worker w.1 is lost, it has not reported for too long" in sentences
+
+        entry = seeds.job(redis_url, pool, held.task_id)
+        assert (entry.state, entry.attempt, entry.tier, entry.owner, entry.wanted) == (State.ADMITTED, 2, "cpu", "", "gpu")
+        after = read(redis_url, pool).tiers
+        assert (after["gpu"].in_flight, after["gpu"].lost, after["cpu"].waiting) == (0, (), 3)
+
+        message = take(heir, "celery")
+        assert message
+        assert (message.headers["id"], message.headers["workerpool"]["attempt"]) == (held.task_id, 2)
+        assert message.delivery_tag != held.message.delivery_tag
+        assert message.body == held.message.body
+        # The old owner wakes up and acknowledges: the new delivery stays.
+        held.message.ack()
+        assert read(redis_url, pool).tiers["cpu"].in_flight == 1
+
+
+def test_the_job_of_a_lost_plain_worker_is_delivered_there_again(redis_url: str, pool: Pool) -> None:
+    open_for_jobs(redis_url, pool)
+    with seeds.celery_app(pool) as app:
+        WorkerPool(pool.id, app).submit(app.tasks["tasks.work"])
+    with consumer(pool, "cpu") as connection:
+        held = claim(redis_url, pool, connection, "cpu", "w.1")
+        ask(lambda broker: broker.take_over(redis_url, pool, "cpu", "w.1"))
+        entry = seeds.job(redis_url, pool, held.task_id)
+        assert (entry.state, entry.attempt, entry.tier, entry.losses) == (State.ADMITTED, 1, "cpu", 1)
+        again = take(connection, "celery")
+        assert again
+        assert again.headers["id"] == held.task_id
+
+
+def test_a_job_that_is_acknowledged_already_is_left_alone(redis_url: str, pool: Pool) -> None:
+    open_for_jobs(redis_url, pool)
+    submit(pool)
+    with consumer(pool, "gpu") as connection:
+        held = claim(redis_url, pool, connection, "gpu", "w.1")
+        before = seeds.job(redis_url, pool, held.task_id)
+        held.message.ack()
+        ask(lambda broker: broker.take_over(redis_url, pool, "gpu", "w.1"))
+    assert seeds.job(redis_url, pool, held.task_id) == before
+    tiers = read(redis_url, pool).tiers
+    assert (tiers["gpu"].waiting, tiers["cpu"].waiting) == (0, 0)
+
+
+def test_a_job_whose_result_may_be_stored_is_not_started_anew(redis_url: str, pool: Pool) -> None:
+    open_for_jobs(redis_url, pool)
+    submit(pool)
+    with consumer(pool, "gpu") as connection:
+        held = claim(redis_url, pool, connection, "gpu", "w.1")
+        call = ledger.settle(
+            pool.keys, planning.policy(pool.spec), held.task_id, attempt=1, tag=held.message.delivery_tag, owner="w.1",
+            before=State.CLAIMED, after=State.FINISHING,
+        )  # fmt: skip
+        with Redis.from_url(redis_url) as client:
+            assert client.register_script(ledger.script("settle"))(keys=call.keys, args=call.args) == 1
+        ask(lambda broker: broker.take_over(redis_url, pool, "gpu", "w.1"))
+        assert seeds.job(redis_url, pool, held.task_id).state is State.FINISHING
+        # Kombu delivers it again, and whoever gets it looks for the result first.
+        assert read(redis_url, pool).tiers["gpu"].in_flight == 1
+
+
+def test_a_job_of_another_schema_version_is_not_touched(redis_url: str, pool: Pool) -> None:
+    open_for_jobs(redis_url, pool)
+    submit(pool)
+    with consumer(pool, "gpu") as connection, Redis.from_url(redis_url, decode_responses=True) as client:
+        held = claim(redis_url, pool, connection, "gpu", "w.1")
+        client.hset(pool.keys.job(held.task_id), "version", "2")
+        before = client.hgetall(pool.keys.job(held.task_id))
+        assert ask(lambda broker: broker.take_over(redis_url, pool, "gpu", "w.1")) == []
+        assert client.hgetall(pool.keys.job(held.task_id)) == before
+        assert client.smembers(pool.keys.held("w.1")) == {held.task_id}
+        assert client.hlen(pool.keys.unacked("gpu")) == 1

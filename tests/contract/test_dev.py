@@ -1,0 +1,209 @@
+"""`workerpool dev` as its users run it: a process of its own, with a real app, real workers and its private Redis."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from celery import Celery
+from redis import Redis
+from tests.contract.seeds import TEMPLATE, processes
+
+from workerpool_operator.model import API_VERSION, KIND
+from workerpool_routing import WorkerPool
+from workerpool_routing.ledger import State
+
+pytestmark = pytest.mark.contract
+
+WORKERPOOL = Path(sys.executable).with_name("workerpool")
+
+APP = """
+import time
+from celery import Celery
+from workerpool_routing import WorkerPool
+
+app = Celery("tasks")
+pool = WorkerPool("default/tiny", app)
+
+@app.task
+def work(path, seconds):
+    with open(path, "x") as file:
+        time.sleep(seconds)
+        file.write("done")
+"""
+
+
+class Dev:
+    """A running `workerpool dev`; what it prints is kept in a file."""
+
+    def __init__(self, process: subprocess.Popen[bytes], output: Path, mark: str) -> None:
+        self.process, self._output, self._mark = process, output, mark
+
+    @property
+    def printed(self) -> str:
+        return self._output.read_text()
+
+    def until_it_prints(self, pattern: str) -> re.Match[str]:
+        found = until(lambda: re.search(pattern, self.printed, re.MULTILINE), lambda: self.printed)
+        assert isinstance(found, re.Match)
+        return found
+
+    @property
+    def broker_url(self) -> str:
+        return self.until_it_prints(r"^broker +(redis://\S+)$")[1]
+
+    def processes(self) -> dict[int, str]:
+        """Of the command and all that it started; redis-server writes over its environment, but its title holds its port."""
+        printed = re.search(r"^broker +redis://(127\.0\.0\.1:\d+)/", self.printed, re.MULTILINE)
+        return dict(processes(self._mark, *([f"redis-server {printed[1]}"] if printed else [])))
+
+
+def until(condition: Callable[[], Any], otherwise: Callable[[], object], seconds: float = 20) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, otherwise()
+        time.sleep(0.05)
+    return found
+
+
+def write_pool(directory: Path, *, gpu: dict[str, Any] | None = None, **spec: Any) -> None:
+    (directory / "tasks.py").write_text(APP)
+    tiers = [
+        {"name": "gpu", "queue": "gpu-tasks", "accelerator": {"resource": "nvidia.com/gpu"}, "template": TEMPLATE, **(gpu or {})},
+        {"name": "cpu", "queue": "celery", "template": TEMPLATE},
+    ]
+    # Nobody listens there: dev mode brings its own.
+    broker = {"url": "redis://redis.example:6379/0"}
+    resource = {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "metadata": {"name": "tiny"},
+        "spec": {"app": "tasks", "broker": broker, "tiers": tiers, **spec},
+    }
+    (directory / "pool.yaml").write_text(yaml.safe_dump(resource))
+
+
+@contextmanager
+def dev(directory: Path, *options: str) -> Iterator[Dev]:
+    mark, output = f"mark-{uuid.uuid4().hex}", directory / "printed"
+    command = [str(WORKERPOOL), "dev", "-f", "pool.yaml", "--logs", "logs", *options]
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=directory,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "MARK": mark},
+            start_new_session=True,
+        )
+    running = Dev(process, output, mark)
+    try:
+        yield running
+    finally:
+        process.kill()
+        process.wait()
+        until(lambda: not running.processes(), running.processes)
+
+
+def test_an_accelerated_job_starts_its_tier_from_zero_and_finishes_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    write_pool(tmp_path)
+    with dev(tmp_path) as running:
+        with Celery("tasks", broker=running.broker_url) as app:
+            task = app.task(work, name="tasks.work")
+            pool = WorkerPool("default/tiny", app)
+            until(lambda: pool.policy, lambda: running.printed)
+            assert pool.workers() == {}
+            decision = pool.submit(task, args=(str(tmp_path / "result"), 0.1), accelerated=True)
+            assert (decision.tier, decision.reason) == ("gpu", "SlotStarting")
+            assert decision.task_id
+            job = until(lambda: (j := pool.job(str(decision.task_id))) and j.state.ended and j, lambda: running.printed)
+        assert (job.state, job.tier, job.starts) == (State.DONE, "gpu", {"gpu": 1})
+        assert (tmp_path / "result").read_text() == "done"
+        running.until_it_prints(r"tiny  BacklogExceedsCapacity: gpu: 0 → 1: ")
+        # The command, its Redis, the worker with a child, and a guardian each of the workers and of Redis.
+        assert len(running.processes()) == 6
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(10) == 0
+        assert running.processes() == {}
+        assert "Traceback" not in running.printed
+
+
+def test_ctrl_c_lets_a_running_task_finish_and_a_second_one_cuts_it_off(tmp_path: Path) -> None:
+    write_pool(tmp_path)
+    result = tmp_path / "result"
+    with dev(tmp_path) as running:
+        with Celery("tasks", broker=running.broker_url) as app:
+            app.send_task("tasks.work", args=(str(result), 60), queue="celery")
+        until(result.exists, lambda: running.printed)
+        running.process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            running.process.wait(1.5)
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(5) == 0
+        assert running.processes() == {}
+    assert result.read_text() == ""
+
+
+def test_killed_it_leaves_nothing_behind(tmp_path: Path) -> None:
+    write_pool(tmp_path, gpu={"replicas": {"min": 1, "max": 1}})
+    with dev(tmp_path) as running:
+        running.until_it_prints(r"gpu 1/1 ready")
+        assert len(running.processes()) == 6
+        running.process.kill()
+        running.process.wait()
+        until(lambda: not running.processes(), running.processes, seconds=5)
+
+
+def test_killed_while_it_loads_the_app_it_leaves_nothing_behind(tmp_path: Path) -> None:
+    write_pool(tmp_path)
+    (tmp_path / "tasks.py").write_text("open('loading', 'x').close()\nimport time; time.sleep(60)\n")
+    with dev(tmp_path) as running:
+        until((tmp_path / "loading").exists, lambda: running.printed)
+        running.process.kill()
+        running.process.wait()
+        until(lambda: not running.processes(), running.processes, seconds=5)
+
+
+def test_a_worker_that_dies_at_start_is_one_line_that_says_of_what(tmp_path: Path) -> None:
+    template = {"spec": {"containers": [{"name": "worker", "args": ["--no-such-option"]}]}}
+    write_pool(tmp_path, gpu={"template": template, "replicas": {"min": 1, "max": 1}})
+    with dev(tmp_path) as running:
+        running.until_it_prints(r"^\S+  tiny  WorkersFailing: gpu: 1 of 1 failing: Error: No such option:? '?--no-such-option")
+        assert "Traceback" not in running.printed
+
+
+def test_advisory_mode_decides_and_starts_nothing(tmp_path: Path) -> None:
+    write_pool(tmp_path, gpu={"replicas": {"min": 1, "max": 1}}, mode="Advisory")
+    with dev(tmp_path) as running:
+        running.until_it_prints(r"gpu 0/1 ready")
+        time.sleep(1)
+        assert [name for name in running.processes().values() if "celery" in name] == []
+        assert list((tmp_path / "logs").iterdir()) == []
+
+
+def test_a_redis_that_is_there_already_is_used_and_its_password_not_shown(tmp_path: Path, redis_url: str) -> None:
+    write_pool(tmp_path)
+    with Redis.from_url(redis_url) as client:
+        client.execute_command("ACL", "SETUSER", "dev", "on", ">pass-phrase", "~*", "&*", "+@all")
+    url = redis_url.replace("redis://", "redis://dev:pass-phrase@")
+    with dev(tmp_path, "--broker-url", url) as running:
+        running.until_it_prints(r"^in the API: CELERY_BROKER_URL=redis://dev:\*\*@127\.0\.0\.1:\d+/0, ")
+        running.until_it_prints(r"cpu 0/0 ready")
+        assert "pass-phrase" not in running.printed
+        with Redis.from_url(redis_url) as client:
+            assert client.exists("workerpool:default/tiny:policy") == 1
+
+
+def work(path: str, seconds: float) -> None:
+    """The signature of the task that the workers have."""

@@ -1,0 +1,266 @@
+"""What people are told of a pass: conditions that say only what was seen, and Events for what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from workerpool_operator import planning
+from workerpool_operator.conditions import assess
+from workerpool_operator.model import Mode, parse_spec
+from workerpool_operator.observation import BrokerReading, Phase, QueueReading, Replica, TierReplicas, Unavailable
+from workerpool_operator.planning import TierPlan
+from workerpool_operator.ports import Pool
+from workerpool_operator.sharing import Conflict
+from workerpool_operator.status import Condition, Event, Status
+from workerpool_routing.wire import Milliseconds
+
+pytestmark = pytest.mark.unit
+
+NOON = 1_767_268_800.0
+DOWN = Unavailable("Redis at one:6379 cannot be reached")
+BLIND = Unavailable("the API server does not answer")
+TAKEN = Conflict("celery", "ml/older")
+
+TEMPLATE = {"spec": {"containers": [{"name": "worker"}]}}
+SPEC = parse_spec(
+    {
+        "app": "media.tasks",
+        "broker": {"url": "redis://one"},
+        "tiers": [
+            {"name": "gpu", "queue": "gpu-tasks", "accelerator": {"resource": "nvidia.com/gpu"}, "template": TEMPLATE},
+            {"name": "cpu", "queue": "celery", "replicas": {"min": 1, "max": 4}, "template": TEMPLATE},
+        ],
+    }
+)
+assert not isinstance(SPEC, list)
+POOL = Pool("ml", "media", "uid", 7, 0.0, SPEC)
+
+
+def in_mode(mode: Mode) -> Pool:
+    return replace(POOL, spec=POOL.spec.model_copy(update={"mode": mode}))
+
+
+def workers(desired: int, *phases: Phase, detail: str = "") -> TierReplicas:
+    return TierReplicas(desired, tuple(Replica(f"w{n}", phase, 0.0, detail=detail) for n, phase in enumerate(phases)))
+
+
+IDLE = {"gpu": workers(0), "cpu": workers(1, Phase.READY)}
+
+
+def plans(seen: Mapping[str, TierReplicas], broker: Unavailable | None = None, **queues: QueueReading) -> list[TierPlan]:
+    tiers = {"gpu": QueueReading(0, 0, 0), "cpu": QueueReading(0, 0, 0), **queues}
+    return planning.plan(POOL, broker or BrokerReading(tiers, "r1", Milliseconds(0)), seen, {}, 0.0)
+
+
+def told(
+    planned: list[TierPlan],
+    broker: Unavailable | None = None,
+    refused: Unavailable | None = None,
+    blind: Unavailable | None = None,
+    conflict: Conflict | None = None,
+    pool: Pool = POOL,
+    previous: Mapping[str, Any] | None = None,
+) -> tuple[Status, tuple[Event, ...]]:
+    return assess(pool, planned, broker, refused, blind, conflict, previous or {}, NOON)
+
+
+def conditions(outcome: tuple[Status, tuple[Event, ...]]) -> dict[str, Condition]:
+    return {condition.type: condition for condition in outcome[0].conditions}
+
+
+def values(outcome: tuple[Status, tuple[Event, ...]]) -> dict[str, str]:
+    return {kind: condition.status for kind, condition in conditions(outcome).items()}
+
+
+HEALTHY = {
+    "Ready": "True",
+    "BrokerReachable": "True",
+    "CapacityAvailable": "True",
+    "Spilling": "False",
+    "ScalingLimited": "False",
+    "QueueShared": "False",
+    "Paused": "False",
+}
+
+
+def test_a_pool_at_rest_is_healthy_and_silent() -> None:
+    outcome = told(plans(IDLE))
+    assert values(outcome) == HEALTHY
+    assert [condition.reason for condition in outcome[0].conditions] == [
+        "Working", "Answering", "AsOrdered", "NoJobsElsewhere", "WithinBounds", "QueuesOwned", "Active"
+    ]  # fmt: skip
+    assert outcome[1] == ()
+    assert {condition.observed_generation for condition in outcome[0].conditions} == {7}
+    assert outcome[0].observed_generation == 7
+
+
+def test_every_condition_has_a_reason_and_a_message_in_every_state() -> None:
+    outcomes = [
+        told(plans(IDLE)),
+        told(plans(IDLE, DOWN), broker=DOWN),
+        told([], blind=BLIND),
+        told(plans(IDLE), conflict=TAKEN),
+        told(plans(IDLE), pool=in_mode(Mode.PAUSED)),
+    ]
+    for outcome in outcomes:
+        for condition in outcome[0].conditions:
+            assert condition.reason.isalpha(), condition
+            assert condition.message, condition
+
+
+def test_a_broker_that_cannot_be_read_is_named_and_nothing_is_claimed_about_its_queues() -> None:
+    outcome = told(plans(IDLE, DOWN), broker=DOWN)
+    assert values(outcome) == HEALTHY | {
+        "Ready": "False",
+        "BrokerReachable": "False",
+        "Spilling": "Unknown",
+        "ScalingLimited": "Unknown",
+    }
+    for kind in ("Ready", "BrokerReachable", "Spilling", "ScalingLimited"):
+        assert conditions(outcome)[kind].reason == "BrokerUnreadable"
+        assert DOWN.why in conditions(outcome)[kind].message
+    assert (outcome[0].waiting, outcome[0].in_flight) == (None, None)
+    assert {(tier.waiting, tier.in_flight, tier.spilled) for tier in outcome[0].tiers} == {(None, None, None)}
+
+
+def test_a_broker_that_takes_no_writes_is_told_and_its_queues_are_still_shown() -> None:
+    outcome = told(plans(IDLE), refused=Unavailable("Redis at one:6379 refuses writes: out of memory"))
+    assert values(outcome) == HEALTHY | {"Ready": "False", "BrokerReachable": "False"}
+    reachable = conditions(outcome)["BrokerReachable"]
+    assert reachable.reason == "BrokerRefusesWrites"
+    assert reachable.message == "Redis at one:6379 refuses writes: out of memory; no worker is taken for lost meanwhile"
+    assert outcome[0].waiting == 0
+
+
+def test_workers_that_cannot_be_seen_make_what_depends_on_them_unknown() -> None:
+    outcome = told([], blind=BLIND)
+    unknown = ("Ready", "CapacityAvailable", "Spilling", "ScalingLimited")
+    assert values(outcome) == HEALTHY | dict.fromkeys(unknown, "Unknown")
+    assert {(conditions(outcome)[kind].reason, conditions(outcome)[kind].message) for kind in unknown} == {
+        ("WorkersUnreadable", BLIND.why)
+    }
+    assert (outcome[0].tiers, outcome[0].waiting, outcome[0].in_flight, outcome[0].replicas) == ((), None, None, "")
+
+
+def test_two_outages_at_once_are_both_told() -> None:
+    found = values(told([], broker=DOWN, blind=BLIND))
+    assert (found["Ready"], found["BrokerReachable"], found["CapacityAvailable"]) == ("Unknown", "False", "Unknown")
+
+
+@pytest.mark.parametrize(
+    ("phase", "reason", "words"),
+    [(Phase.UNSCHEDULABLE, "Unschedulable", "unschedulable"), (Phase.FAILING, "WorkersFailing", "failing")],
+)
+def test_workers_that_do_not_come_up_are_counted_and_their_trouble_is_told(phase: Phase, reason: str, words: str) -> None:
+    seen = IDLE | {"gpu": workers(3, Phase.READY, phase, phase, detail="no node has a free GPU")}
+    outcome = told(plans(seen, gpu=QueueReading(3, 0, 0)))
+    lack = conditions(outcome)["CapacityAvailable"]
+    assert (lack.status, lack.reason) == ("False", reason)
+    assert lack.message == f"gpu: 2 of 3 {words}: no node has a free GPU"
+    assert values(outcome)["Ready"] == "True", "the other tier works"
+
+
+def test_every_tier_that_lacks_workers_is_named() -> None:
+    seen = {"gpu": workers(1, Phase.UNSCHEDULABLE, detail="full"), "cpu": workers(1, Phase.UNSCHEDULABLE, detail="tainted")}
+    message = conditions(told(plans(seen)))["CapacityAvailable"].message
+    assert message == "gpu: 1 of 1 unschedulable: full; cpu: 1 of 1 unschedulable: tainted"
+
+
+@pytest.mark.parametrize(
+    ("cpu", "status"),
+    [
+        pytest.param(workers(1, Phase.FAILING, detail="exit code 1"), "False", id="all of them fail"),
+        pytest.param(workers(2, Phase.FAILING, Phase.READY), "True", id="one works"),
+        pytest.param(workers(1, Phase.STARTING), "True", id="it is starting"),
+    ],
+)
+def test_a_tier_whose_workers_all_fail_makes_the_pool_not_ready(cpu: TierReplicas, status: str) -> None:
+    ready = conditions(told(plans(IDLE | {"cpu": cpu})))["Ready"]
+    assert ready.status == status
+    assert (ready.reason == "WorkersFailing" and "exit code 1" in ready.message) == (status == "False")
+
+
+def test_the_remains_of_a_tier_that_should_have_no_workers_do_not_trouble_the_pool() -> None:
+    seen = IDLE | {"gpu": workers(0, Phase.FAILING)}
+    assert values(told(plans(seen)))["Ready"] == "True"
+
+
+def test_jobs_elsewhere_are_counted_for_the_tier_that_they_wanted() -> None:
+    outcome = told(plans(IDLE, gpu=QueueReading(0, 0, 2), cpu=QueueReading(5, 0, 0)))
+    spilling = conditions(outcome)["Spilling"]
+    assert (spilling.status, spilling.reason, spilling.message) == (
+        "True",
+        "JobsElsewhere",
+        "2 jobs that wanted gpu wait or run elsewhere",
+    )
+
+
+def test_a_tier_at_its_maximum_is_named_with_its_numbers() -> None:
+    limited = conditions(told(plans(IDLE, cpu=QueueReading(9, 0, 0))))["ScalingLimited"]
+    assert (limited.status, limited.reason) == ("True", "AtMaximum")
+    assert limited.message == "cpu: 9 waiting + 0 in flight need 9, ordered 4; the maximum limits it"
+
+
+def test_a_tier_that_only_lingers_at_its_maximum_is_not_limited() -> None:
+    assert values(told(plans(IDLE | {"cpu": workers(4, Phase.READY)})))["ScalingLimited"] == "False"
+
+
+def test_a_shared_queue_is_named_with_its_owner_and_the_pool_is_not_ready() -> None:
+    outcome = told(plans(IDLE), conflict=TAKEN)
+    assert values(outcome) == HEALTHY | {"QueueShared": "True", "Ready": "False"}
+    for kind in ("QueueShared", "Ready"):
+        assert conditions(outcome)[kind].reason == "QueueTaken"
+        assert "celery" in conditions(outcome)[kind].message
+        assert "ml/older" in conditions(outcome)[kind].message
+
+
+@pytest.mark.parametrize(
+    ("mode", "status", "reason"), [("Active", "False", "Active"), ("Advisory", "True", "Advisory"), ("Paused", "True", "Paused")]
+)
+def test_a_mode_that_touches_nothing_is_a_condition(mode: str, status: str, reason: str) -> None:
+    paused = conditions(told(plans(IDLE), pool=in_mode(Mode(mode))))["Paused"]
+    assert (paused.status, paused.reason) == (status, reason)
+
+
+def test_a_change_of_replicas_is_an_event_with_its_reason_and_numbers() -> None:
+    _, events = told(plans(IDLE, gpu=QueueReading(3, 0, 0)))
+    assert events == (Event(False, "BacklogExceedsCapacity", "gpu: 0 → 3: 3 waiting + 0 in flight need 3, ordered 3"),)
+
+
+@pytest.mark.parametrize(
+    ("pool", "conflict"),
+    [
+        pytest.param(in_mode(Mode.ADVISORY), None, id="Advisory"),
+        pytest.param(in_mode(Mode.PAUSED), None, id="Paused"),
+        pytest.param(POOL, TAKEN, id="held"),
+    ],
+)
+def test_a_pool_that_is_not_touched_has_no_events_of_scaling(pool: Pool, conflict: Conflict | None) -> None:
+    outcome = told(plans(IDLE, gpu=QueueReading(3, 0, 0)), pool=pool, conflict=conflict)
+    assert [event for event in outcome[1] if "→" in event.message] == []
+    assert outcome[0].tiers[0].desired == 3, "what it would do is still shown"
+
+
+def test_a_condition_that_stays_as_it_is_gives_one_event_and_keeps_its_time() -> None:
+    first, events = told(plans(IDLE, DOWN), broker=DOWN)
+    assert [(event.warning, event.reason) for event in events] == [(True, "BrokerUnreadable")], "Ready says nothing new"
+    again, events = assess(POOL, plans(IDLE, DOWN), DOWN, None, None, None, first.dump(), NOON + 60)
+    assert events == ()
+    assert again.conditions == first.conditions
+    back, events = assess(POOL, plans(IDLE), None, None, None, None, again.dump(), NOON + 120)
+    assert [event.warning for event in events] == [False, False, False, False]
+    assert {c.last_transition_time for c in back.conditions if c.type in ("Ready", "BrokerReachable")} == {"2026-01-01T12:02:00Z"}
+
+
+def test_the_status_of_a_tier_shows_what_was_seen_and_what_was_decided() -> None:
+    gpu = workers(3, Phase.READY, Phase.UNSCHEDULABLE, Phase.STOPPING, Phase.STOPPING)
+    status, _ = told(plans({"gpu": gpu, "cpu": workers(1, Phase.READY)}, gpu=QueueReading(4, 1, 2), cpu=QueueReading(1, 3, 0)))
+    tier = status.tiers[0]
+    assert (tier.name, tier.desired, tier.ready, tier.starting, tier.unschedulable, tier.draining) == ("gpu", 7, 1, 1, 1, 2)
+    assert (tier.waiting, tier.in_flight, tier.spilled) == (4, 1, 2)
+    assert (tier.reason, tier.message) == ("BacklogExceedsCapacity", "4 waiting + 1 in flight + 2 spilled need 7, ordered 7")
+    assert (status.waiting, status.in_flight, status.replicas) == (5, 4, "gpu 1/7, cpu 1/4")

@@ -1,0 +1,163 @@
+"""What is read out of pods and Deployments, and a memory that events may reach late and in any order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from workerpool_operator.kube.seen import Cache, LivePod, Refused, deployment, pod, worker_pool
+from workerpool_operator.observation import Phase
+
+pytestmark = pytest.mark.unit
+
+Object = dict[str, Any]
+READY = {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:30Z"}
+UN_READY = {"type": "Ready", "status": "False", "lastTransitionTime": "2026-01-01T02:00:00Z"}
+READY_LATER = {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T03:00:00Z"}
+UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no GPU left"}
+GATED = {"type": "PodScheduled", "status": "False", "reason": "SchedulingGated"}
+
+
+def raw_pod(name: str = "media-gpu-1", version: int = 1, tier: str = "gpu", **status: Any) -> Object:
+    metadata = {
+        "namespace": "ml",
+        "name": name,
+        "resourceVersion": str(version),
+        "creationTimestamp": "2026-01-01T00:00:00Z",
+        "labels": {"workerpool.dev/pool": "media", "workerpool.dev/tier": tier},
+    }
+    return {"metadata": metadata, "status": status}
+
+
+def container(name: str = "worker", **state: Any) -> Object:
+    return {"name": name, "state": state}
+
+
+@pytest.mark.parametrize(
+    ("status", "phase", "detail"),
+    [
+        ({}, Phase.STARTING, ""),
+        ({"conditions": [GATED]}, Phase.STARTING, ""),
+        ({"containerStatuses": [container(waiting={"reason": "ContainerCreating"})]}, Phase.STARTING, ""),
+        ({"containerStatuses": [container(running={})], "conditions": [UN_READY]}, Phase.STARTING, ""),
+        ({"conditions": [UNSCHEDULABLE]}, Phase.UNSCHEDULABLE, "no GPU left"),
+        ({"conditions": [READY]}, Phase.READY, ""),
+        (
+            {"containerStatuses": [container(waiting={"reason": "ImagePullBackOff", "message": "no such image"})]},
+            Phase.FAILING,
+            "container worker: ImagePullBackOff: no such image",
+        ),
+        (
+            {"initContainerStatuses": [container("fetch", terminated={"exitCode": 3, "reason": "Error"})]},
+            Phase.FAILING,
+            "container fetch: exited with code 3 (Error)",
+        ),
+        (
+            {"containerStatuses": [container(terminated={"exitCode": 137, "reason": "OOMKilled"})]},
+            Phase.FAILING,
+            "container worker: exited with code 137 (OOMKilled)",
+        ),
+        ({"initContainerStatuses": [container("fetch", terminated={"exitCode": 0})]}, Phase.STARTING, ""),
+    ],
+)
+def test_a_pod_tells_where_its_worker_stands(status: Object, phase: Phase, detail: str) -> None:
+    live = pod(raw_pod(**status))
+    assert live
+    assert (live.replica.phase, live.replica.detail) == (phase, detail)
+
+
+def test_a_pod_that_was_told_to_stop_is_stopping_even_while_ready() -> None:
+    raw = raw_pod(conditions=[READY])
+    raw["metadata"]["deletionTimestamp"] = "2026-01-01T01:00:00Z"
+    live = pod(raw)
+    assert live
+    assert live.replica.phase is Phase.STOPPING
+
+
+@pytest.mark.parametrize("phase", ["Failed", "Succeeded"])
+def test_a_pod_that_is_over_counts_no_more(phase: str) -> None:
+    assert pod(raw_pod(phase=phase)) is None
+
+
+def test_a_pod_that_is_ready_again_still_took_as_long_to_start_as_the_first_time() -> None:
+    pods: Cache[LivePod] = Cache(pod)
+    for version, condition in enumerate([READY, UN_READY, READY_LATER], start=1):
+        pods.put(raw_pod(version=version, conditions=[condition]))
+    live = pods.get("ml", "media-gpu-1")
+    assert live
+    assert live.replica.ready_at is not None
+    assert live.replica.ready_at - live.replica.ordered_at == 30
+
+
+def known(pods: Cache[LivePod], tier: str = "gpu") -> list[str]:
+    return [live.replica.worker for live in pods.members(("ml", "media", tier))]
+
+
+def test_what_is_older_than_what_is_known_changes_nothing() -> None:
+    pods: Cache[LivePod] = Cache(pod)
+    pods.put(raw_pod(version=5, conditions=[READY]))
+    pods.put(raw_pod(version=4, conditions=[UNSCHEDULABLE]))
+    live = pods.get("ml", "media-gpu-1")
+    assert live
+    assert live.replica.phase is Phase.READY
+    pods.drop(raw_pod(version=6))
+    pods.put(raw_pod(version=5))
+    assert known(pods) == []
+
+
+def test_a_pod_whose_label_changed_left_its_tier() -> None:
+    pods: Cache[LivePod] = Cache(pod)
+    pods.put(raw_pod(version=1))
+    pods.put(raw_pod(version=2, tier="cpu"))
+    assert (known(pods), known(pods, "cpu")) == ([], ["media-gpu-1"])
+
+
+def test_a_listing_forgets_what_a_watch_missed_and_keeps_what_is_newer() -> None:
+    pods: Cache[LivePod] = Cache(pod)
+    pods.put(raw_pod("missed", version=3))
+    pods.put(raw_pod("listed", version=4))
+    pods.put(raw_pod("newer", version=11))
+    listing = {"metadata": {"resourceVersion": "10"}, "items": [raw_pod("listed", version=4), raw_pod("unseen", version=7)]}
+    pods.relist("elsewhere", {"metadata": {"resourceVersion": "10"}, "items": []})
+    assert known(pods) == ["listed", "missed", "newer"]
+    pods.relist("ml", listing)
+    assert known(pods) == ["listed", "newer", "unseen"]
+
+
+def raw_deployment(**spec: Any) -> Object:
+    return {"metadata": {"namespace": "ml", "name": "media-gpu", "labels": {"a": "b"}}, "spec": {"replicas": 1, **spec}}
+
+
+def test_only_what_the_operator_has_to_repair_changes_the_fingerprint() -> None:
+    base = deployment(raw_deployment(template={"image": "a"}))
+    assert deployment(raw_deployment(template={"image": "a"}, replicas=7)).fingerprint == base.fingerprint
+    scaled = raw_deployment(template={"image": "a"})
+    scaled["metadata"] |= {"annotations": {"deployment.kubernetes.io/revision": "4"}, "generation": 9}
+    scaled["status"] = {"replicas": 3}
+    assert deployment(scaled).fingerprint == base.fingerprint
+    assert deployment(raw_deployment(template={"image": "b"})).fingerprint != base.fingerprint
+    relabelled = raw_deployment(template={"image": "a"})
+    relabelled["metadata"]["labels"] = {}
+    assert deployment(relabelled).fingerprint != base.fingerprint
+
+
+def test_a_deployment_that_cannot_make_pods_says_why() -> None:
+    raw = raw_deployment()
+    raw["status"] = {"conditions": [{"type": "ReplicaFailure", "status": "True", "message": "exceeded quota: gpus"}]}
+    assert deployment(raw).failure == "exceeded quota: gpus"
+
+
+def test_a_stored_pool_that_is_not_valid_is_told_apart_from_one_that_is_going() -> None:
+    metadata = {
+        "namespace": "ml",
+        "name": "media",
+        "uid": "u",
+        "generation": 2,
+        "creationTimestamp": "2026-01-01T00:00:00Z",
+        "resourceVersion": "1",
+    }
+    refused = worker_pool({"metadata": metadata, "spec": {"app": "media.tasks"}})
+    assert isinstance(refused, Refused)
+    assert {problem.field for problem in refused.problems} >= {"spec.broker", "spec.tiers"}
+    assert worker_pool({"metadata": {**metadata, "deletionTimestamp": "2026-01-01T00:00:00Z"}, "spec": {}}) is None

@@ -1,0 +1,249 @@
+"""The ledger's rules: what follows a failure and a loss, and what each script is given."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+
+from workerpool_routing import ledger
+from workerpool_routing.decide import Reason
+from workerpool_routing.ledger import Claim, Job, Move, State, after_failure, after_loss
+from workerpool_routing.wire import (
+    ENDED_JOB_LIFE_SECONDS,
+    HEADER,
+    JOB_LIFE_SECONDS,
+    Keyspace,
+    Milliseconds,
+    Policy,
+    TierPolicy,
+    VersionMismatch,
+    wake_channel,
+)
+
+pytestmark = pytest.mark.unit
+
+GPU, CPU = TierPolicy("gpu", "gpu-tasks", True), TierPolicy("cpu", "celery", False)
+POLICY = Policy((GPU, CPU))
+KEYS = Keyspace("ml/media", "prod-")
+JOB = Job("t1", "media.t", State.CLAIMED, 1, "gpu", "gpu", False, Reason.FREE_SLOT, owner="w.1", tag="tag")
+
+EVERY_CASE = list(product(["gpu", "cpu"], [False, True], [False, True], [False, True], [1, 2]))
+cases = pytest.mark.parametrize(("tier", "required", "on_failure", "on_loss", "attempt"), EVERY_CASE)
+
+
+def case(tier: str, required: bool, on_failure: bool, on_loss: bool, attempt: int) -> tuple[Policy, Job]:
+    policy = replace(POLICY, fallback_on_failure=on_failure, fallback_on_loss=on_loss)
+    return policy, replace(JOB, tier=tier, required=required, attempt=attempt)
+
+
+@cases
+def test_a_failure_is_final_unless_an_accelerated_job_may_fall_back(
+    tier: str, required: bool, on_failure: bool, on_loss: bool, attempt: int
+) -> None:
+    falls_back = tier == "gpu" and not required and on_failure
+    expected = Move(CPU, attempt + 1, Reason.ATTEMPT_FAILED) if falls_back else None
+    assert after_failure(*case(tier, required, on_failure, on_loss, attempt)) == expected
+
+
+@cases
+def test_a_loss_falls_back_or_runs_the_same_attempt_again_on_its_own_tier(
+    tier: str, required: bool, on_failure: bool, on_loss: bool, attempt: int
+) -> None:
+    falls_back = tier == "gpu" and not required and on_loss
+    own = GPU if tier == "gpu" else CPU
+    expected = Move(CPU, attempt + 1, Reason.ATTEMPT_LOST) if falls_back else Move(own, attempt, Reason.ATTEMPT_LOST)
+    assert after_loss(*case(tier, required, on_failure, on_loss, attempt)) == expected
+
+
+def test_a_job_falls_back_once() -> None:
+    moved = after_failure(POLICY, JOB)
+    assert moved
+    assert after_failure(POLICY, replace(JOB, tier=moved.tier.name, attempt=moved.attempt)) is None
+
+
+def test_without_a_plain_tier_a_failure_is_final_and_a_loss_stays() -> None:
+    only_gpu = Policy((GPU,))
+    assert after_failure(only_gpu, JOB) is None
+    assert after_loss(only_gpu, JOB) == Move(GPU, 1, Reason.ATTEMPT_LOST)
+
+
+def test_a_job_of_a_tier_that_is_gone_has_nowhere_to_go() -> None:
+    assert after_failure(POLICY, replace(JOB, tier="old")) is None
+    assert after_loss(POLICY, replace(JOB, tier="old")) is None
+    assert after_loss(Policy(()), JOB) is None
+
+
+def test_exactly_the_last_three_states_are_the_end() -> None:
+    assert {state for state in State if state.ended} == {State.DONE, State.FAILED, State.EXPIRED}
+
+
+STORED = {
+    "version": "1",
+    "state": "claimed",
+    "attempt": "2",
+    "task": "media.t",
+    "tier": "cpu",
+    "wanted": "gpu",
+    "required": "1",
+    "reason": "AttemptLost",
+    "owner": "w.1",
+    "tag": "abc",
+    "losses": "1",
+    "starts:gpu": "1",
+    "starts:cpu": "2",
+    "admitted_at": "1000",
+    "claimed_at": "2000",
+}
+
+
+def test_an_entry_is_read_in_full() -> None:
+    assert Job.load("t1", STORED) == Job(
+        task_id="t1",
+        task="media.t",
+        state=State.CLAIMED,
+        attempt=2,
+        tier="cpu",
+        wanted="gpu",
+        required=True,
+        reason=Reason.ATTEMPT_LOST,
+        owner="w.1",
+        tag="abc",
+        losses=1,
+        starts={"gpu": 1, "cpu": 2},
+        times={State.ADMITTED: Milliseconds(1000), State.CLAIMED: Milliseconds(2000)},
+    )
+
+
+def test_an_entry_that_nobody_claimed_has_no_owner_and_no_starts() -> None:
+    fresh = {name: STORED[name] for name in ("version", "state", "attempt", "task", "tier", "wanted", "reason")} | {
+        "required": "0"
+    }
+    job = Job.load("t1", fresh)
+    assert job
+    assert (job.owner, job.tag, job.losses, job.starts, job.times, job.required) == ("", "", 0, {}, {}, False)
+
+
+@pytest.mark.parametrize("stored", [{}, {"version": "1"}, {"state": ""}, {"starts:gpu": "1"}])
+def test_what_is_no_entry_is_no_job(stored: dict[str, str]) -> None:
+    assert Job.load("t1", stored) is None
+
+
+@pytest.mark.parametrize("version", ["2", "0", None])
+def test_an_entry_of_another_version_is_refused_by_name(version: str | None) -> None:
+    stored = {name: value for name, value in STORED.items() if name != "version"} | ({"version": version} if version else {})
+    with pytest.raises(VersionMismatch, match=f"job t1 has schema version {version}, this side knows 1"):
+        Job.load("t1", stored)
+
+
+def claimed(**changes: Any) -> ledger.Call:
+    defaults: dict[str, Any] = {
+        "attempt": 2, "tag": "tag", "owner": "w.1", "tier": "gpu", "retries": 3, "moves_on": True, "no_result": False
+    }  # fmt: skip
+    return ledger.claim(KEYS, "t1", **defaults | changes)
+
+
+def test_a_claim_gives_the_script_its_arguments_in_order() -> None:
+    call = claimed()
+    assert call.keys == [KEYS.job("t1"), KEYS.held("w.1")]
+    assert call.args == ["t1", 2, "tag", "w.1", "gpu", 3, ledger.LOSSES_ALLOWED, JOB_LIFE_SECONDS, 1, 0]
+    assert claimed(moves_on=False, no_result=True).args[-2:] == [0, 1]
+
+
+def test_a_job_that_cannot_move_on_survives_one_loss_and_not_two() -> None:
+    assert ledger.LOSSES_ALLOWED == 1
+
+
+@pytest.mark.parametrize("after", State)
+def test_an_entry_lives_longer_while_its_job_can_still_change(after: State) -> None:
+    call = ledger.settle(KEYS, POLICY, "t1", attempt=2, tag="tag", owner="w.1", before=State.CLAIMED, after=after)
+    ended = after in (State.DONE, State.FAILED, State.EXPIRED)
+    assert call.args == ["t1", 2, "tag", "claimed", after, ENDED_JOB_LIFE_SECONDS if ended else JOB_LIFE_SECONDS]
+    assert ENDED_JOB_LIFE_SECONDS < JOB_LIFE_SECONDS
+
+
+def test_a_settled_job_is_struck_from_the_spills_of_every_tier() -> None:
+    call = ledger.settle(KEYS, POLICY, "t1", attempt=1, tag="tag", owner="w.1", before=State.CLAIMED, after=State.DONE)
+    assert call.keys == [KEYS.job("t1"), KEYS.held("w.1"), KEYS.spilled("gpu"), KEYS.spilled("cpu")]
+
+
+RAW = json.dumps(
+    [
+        {
+            "body": "b64",
+            "headers": {"id": "t1", HEADER: {"attempt": 1}},
+            "properties": {
+                "delivery_tag": "held",
+                "priority": 6,
+                "delivery_info": {"exchange": "", "routing_key": "gpu-tasks"},
+            },
+        },
+        "",
+        "gpu-tasks",
+    ]
+)
+
+
+def moved(to: Move) -> ledger.Call:
+    return ledger.move(KEYS, JOB, to, held_as="held", raw=RAW, delivery_tag="fresh")
+
+
+def test_a_move_takes_the_message_from_the_tier_that_held_it_to_the_queue_of_the_next() -> None:
+    call = moved(Move(CPU, 2, Reason.ATTEMPT_LOST))
+    assert call.keys == [
+        KEYS.job("t1"),
+        KEYS.held("w.1"),
+        KEYS.unacked("gpu"),
+        KEYS.unacked_index("gpu"),
+        KEYS.queue_list("celery", 6),
+        KEYS.routes,
+    ]
+    *before, message, channel, pool, life = call.args
+    assert before == ["t1", 1, "tag", "held", 2, "cpu", "AttemptLost", 0]
+    assert (channel, pool, life) == (wake_channel("prod-"), "ml/media", JOB_LIFE_SECONDS)
+    renewed = json.loads(str(message))
+    assert renewed["properties"]["delivery_tag"] == "fresh"
+    assert renewed["properties"]["delivery_info"]["routing_key"] == "celery"
+    assert renewed["headers"] == {"id": "t1", HEADER: {"attempt": 2}}
+    assert renewed["body"] == "b64"
+
+
+def test_a_move_on_the_same_tier_says_so_because_it_counts_as_a_loss() -> None:
+    call = moved(Move(GPU, 1, Reason.ATTEMPT_LOST))
+    assert call.keys[4] == KEYS.queue_list("gpu-tasks", 6)
+    assert call.args[4:8] == [1, "gpu", "AttemptLost", 1]
+
+
+def test_a_worker_that_leaves_is_struck_from_presence_slots_and_claims() -> None:
+    call = ledger.leave(KEYS, "gpu", "w.1")
+    assert (call.keys, call.args) == ([KEYS.presence("gpu"), KEYS.slots("gpu"), KEYS.held("w.1")], ["w.1"])
+
+
+def test_the_claim_script_answers_in_the_words_of_the_library() -> None:
+    assert set(re.findall(r"return '(\w+)'", ledger.script("claim"))) == set(Claim)
+
+
+def test_the_scripts_know_the_states_by_their_names() -> None:
+    compared = {
+        name for script in ("claim", "move") for name in re.findall(r"(?:state|job\[1\]) [~=]= '(\w+)'", ledger.script(script))
+    }
+    assert compared == set(State)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("claim", claimed()),
+        ("move", moved(Move(CPU, 2, Reason.ATTEMPT_LOST))),
+        ("leave", ledger.leave(KEYS, "gpu", "w.1")),
+        ("settle", ledger.settle(KEYS, Policy(()), "t1", attempt=1, tag="", owner="w", before=State.CLAIMED, after=State.DONE)),
+    ],
+)
+def test_a_script_reads_exactly_the_keys_and_arguments_that_it_is_given(name: str, call: ledger.Call) -> None:
+    text = ledger.script(name)
+    for array, given in (("KEYS", call.keys), ("ARGV", call.args)):
+        assert {int(n) for n in re.findall(rf"{array}\[(\d+)\]", text)} == set(range(1, len(given) + 1))

@@ -1,0 +1,230 @@
+"""What a pass makes of its readings: a plan for every tier, and what API pods and workers are told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workerpool_operator import planning, scaling
+from workerpool_operator.model import WorkerPoolSpec, parse_spec
+from workerpool_operator.observation import BrokerReading, Phase, QueueReading, Replica, TierReplicas, Unavailable
+from workerpool_operator.planning import TierPlan
+from workerpool_operator.ports import Pool
+from workerpool_operator.scaling import Memory, Reason
+from workerpool_routing import wire
+from workerpool_routing.wire import Milliseconds, Presence, TaskPolicy, TierCapacity, TierPolicy
+
+pytestmark = pytest.mark.unit
+
+OUTAGE = Unavailable("Redis is down")
+TEMPLATE = {"spec": {"containers": [{"name": "worker"}]}}
+
+
+def spec(**changes: Any) -> WorkerPoolSpec:
+    accelerator = {"resource": "nvidia.com/gpu"}
+    raw = {
+        "app": "media.tasks",
+        "broker": {"url": "redis://one"},
+        "tiers": [
+            {"name": "gpu", "queue": "gpu-tasks", "accelerator": accelerator, "replicas": {"max": 8}, "template": TEMPLATE},
+            {"name": "cpu", "queue": "celery", "concurrency": 4, "replicas": {"min": 1, "max": 40}, "template": TEMPLATE},
+        ],
+    }
+    parsed = parse_spec(raw | changes)
+    assert not isinstance(parsed, list), parsed
+    return parsed
+
+
+POOL = Pool("ml", "media", "uid", 1, 0.0, spec())
+
+
+def reading(**tiers: QueueReading) -> BrokerReading:
+    return BrokerReading({"gpu": QueueReading(0, 0, 0), "cpu": QueueReading(0, 0, 0), **tiers}, "r1", Milliseconds(0))
+
+
+def replicas(desired: int, *phases: Phase) -> TierReplicas:
+    return TierReplicas(desired, tuple(Replica(f"w{n}", phase, 0.0) for n, phase in enumerate(phases)))
+
+
+def plan(
+    seen: BrokerReading | Unavailable,
+    gpu: TierReplicas | None = None,
+    cpu: TierReplicas | None = None,
+    memory: Mapping[str, Memory] | None = None,
+) -> dict[str, TierPlan]:
+    workers = {"gpu": gpu or replicas(0), "cpu": cpu or replicas(1)}
+    plans = planning.plan(POOL, seen, workers, memory or {}, 1_000.0)
+    assert [plan.tier for plan in plans] == list(POOL.spec.tiers)
+    return {plan.tier.name: plan for plan in plans}
+
+
+def worker(name: str, slots: int = 1, busy: int = 0) -> Presence:
+    return Presence(f"{name}.1", name, "gpu", "gpu-tasks", slots, busy, Milliseconds(0), Milliseconds(0))
+
+
+def capacity_of_gpu(present: tuple[Presence, ...], seen: TierReplicas, waiting: int = 0) -> TierCapacity:
+    plans = plan(reading(gpu=QueueReading(waiting, 0, 0, present)), gpu=seen)
+    return planning.capacity(list(plans.values())).tiers["gpu"]
+
+
+def test_each_tier_is_sized_by_its_own_queue_bounds_and_slots() -> None:
+    plans = plan(reading(gpu=QueueReading(3, 1, 0), cpu=QueueReading(9, 0, 0)))
+    assert {name: plan.decision.replicas for name, plan in plans.items()} == {"gpu": 4, "cpu": 3}
+
+
+def test_each_tier_is_kept_by_its_own_memory() -> None:
+    plans = plan(reading(), gpu=replicas(5), cpu=replicas(7), memory={"gpu": Memory(((999.0, 5),)), "cpu": Memory(((999.0, 2),))})
+    assert {name: plan.decision.replicas for name, plan in plans.items()} == {"gpu": 5, "cpu": 2}
+
+
+def test_a_tier_lingers_for_the_time_that_its_own_workers_took_to_start() -> None:
+    slow = TierReplicas(2, (Replica("w", Phase.READY, ordered_at=0.0, ready_at=300.0),))
+    memory = {"gpu": Memory(((800.0, 2),))}
+    assert plan(reading(), gpu=slow, memory=memory)["gpu"].decision.replicas == 2
+    assert plan(reading(), gpu=replicas(2), memory=memory)["gpu"].decision.replicas == 0
+
+
+def test_a_spilled_job_calls_for_the_tier_that_it_wanted_while_another_tier_holds_it() -> None:
+    plans = plan(reading(gpu=QueueReading(0, 0, 2), cpu=QueueReading(1, 1, 0)))
+    assert (plans["gpu"].spilled, plans["gpu"].decision.replicas) == (2, 2)
+
+
+def test_spills_of_a_queue_that_was_purged_call_for_nothing() -> None:
+    plans = plan(reading(gpu=QueueReading(0, 0, 50)))
+    assert (plans["gpu"].spilled, plans["gpu"].decision.replicas) == (0, 0)
+
+
+counts = st.integers(0, 30)
+queues = st.builds(QueueReading, counts, counts, counts)
+
+
+@settings(max_examples=60)
+@given(queues, queues)
+def test_spilled_is_what_redis_says_and_never_more_than_the_other_tiers_hold(gpu: QueueReading, cpu: QueueReading) -> None:
+    plans = plan(reading(gpu=gpu, cpu=cpu))
+    assert plans["gpu"].spilled == min(gpu.spilled, cpu.waiting + cpu.in_flight)
+    assert plans["cpu"].spilled == min(cpu.spilled, gpu.waiting + gpu.in_flight)
+    for name, given_queue in (("gpu", gpu), ("cpu", cpu)):
+        queue = plans[name].queue
+        assert queue
+        assert (queue.waiting, queue.in_flight) == (given_queue.waiting, given_queue.in_flight)
+
+
+def test_workers_and_losses_of_a_reading_stay_in_the_plan() -> None:
+    seen = QueueReading(0, 0, 9, workers=(worker("a"),), lost=("b.1",))
+    queue = plan(reading(gpu=seen))["gpu"].queue
+    assert queue
+    assert (queue.workers, queue.lost) == ((worker("a"),), ("b.1",))
+
+
+def test_an_unread_broker_leaves_every_tier_where_it_is() -> None:
+    plans = plan(OUTAGE, gpu=replicas(3), cpu=replicas(60))
+    assert {name: plan.decision.replicas for name, plan in plans.items()} == {"gpu": 3, "cpu": 60}
+    assert {plan.decision.reason for plan in plans.values()} == {Reason.BROKER_UNREADABLE}
+    assert {(plan.queue, plan.spilled) for plan in plans.values()} == {(None, None)}
+
+
+@pytest.mark.parametrize(
+    ("present", "seen", "waiting", "expected"),
+    [
+        pytest.param((), replicas(0), 0, TierCapacity(0, 8, 0), id="at zero all may still be started"),
+        pytest.param((), replicas(0), 3, TierCapacity(3, 5, 0), id="what this pass orders is starting"),
+        pytest.param((), replicas(3, Phase.STARTING), 3, TierCapacity(3, 5, 0), id="ordered and not there yet"),
+        pytest.param((worker("w0"),), replicas(3, Phase.READY), 3, TierCapacity(2, 5, 0), id="presence shows one of three"),
+        pytest.param(
+            (worker("w0", slots=0),), replicas(3), 3, TierCapacity(3, 5, 0), id="one that leaves does not count as there"
+        ),
+        pytest.param((worker("w0"), worker("w1")), replicas(1), 1, TierCapacity(0, 7, 0), id="more are there than ordered"),
+        pytest.param((), replicas(8), 50, TierCapacity(8, 0, 0), id="at the maximum nothing more can be started"),
+        pytest.param(
+            (),
+            replicas(3, Phase.UNSCHEDULABLE, Phase.UNSCHEDULABLE),
+            3,
+            TierCapacity(1, 0, 2),
+            id="unschedulable ones start never",
+        ),
+        pytest.param((), replicas(2, Phase.FAILING), 2, TierCapacity(1, 0, 0), id="a failing one says that no more would start"),
+        pytest.param((), replicas(1, Phase.UNSCHEDULABLE, Phase.FAILING), 1, TierCapacity(0, 0, 1), id="more stuck than ordered"),
+    ],
+)
+def test_capacity_counts_what_presence_cannot_show(
+    present: tuple[Presence, ...], seen: TierReplicas, waiting: int, expected: TierCapacity
+) -> None:
+    assert capacity_of_gpu(present, seen, waiting) == expected
+
+
+def test_capacity_is_in_slots_not_in_workers() -> None:
+    plans = plan(reading(cpu=QueueReading(20, 0, 0)), cpu=replicas(5, Phase.UNSCHEDULABLE))
+    assert planning.capacity([plans["cpu"]]).tiers == {"cpu": TierCapacity(starting=16, startable=0, unschedulable=4)}
+    plans = plan(reading(cpu=QueueReading(20, 0, 0)), cpu=replicas(5))
+    assert planning.capacity([plans["cpu"]]).tiers == {"cpu": TierCapacity(starting=20, startable=140, unschedulable=0)}
+
+
+@settings(max_examples=60)
+@given(counts, st.integers(0, 12), st.lists(st.sampled_from(Phase), max_size=12), st.integers(0, 12))
+def test_capacity_never_promises_more_than_the_maximum_or_less_than_nothing(
+    waiting: int, desired: int, phases: list[Phase], present: int
+) -> None:
+    there = tuple(worker(f"w{n}") for n in range(present))
+    capacity = capacity_of_gpu(there, replicas(desired, *phases), waiting)
+    assert min(capacity.starting, capacity.startable, capacity.unschedulable) >= 0
+    assert capacity.starting + capacity.startable <= 8
+
+
+def test_busy_are_the_workers_that_hold_a_job() -> None:
+    seen = QueueReading(0, 2, 0, workers=(worker("a", busy=1), worker("b"), worker("c", slots=0, busy=1)))
+    assert planning.busy(list(plan(reading(gpu=seen)).values())) == {"a", "c"}
+    assert planning.busy(list(plan(OUTAGE).values())) == frozenset()
+
+
+def test_the_policy_says_what_the_spec_says() -> None:
+    routing = {
+        "acceleratedContentTypes": ["audio"],
+        "tasks": [{"name": "media.*", "accelerated": "required"}, {"name": "mail.*", "accelerated": False}],
+        "fallback": {"onFailure": False, "onLoss": True},
+    }
+    assert planning.policy(spec(routing=routing)) == wire.Policy(
+        tiers=(TierPolicy("gpu", "gpu-tasks", True, 1, 8), TierPolicy("cpu", "celery", False, 4, 160)),
+        accelerated_content_types=("audio",),
+        tasks=(TaskPolicy("media.*", "required"), TaskPolicy("mail.*", False)),
+        fallback_on_failure=False,
+        fallback_on_loss=True,
+    )
+    swapped = planning.policy(spec(routing={"fallback": {"onFailure": True, "onLoss": False}}))
+    assert (swapped.fallback_on_failure, swapped.fallback_on_loss) == (True, False)
+
+
+def test_the_defaults_of_the_resource_are_the_defaults_of_the_wire() -> None:
+    policy = planning.policy(spec())
+    assert policy == wire.Policy(policy.tiers)
+
+
+def test_what_is_starting_is_what_is_ordered_and_neither_ready_nor_stuck() -> None:
+    seen = replicas(6, Phase.READY, Phase.UNSCHEDULABLE, Phase.FAILING, Phase.STARTING, Phase.STOPPING)
+    assert seen.starting == 3
+    assert replicas(0, Phase.READY, Phase.FAILING).starting == 0
+
+
+def test_the_start_time_is_that_of_the_worker_that_became_ready_last() -> None:
+    seen = TierReplicas(
+        4,
+        (
+            Replica("quick", Phase.READY, ordered_at=100.0, ready_at=103.0),
+            Replica("latest", Phase.READY, ordered_at=90.0, ready_at=130.0),
+            Replica("slow", Phase.READY, ordered_at=0.0, ready_at=80.0),
+            Replica("new", Phase.STARTING, ordered_at=200.0),
+        ),
+    )
+    assert seen.start_seconds == 40.0
+    assert replicas(1, Phase.STARTING).start_seconds is None
+
+
+def test_decisions_of_a_plan_remember_for_the_next_pass() -> None:
+    first = plan(reading(gpu=QueueReading(4, 0, 0)))["gpu"].decision
+    assert (
+        plan(reading(), gpu=replicas(4), memory={"gpu": first.memory})["gpu"].decision.reason is scaling.Reason.WAITING_TO_LOWER
+    )

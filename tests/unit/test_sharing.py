@@ -1,0 +1,91 @@
+"""A queue of one broker belongs to the oldest pool that names it."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workerpool_operator.model import parse_spec
+from workerpool_operator.ports import Pool
+from workerpool_operator.sharing import Conflict, conflicts
+
+pytestmark = pytest.mark.unit
+
+ONE, OTHER = "redis://one:6379/0", "redis://other:6379/0"
+
+
+def pool(name: str, created_at: float, *queues: str, prefix: str = "", namespace: str = "ml") -> Pool:
+    template = {"spec": {"containers": [{"name": "worker"}]}}
+    spec = parse_spec(
+        {
+            "app": "media.tasks",
+            "broker": {"url": ONE, "globalKeyPrefix": prefix},
+            "tiers": [{"name": f"t{n}", "queue": queue, "template": template} for n, queue in enumerate(queues)],
+        }
+    )
+    assert not isinstance(spec, list), spec
+    return Pool(namespace, name, name, 1, created_at, spec)
+
+
+def on(url: str, *pools: Pool) -> dict[str, str]:
+    return {pool.id: url for pool in pools}
+
+
+def test_pools_with_queues_of_their_own_do_not_meet() -> None:
+    pools = [pool("a", 1, "q1"), pool("b", 2, "q2", "q3")]
+    assert conflicts(pools, on(ONE, *pools)) == {}
+
+
+def test_the_older_keeps_the_queue_even_when_the_younger_was_seen_first() -> None:
+    old, young = pool("zebra", 1, "q1", "q2"), pool("ant", 2, "q0", "q2", "q1")
+    for pools in ([old, young], [young, old]):
+        assert conflicts(pools, on(ONE, *pools)) == {"ml/ant": Conflict("q2", "ml/zebra")}
+
+
+def test_pools_of_one_age_go_by_name_so_that_every_operator_decides_alike() -> None:
+    pools = [pool("a", 5, "q"), pool("b", 5, "q"), pool("a", 5, "q", namespace="late")]
+    for order in permutations(pools):
+        assert set(conflicts(order, on(ONE, *pools))) == {"ml/a", "ml/b"}
+
+
+def test_the_same_queue_on_another_broker_is_another_queue() -> None:
+    old, young = pool("a", 1, "q"), pool("b", 2, "q")
+    assert conflicts([old, young], {**on(ONE, old), **on(OTHER, young)}) == {}
+
+
+def test_a_key_prefix_makes_another_queue_unless_the_keys_come_out_the_same() -> None:
+    plain, prefixed, same = pool("a", 1, "staging-q"), pool("b", 2, "q", prefix="prod-"), pool("c", 3, "q", prefix="staging-")
+    pools = [plain, prefixed, same]
+    assert conflicts(pools, on(ONE, *pools)) == {"ml/c": Conflict("q", "ml/a")}
+
+
+def test_a_pool_that_is_held_keeps_no_queue_from_others() -> None:
+    pools = [pool("a", 1, "q1"), pool("b", 2, "q1", "q2"), pool("c", 3, "q2")]
+    assert set(conflicts(pools, on(ONE, *pools))) == {"ml/b"}
+
+
+def test_a_pool_whose_broker_is_unknown_owns_nothing_and_is_not_held() -> None:
+    old, young = pool("a", 1, "q"), pool("b", 2, "q")
+    assert conflicts([old, young], on(ONE, young)) == {}
+    assert conflicts([old, young], on(ONE, old)) == {}
+
+
+pools_of_few_queues = st.lists(
+    st.tuples(st.integers(0, 3), st.lists(st.sampled_from("abc"), min_size=1, max_size=3, unique=True)), max_size=5
+).map(lambda found: [pool(f"p{n}", age, *queues) for n, (age, queues) in enumerate(found)])
+
+
+@settings(max_examples=50)
+@given(pools_of_few_queues)
+def test_every_queue_has_at_most_one_pool_and_none_is_held_without_an_older_owner(pools: list[Pool]) -> None:
+    held = conflicts(pools, on(ONE, *pools))
+    by_id = {pool.id: pool for pool in pools}
+    served = [tier.queue for pool in pools if pool.id not in held for tier in pool.spec.tiers]
+    assert len(served) == len(set(served))
+    for name, conflict in held.items():
+        assert conflict.owner not in held
+        assert conflict.queue in {tier.queue for tier in by_id[conflict.owner].spec.tiers}
+        assert (by_id[conflict.owner].created_at, conflict.owner) < (by_id[name].created_at, name)
