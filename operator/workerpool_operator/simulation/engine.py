@@ -24,6 +24,9 @@ GRACE_SECONDS = 30.0
 LOSS_SEEN_SECONDS = PRESENCE_LIFE_MS / 1000
 """How long a worker that vanished still looks alive."""
 
+TAIL_SECONDS = 3600.0
+"""How long after the last job workers that are kept are still paid for."""
+
 _FINISH, _READY, _LOST, _LOOK, _OUTAGE, _RECOVERY, _ACT = range(7)
 
 
@@ -79,8 +82,8 @@ class Pod:
 class Tier:
     """The present state of one tier; rules read it, only the engine writes it."""
 
-    def __init__(self, setup: TierSetup) -> None:
-        self.setup = setup
+    def __init__(self, setup: TierSetup, arrivals: Sequence[float]) -> None:
+        self.setup, self._arrivals = setup, arrivals
         self.name, self.concurrency = setup.name, setup.concurrency
         self.waiting: deque[int] = deque()
         self.idle: deque[Pod] = deque()  # one entry for each free slot; entries of pods that have left are skipped
@@ -97,13 +100,16 @@ class Tier:
         self.down = False
         self.served_seconds = 0.0
         self.served_squares = 0.0
-        self.waits: deque[tuple[float, float]] = deque(maxlen=4096)  # (start, wait)
         self.finished = 0
         self._replicas: TierReplicas | None = None
 
     def changed(self) -> None:
         """Forget the cached view of the workers."""
         self._replicas = None
+
+    def oldest_wait(self, now: float) -> float:
+        """Seconds for which the job at the head of the queue has waited."""
+        return now - self._arrivals[self.waiting[0]] if self.waiting else 0.0
 
     def ready(self) -> int:
         """Workers that take jobs."""
@@ -163,7 +169,7 @@ class Outcome:
 
 
 def run(trace: Trace, world: World, controller: Controller, on_progress: Callable[[int], None] | None = None) -> Outcome:
-    """Play the trace to its last job."""
+    """Play the trace to its last job, and on until the workers that it needed are gone."""
     return _Run(trace, world, controller).play(on_progress)
 
 
@@ -171,7 +177,7 @@ class _Run:
     def __init__(self, trace: Trace, world: World, controller: Controller) -> None:
         self.trace, self.world, self.controller = trace, world, controller
         self.rng = random.Random(world.seed)
-        self.tiers = {setup.name: Tier(setup) for setup in world.tiers}
+        self.tiers = {setup.name: Tier(setup, trace.arrivals) for setup in world.tiers}
         self.first, self.last = self.tiers[world.tiers[0].name], self.tiers[world.tiers[-1].name]
         self.events: list[tuple[float, int, int, object]] = []
         self.sequence = 0
@@ -193,7 +199,8 @@ class _Run:
             self._at(outage.end, _RECOVERY, outage)
         self._look_by(0.0)
         index, count, events = 0, len(arrivals), self.events
-        while self.open and (events or index < count):
+        ends = float("inf")
+        while (self.open or self.now < ends) and (events or index < count):
             if index < count and (not events or arrivals[index] <= events[0][0]):
                 self.now = arrivals[index]
                 self._arrive(index)
@@ -203,6 +210,8 @@ class _Run:
             else:
                 self.now, _, kind, what = heapq.heappop(events)
                 self._handle(kind, what)
+                if not self.open:
+                    ends = min(ends, self.now + TAIL_SECONDS) if any(tier.pods for tier in self.tiers.values()) else self.now
         return self._close()
 
     def _handle(self, kind: int, what: object) -> None:
@@ -258,7 +267,6 @@ class _Run:
         if self.outcome.waits[job] < 0:
             self.outcome.waits[job] = wait
             self.outcome.starts[job] = self.now
-            tier.waits.append((self.now, wait))
         if self.wanted and tier is not self.first and self.wanted[job]:
             self.wanted[job] = ""
         end = self.now + self.trace.services[job] * tier.setup.slowdown
