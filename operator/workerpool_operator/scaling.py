@@ -37,6 +37,9 @@ MIN_LINGER_SECONDS = 5.0
 BURST_MEMORY_SECONDS = 900.0
 """How long a burst is remembered where a start takes longer than the target (four starts, if that is longer)."""
 
+BURST_DEVIATIONS = 2.0
+"""Standard deviations by which the next burst may be larger than the remembered one."""
+
 _PASS_SECONDS = 1.5
 """By how much an order may come late: the time between two passes, and some."""
 
@@ -385,7 +388,7 @@ def _headroom(policy: Policy, memory: Memory, now: float) -> tuple[int, int]:
         while index and memory.arrivals[index - 1][0] >= now - span:
             index -= 1
             jobs += memory.arrivals[index][1]
-        burst = max(burst, mean * (jobs + 2 * math.sqrt(spread * jobs)) / (span + policy.target_wait))
+        burst = max(burst, mean * (jobs + BURST_DEVIATIONS * math.sqrt(spread * jobs)) / (span + policy.target_wait))
         steady = jobs * mean / span
     slots = policy.concurrency
     return round((steady + math.sqrt(steady)) / slots), math.ceil(burst / slots)

@@ -58,12 +58,19 @@ class TierSetup:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What the simulation is given beside the trace; the first tier is the preferred one."""
+    """What the simulation is given beside the trace; the first tier is the preferred one.
+
+    Attributes:
+        look_seconds: the time between two looks of the controller.
+        lag_seconds: from what a look saw to what it changed.
+        late_binding: whether jobs that wait may still move to the tier that can start them sooner.
+    """
 
     tiers: Sequence[TierSetup]
     look_seconds: float = 1.0
     lag_seconds: float = 0.0
     outages: Sequence[Outage] = ()
+    late_binding: bool = False
     seed: int = 0
 
 
@@ -370,9 +377,24 @@ class _Run:
             self._at(self.now + self.world.lag_seconds, _ACT, orders)
         else:
             self._act(orders)
+        if self.world.late_binding:
+            self._rebind()
         first = self.first
         self.outcome.series.append((self.now, len(first.waiting), first.ready(), first.desired))
         self._look_by(max(orders.again_at, self.now + self.world.look_seconds))
+
+    def _rebind(self) -> None:
+        """Waiting jobs go where a slot is free, and away from where the routers would not send them now."""
+        first, last = self.first, self.last
+        if routing.place(_load(first), _load(last)) is routing.Reason.NO_CAPACITY:
+            last.waiting = deque(sorted((*first.waiting, *last.waiting)))
+            self.first.spilled += len(first.waiting)
+            first.waiting.clear()
+            self._dispatch(last)
+        while last.waiting and _load(first).free > 0:
+            first.waiting.append(last.waiting.popleft())
+            first.spilled -= 1
+            self._dispatch(first)
 
     def _act(self, orders: Orders) -> None:
         for name, replicas in orders.replicas.items():
