@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -86,6 +87,7 @@ def simulate(request: Request, console: Console, json_file: Path | None, plot_fi
                 outcomes[name] = play(request.trace, request.setting, POLICIES[name](pool_of(request.tier, request.setting)), done)
     scores = {name: score(outcome, request.setting, least) for name, outcome in outcomes.items()}
     console.print(table(request, scores, least))
+    console.print("in time: started within the target; p50, p95, p99: wait in seconds; hours: replica-hours; ratio: over the bound")
     if json_file:
         json_file.write_text(json.dumps(dump(scores, least), indent=2) + "\n")
     if plot_file:
@@ -115,16 +117,17 @@ def table(request: Request, scores: Mapping[str, Score], least: float | None) ->
         f"{request.trace.name}: {len(request.trace)} jobs, start {setting.start_seconds:g} s, target {setting.target_wait} s, "
         f"{setting.slots} slots, {request.tier.replicas.min} to {request.tier.replicas.max} replicas"
     )
-    columns = ("policy", "jobs", "in time %", "p50 s", "p95 s", "p99 s", "replica-hours", "cost / bound", "killed", "changes")
-    shown = Table(*columns, title=title)
+    shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for column in ("policy", "jobs", "in time", "p50", "p95", "p99", "hours", "ratio", "killed", "changes"):
+        shown.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
     for name, row in scores.items():
         ratio = "-" if row.cost_ratio is None else f"{row.cost_ratio:.2f}"
         waits = (f"{row.wait_p50:.1f}", f"{row.wait_p95:.1f}", f"{row.wait_p99:.1f}")
         shown.add_row(
-            name, str(row.jobs), f"{row.slo_percent:.2f}", *waits, f"{row.replica_hours:.1f}", ratio, str(row.killed), str(row.changes)
+            name, str(row.jobs), f"{row.slo_percent:.2f}%", *waits, f"{row.replica_hours:.1f}", ratio, str(row.killed), str(row.changes)
         )
     if least is not None and BOUND in request.policies:
-        shown.add_row(BOUND, str(len(request.trace)), "100.00", "-", "-", "-", f"{least / 3600:.1f}", "1.00", "-", "-")
+        shown.add_row(BOUND, str(len(request.trace)), "100.00%", "-", "-", "-", f"{least / 3600:.1f}", "1.00", "-", "-")
     return shown
 
 
