@@ -202,7 +202,10 @@ def test_jobs_elsewhere_are_counted_for_the_tier_that_they_wanted() -> None:
 def test_a_tier_at_its_maximum_is_named_with_its_numbers() -> None:
     limited = conditions(told(plans(IDLE, cpu=QueueReading(9, 0, 0))))["ScalingLimited"]
     assert (limited.status, limited.reason) == ("True", "AtMaximum")
-    assert limited.message == "cpu: 9 waiting + 0 in flight need 9, ordered 4; the maximum limits it"
+    assert limited.message == (
+        "cpu: 9 waiting + 0 in flight need 9 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 4; "
+        "the maximum limits it"
+    )
 
 
 def test_a_tier_that_only_lingers_at_its_maximum_is_not_limited() -> None:
@@ -228,7 +231,10 @@ def test_a_mode_that_touches_nothing_is_a_condition(mode: str, status: str, reas
 
 def test_a_change_of_replicas_is_an_event_with_its_reason_and_numbers() -> None:
     _, events = told(plans(IDLE, gpu=QueueReading(3, 0, 0)))
-    assert events == (Event(False, "BacklogExceedsCapacity", "gpu: 0 → 3: 3 waiting + 0 in flight need 3, ordered 3"),)
+    message = (
+        "gpu: 0 → 3: 3 waiting + 0 in flight need 3 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 3"
+    )
+    assert events == (Event(False, "BacklogExceedsCapacity", message),)
 
 
 @pytest.mark.parametrize(
@@ -262,5 +268,8 @@ def test_the_status_of_a_tier_shows_what_was_seen_and_what_was_decided() -> None
     tier = status.tiers[0]
     assert (tier.name, tier.desired, tier.ready, tier.starting, tier.unschedulable, tier.draining) == ("gpu", 7, 1, 1, 1, 2)
     assert (tier.waiting, tier.in_flight, tier.spilled) == (4, 1, 2)
-    assert (tier.reason, tier.message) == ("BacklogExceedsCapacity", "4 waiting + 1 in flight + 2 spilled need 7, ordered 7")
+    assert tier.reason == "BacklogExceedsCapacity"
+    assert tier.message == (
+        "4 waiting + 1 in flight + 2 spilled need 7 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 7"
+    )
     assert (status.waiting, status.in_flight, status.replicas) == (5, 4, "gpu 1/7, cpu 1/4")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich import box
+
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -117,7 +117,7 @@ def table(request: Request, scores: Mapping[str, Score], least: float | None) ->
         f"{request.trace.name}: {len(request.trace)} jobs, start {setting.start_seconds:g} s, target {setting.target_wait} s, "
         f"{setting.slots} slots, {request.tier.replicas.min} to {request.tier.replicas.max} replicas"
     )
-    shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    shown = Table(title=title, box=None, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("policy", "jobs", "in time", "p50", "p95", "p99", "hours", "ratio", "killed", "changes"):
         shown.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
     for name, row in scores.items():
