@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from workerpool_operator import scaling
@@ -42,6 +43,8 @@ def assess(
         previous: the status of the pass before, as stored.
         now: wall-clock seconds.
     """
+    if pool.spec.mode is Mode.ADVISORY:
+        plans = [replace(plan, decision=_advised(plan.decision)) for plan in plans]
     tiers = tuple(_tier(plan) for plan in plans)
     found = [
         _broker(broker, refused),
@@ -65,6 +68,10 @@ def assess(
 
 
 _Fields = tuple[ConditionType, str, str, str]
+
+
+def _advised(decision: scaling.Decision) -> scaling.Decision:
+    return replace(decision, message=decision.message.replace(", ordered", ", would order"))
 
 
 def _tier(plan: TierPlan) -> TierStatus:
@@ -162,13 +169,13 @@ def _paused(mode: Mode) -> _Fields:
 
 
 def _scaled(pool: Pool, plans: Sequence[TierPlan], previous: Mapping[str, Any], *, held: bool) -> list[Event]:
-    """One Event for each count that was decided anew; while it cannot be written, the decision stays the same."""
+    """One Event for each count that was decided anew; none until the last one was written, however often the need changes."""
     if held or pool.spec.mode is not Mode.ACTIVE:
         return []
     decided = {tier.get("name"): tier.get("desired") for tier in previous.get("tiers", ())}
     events = []
     for plan in plans:
         name, before, after = plan.tier.name, plan.workers.desired, plan.decision.replicas
-        if after not in (before, decided.get(name)):
+        if after != before == decided.get(name, before):
             events.append(Event(False, plan.decision.reason, f"{name}: {before} → {after}: {plan.decision.message}"))
     return events

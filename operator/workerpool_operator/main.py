@@ -30,7 +30,7 @@ RETRY_SECONDS = 2.0
 
 LAST_PASS_SECONDS = 3.0
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class CannotStart(Exception):
@@ -60,7 +60,7 @@ async def _serve(namespaces: Sequence[str], health_port: int) -> None:
     try:
         _check_port(health_port)
         await _wait_for_resource(api)
-        _LOG.info("serving the WorkerPools of %s at %s", ", ".join(namespaces) or "all namespaces", api.host)
+        logger.info("serving the WorkerPools of %s at %s", ", ".join(namespaces) or "all namespaces", api.host)
         await Operator(api, namespaces).run(health_port)
     finally:
         await api.close()
@@ -85,7 +85,7 @@ async def _wait_for_resource(api: Api) -> None:
                 raise CannotStart(f"{api.host} knows no WorkerPools; kubectl apply -f crds/workerpool.yaml") from error
             if not error.passing:
                 raise CannotStart(f"{api.host} refuses: {error}") from error
-            _LOG.warning("waiting for %s: %s", api.host, error)
+            logger.warning("waiting for %s: %s", api.host, error)
             await asyncio.sleep(RETRY_SECONDS)
 
 
@@ -164,11 +164,14 @@ class Operator:
             try:
                 await self._seen.relist(self._api, self._namespaces)
             except ApiError as error:
-                _LOG.warning("listing failed: %s", error)
+                logger.warning("listing failed: %s", error)
             else:
                 known = {(pool.namespace, pool.name) for pool in self._reconciler.pools.values()}
                 for namespace, name in known.union(key for key, _ in self._seen.pools.items()):
-                    await self._reflect(namespace, name)
+                    try:
+                        await self._reflect(namespace, name)
+                    except Exception:
+                        logger.exception("%s/%s: not taken in, the next listing tries again", namespace, name)
             await asyncio.sleep(RELIST_SECONDS if self._seen.complete else RETRY_SECONDS)
 
     async def _reflect(self, namespace: str, name: str) -> None:
@@ -194,7 +197,7 @@ class Operator:
             await asyncio.sleep(LAST_PASS_SECONDS)
             await self._broker.forget(url, pool)
         else:
-            _LOG.warning("%s is deleted, what it published stays in Redis: %s", pool.id, url.why)
+            logger.warning("%s is deleted, what it published stays in Redis: %s", pool.id, url.why)
 
 
 def _take_in(cache: Cache[Any], event: kopf.RawEvent) -> None:

@@ -64,6 +64,7 @@ class Reason(StrEnum):
     AS_NEEDED = "AsNeeded"
     AT_MAXIMUM = "AtMaximum"
     AT_MINIMUM = "AtMinimum"
+    PAUSED = "Paused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +213,8 @@ def decide(policy: Policy, observed: Demand | Unread, memory: Memory, now: float
     memory = _learn(policy, observed, memory, now)
     outlook = _Outlook(policy, observed, memory, now)
     missing, due_at = outlook.missing()
-    ordered = observed.replicas + missing
     in_use = math.ceil(observed.in_flight / policy.concurrency)
+    ordered = max(observed.replicas, in_use) + missing
     level = ordered if missing or observed.queued else in_use
     memory, kept, falls_at = _keep(policy, observed, memory, min(level, policy.maximum), now)
     memory, standing, fades_at = _stand(policy, memory, now)

@@ -163,7 +163,17 @@ class Call:
 
 
 def claim(
-    keys: Keyspace, task_id: str, *, attempt: int, tag: str, owner: str, tier: str, retries: int, moves_on: bool, no_result: bool
+    keys: Keyspace,
+    task_id: str,
+    *,
+    attempt: int,
+    tag: str,
+    owner: str,
+    tier: str,
+    retries: int,
+    moves_on: bool,
+    no_result: bool,
+    name: str,
 ) -> Call:
     """Arguments of ``claim.lua``: a delivery asks to run its job.
 
@@ -177,10 +187,23 @@ def claim(
         retries: Celery's count of the retries that the task's author asked for.
         moves_on: whether a loss on this tier takes the job to another one.
         no_result: whether an attempt found finishing is known to have stored nothing.
+        name: of this request; the same again, when its answer was lost, gets the same answer.
     """
     return Call(
         [keys.job(task_id), keys.held(owner)],
-        [task_id, attempt, tag, owner, tier, retries, LOSSES_ALLOWED, JOB_LIFE_SECONDS, int(moves_on), int(no_result)],
+        [
+            task_id,
+            attempt,
+            tag,
+            owner,
+            tier,
+            retries,
+            LOSSES_ALLOWED,
+            JOB_LIFE_SECONDS,
+            int(moves_on),
+            int(no_result),
+            name,
+        ],
     )
 
 

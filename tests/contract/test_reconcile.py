@@ -20,13 +20,13 @@ from workerpool_operator import planning, reaping
 from workerpool_operator.broker import RedisBroker
 from workerpool_operator.local import redis_server
 from workerpool_operator.local.redis_server import private_redis
-from workerpool_operator.observation import TierReplicas
+from workerpool_operator.observation import TierReplicas, Unavailable
 from workerpool_operator.ports import Pool, Report
 from workerpool_operator.reconcile import SHORTEST_PAUSE_SECONDS, TICK_SECONDS, Reconciler
 from workerpool_operator.status import ConditionType
 from workerpool_routing import WorkerPool, wire
 from workerpool_routing.ledger import State
-from workerpool_routing.wire import PRESENCE_LIFE_MS, Capacity, Policy
+from workerpool_routing.wire import CAPACITY_LIFE_MS, PRESENCE_LIFE_MS, Capacity, Policy
 
 pytestmark = pytest.mark.contract
 
@@ -39,6 +39,7 @@ class Place:
         self.changes: list[tuple[str, dict[str, int]]] = []
         self.busy: frozenset[str] = frozenset()
         self.broken: set[str] = set()
+        self.hanging: set[str] = set()
 
     async def observe(self, pool: Pool) -> Mapping[str, TierReplicas]:
         ordered = self.ordered.get(pool.id, {})
@@ -47,6 +48,8 @@ class Place:
     async def scale(self, pool: Pool, replicas: Mapping[str, int], busy: frozenset[str]) -> None:
         if pool.id in self.broken:
             raise ConnectionResetError("the place is out of order")
+        if pool.id in self.hanging:
+            await asyncio.Event().wait()
         self.busy = busy
         if self.ordered.get(pool.id) != dict(replicas):
             self.ordered[pool.id] = dict(replicas)
@@ -59,6 +62,7 @@ class System:
     def __init__(self, *pools: Pool) -> None:
         self.now = 1_000.0
         self.reports: list[Report] = []
+        self.unknown: set[str] = set()
         self.place = Place()
         self.wake = asyncio.Event()
         self.broker = RedisBroker(self.wake)
@@ -67,8 +71,8 @@ class System:
         )
         self.reconciler.pools = {pool.id: pool for pool in pools}
 
-    async def broker_url(self, pool: Pool) -> str:
-        return str(pool.spec.broker.url)
+    async def broker_url(self, pool: Pool) -> str | Unavailable:
+        return Unavailable("no Secret") if pool.id in self.unknown else str(pool.spec.broker.url)
 
     async def report(self, report: Report) -> None:
         self.reports.append(report)
@@ -220,8 +224,20 @@ def test_without_redis_no_count_changes_and_it_recovers_by_itself(how: int, monk
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("mode", ["Advisory", "Paused"])
-def test_a_pool_that_is_set_aside_is_only_looked_at(redis_url: str, mode: str) -> None:
+def test_without_redis_a_tier_that_is_not_there_is_created_with_its_minimum() -> None:
+    pool = bounded("redis://127.0.0.1:1/0", min=2, max=3)
+
+    async def scenario() -> None:
+        async with running(pool) as system:
+            await system.after()
+            await system.after()
+            assert system.place.changes == [(pool.id, {"cpu": 2})]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("mode", "desired"), [("Advisory", 1), ("Paused", 0)])
+def test_a_pool_that_is_set_aside_is_only_looked_at(redis_url: str, mode: str, desired: int) -> None:
     pool = make_pool(redis_url, mode=mode)
     publish(pool, "gpu-tasks", 0)
     report(redis_url, pool, "gpu", "lost.1", age_ms=PRESENCE_LIFE_MS)
@@ -231,7 +247,7 @@ def test_a_pool_that_is_set_aside_is_only_looked_at(redis_url: str, mode: str) -
             await system.watch_for(12)
             assert system.place.changes == []
             (gpu, _) = system.reports[-1].status.tiers
-            assert (gpu.desired, gpu.waiting) == (1, 1)
+            assert (gpu.desired, gpu.waiting) == (desired, 1)
             assert system.condition(pool, ConditionType.PAUSED) == "True"
 
     asyncio.run(scenario())
@@ -259,6 +275,62 @@ def test_of_two_pools_on_one_queue_the_younger_is_held(redis_url: str) -> None:
     asyncio.run(scenario())
     with Redis.from_url(redis_url) as client:
         assert client.exists(younger.keys.policy) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("127.0.0.1", "localhost"), ("redis://", "redis://default@"), ("/0", ""), ("/0", "?db=0")]
+)
+def test_one_queue_is_one_queue_however_its_url_is_spelled(redis_url: str, old: str, new: str) -> None:
+    older, younger = make_pool(redis_url, "a", created_at=1.0), make_pool(redis_url.replace(old, new), "b", created_at=2.0)
+    assert older.spec.broker.url != younger.spec.broker.url
+
+    async def scenario() -> None:
+        async with running(younger, older) as system:
+            await system.after()
+            assert [system.condition(p, ConditionType.QUEUE_SHARED) for p in (older, younger)] == ["False", "True"]
+            assert system.place.ordered.keys() == {older.id}
+
+    asyncio.run(scenario())
+
+
+def test_another_database_of_one_redis_has_queues_of_its_own(redis_url: str) -> None:
+    pools = make_pool(redis_url, "a"), make_pool(redis_url.replace("/0", "/1"), "b")
+
+    async def scenario() -> None:
+        async with running(*pools) as system:
+            await system.after()
+            assert [system.condition(pool, ConditionType.QUEUE_SHARED) for pool in pools] == ["False", "False"]
+
+    asyncio.run(scenario())
+
+
+def test_a_pool_whose_secret_cannot_be_read_keeps_its_queues(redis_url: str) -> None:
+    older, younger = make_pool(redis_url, "a", created_at=1.0), make_pool(redis_url, "b", created_at=2.0)
+    newest = make_pool(redis_url, "c", created_at=3.0)
+
+    async def scenario() -> None:
+        async with running(younger, older) as system:
+            await system.after()
+            system.unknown = {older.id}
+            system.reconciler.pools[newest.id] = newest
+            await system.watch_for(3)
+            assert system.condition(older, ConditionType.BROKER_REACHABLE) == "False"
+            assert [system.condition(p, ConditionType.QUEUE_SHARED) for p in (younger, newest)] == ["True", "True"]
+            assert system.place.ordered.keys() == {older.id}
+
+    asyncio.run(scenario())
+
+
+def test_a_pool_that_moves_to_another_url_leaves_no_connection_behind(redis_url: str, pool: Pool) -> None:
+    async def scenario() -> None:
+        async with running(pool) as system:
+            await system.after()
+            url = f"{redis_url}?client_name=rotated"
+            system.reconciler.pools[pool.id] = make_pool(url)
+            await system.after()
+            assert system.broker._clients.keys() == {url}
+
+    asyncio.run(scenario())
 
 
 def two_pools(url: str) -> tuple[Pool, Pool]:
@@ -364,6 +436,36 @@ def test_a_worker_whose_presence_redis_refuses_keeps_its_job(redis_url: str, poo
                 assert seeds.job(redis_url, pool, held.task_id).attempt == 2
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("what", ["another broker", "the place of another pool", "the place of the pool itself"])
+def test_what_hangs_delays_neither_reaping_nor_what_is_published(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    life = 2_500
+    monkeypatch.setattr(reaping, "PRESENCE_LIFE_MS", life)
+    well = make_pool(redis_url, "well")
+    report(redis_url, well, "gpu", "dead.1", age_ms=PRESENCE_LIFE_MS)
+
+    async def scenario() -> None:
+        with private_redis() as server, Redis.from_url(redis_url) as client:
+            other = make_pool(server.url, "other")
+            async with running(well, other) as system:
+                system.reconciler._clock = time.time
+                system.place.hanging = {"the place of another pool": {other.id}, "the place of the pool itself": {well.id}}.get(
+                    what, set()
+                )
+                if what == "another broker":
+                    os.kill(server.pid, signal.SIGSTOP)
+                passes = asyncio.create_task(system.reconciler.run())
+                await until(lambda: bool(caplog.messages), life / 1000 + 2)
+                assert client.pttl(well.keys.capacity) > CAPACITY_LIFE_MS - 2_000
+                os.kill(server.pid, signal.SIGCONT)
+                passes.cancel()
+                await asyncio.wait([passes])
+
+    asyncio.run(scenario())
+    assert caplog.messages == ["test/well: gpu: worker dead.1 is lost, it has not reported for too long"]
 
 
 def test_when_all_presence_expired_in_a_pause_of_redis_only_the_dead_are_reaped(

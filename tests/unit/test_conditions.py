@@ -51,9 +51,11 @@ def workers(desired: int, *phases: Phase, detail: str = "") -> TierReplicas:
 IDLE = {"gpu": workers(0), "cpu": workers(1, Phase.READY)}
 
 
-def plans(seen: Mapping[str, TierReplicas], broker: Unavailable | None = None, **queues: QueueReading) -> list[TierPlan]:
+def plans(
+    seen: Mapping[str, TierReplicas], broker: Unavailable | None = None, *, pool: Pool = POOL, **queues: QueueReading
+) -> list[TierPlan]:
     tiers = {"gpu": QueueReading(0, 0, 0), "cpu": QueueReading(0, 0, 0), **queues}
-    return planning.plan(POOL, broker or BrokerReading(tiers, "r1", Milliseconds(0)), seen, {}, 0.0)
+    return planning.plan(pool, broker or BrokerReading(tiers, "r1", Milliseconds(0)), seen, {}, 0.0)
 
 
 def told(
@@ -237,18 +239,48 @@ def test_a_change_of_replicas_is_an_event_with_its_reason_and_numbers() -> None:
     assert events == (Event(False, "BacklogExceedsCapacity", message),)
 
 
+def test_scaling_that_is_refused_is_one_event_however_the_backlog_grows() -> None:
+    seen, previous, told_so_far = IDLE, dict[str, Any](), list[Event]()
+    for waiting in range(1, 8):
+        status, events = told(plans(seen, gpu=QueueReading(waiting, 0, 0)), previous=previous)
+        previous = status.dump()
+        told_so_far += events
+    assert [event.message.partition(":")[2] for event in told_so_far] == [" 0 → 1: 1 waiting + 0 in flight need 1 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 1"]
+    # It is written at last, and the next count is news again.
+    seen = IDLE | {"gpu": workers(previous["tiers"][0]["desired"])}
+    _, events = told(plans(seen, gpu=QueueReading(9, 0, 0)), previous=previous)
+    assert [event.message.partition(": ")[0] for event in events] == ["gpu"]
+
+
 @pytest.mark.parametrize(
     ("pool", "conflict"),
-    [
-        pytest.param(in_mode(Mode.ADVISORY), None, id="Advisory"),
-        pytest.param(in_mode(Mode.PAUSED), None, id="Paused"),
-        pytest.param(POOL, TAKEN, id="held"),
-    ],
+    [pytest.param(in_mode(Mode.ADVISORY), None, id="Advisory"), pytest.param(POOL, TAKEN, id="held")],
 )
 def test_a_pool_that_is_not_touched_has_no_events_of_scaling(pool: Pool, conflict: Conflict | None) -> None:
-    outcome = told(plans(IDLE, gpu=QueueReading(3, 0, 0)), pool=pool, conflict=conflict)
+    outcome = told(plans(IDLE, pool=pool, gpu=QueueReading(3, 0, 0)), pool=pool, conflict=conflict)
     assert [event for event in outcome[1] if "→" in event.message] == []
     assert outcome[0].tiers[0].desired == 3, "what it would do is still shown"
+
+
+def test_an_advisory_pool_says_what_it_would_order() -> None:
+    pool = in_mode(Mode.ADVISORY)
+    status, _ = told(plans(IDLE, pool=pool, gpu=QueueReading(3, 0, 0), cpu=QueueReading(9, 0, 0)), pool=pool)
+    assert [(tier.desired, tier.reason) for tier in status.tiers] == [(3, "BacklogExceedsCapacity"), (4, "AtMaximum")]
+    assert status.tiers[0].message == "3 waiting + 0 in flight need 3 to start within 60 s (jobs of 30 s, starts of 240 s), would order 3"
+    limited = next(condition for condition in status.conditions if condition.type == "ScalingLimited")
+    assert limited.message == (
+        "cpu: 9 waiting + 0 in flight need 9 to start within 60 s (jobs of 30 s, starts of 240 s), would order 4; "
+        "the maximum limits it"
+    )
+
+
+def test_a_paused_pool_shows_what_runs_and_no_decision() -> None:
+    pool = in_mode(Mode.PAUSED)
+    outcome = told(plans(IDLE, pool=pool, gpu=QueueReading(3, 0, 0), cpu=QueueReading(9, 0, 0)), pool=pool)
+    assert [(tier.desired, tier.waiting, tier.reason) for tier in outcome[0].tiers] == [(0, 3, "Paused"), (1, 9, "Paused")]
+    assert {tier.message for tier in outcome[0].tiers} == {"mode: Paused: nothing is decided, the count is what was seen"}
+    assert values(outcome)["ScalingLimited"] == "False"
+    assert outcome[1] == ()
 
 
 def test_a_condition_that_stays_as_it_is_gives_one_event_and_keeps_its_time() -> None:

@@ -2,8 +2,14 @@
 --
 -- KEYS: job, held:<owner>, then every spilled:<tier>. ARGV: task id, attempt, delivery tag ('' before a claim), from, to, life,
 -- the key served:<tier> without the tier.
--- Returns 1 when it moved, 0 when another attempt owns the job now.
+-- Returns 1 when it moved, or had moved and only the answer was lost; -1 when the ledger no longer knows the job (Redis came back
+-- without it): nobody else can have it; 0 when another attempt owns the job now.
 local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'tag', 'tier', 'claimed_at')
+if not job[1] then
+  redis.call('SREM', KEYS[2], ARGV[1])
+  return -1
+end
+if job[1] == ARGV[5] and job[2] == ARGV[2] and job[3] == ARGV[3] then return 1 end
 if job[1] ~= ARGV[4] or job[2] ~= ARGV[2] or (job[3] or '') ~= ARGV[3] then return 0 end
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 from celery import Celery, signals
 
+from workerpool_routing.connection import Connection
 from workerpool_routing.errors import NotConfigured
 from workerpool_routing.wire import (
     ENV_QUEUE,
@@ -41,17 +42,19 @@ def install(pool: WorkerPool, app: Celery, environ: Mapping[str, str]) -> None:
             "unacked_restore_throttle": 1,
         },
     )
-    life = WorkerLife(pool, tier, f"{environ[ENV_WORKER]}.{uuid4().hex[:6]}")
-    reporter = PresenceReporter(life, worker=environ[ENV_WORKER], queue=environ[ENV_QUEUE])
+    owner = f"{environ[ENV_WORKER]}.{uuid4().hex[:6]}"
+    child = WorkerLife(pool, tier, owner, Connection(app, patient=True))
+    main = WorkerLife(pool, tier, owner, Connection(app, patient=False))
+    reporter = PresenceReporter(main, worker=environ[ENV_WORKER], queue=environ[ENV_QUEUE])
 
     def start_fencing(**_: Any) -> None:
         for task in app.tasks.values():
-            fence(task, life)
+            fence(task, child, main)
 
     def give_back(how: str, **_: Any) -> None:
         reporter.retire()
         if how == "Cold":
-            life.release_all()
+            main.release_all()
 
     signals.worker_init.connect(start_fencing, weak=False)
     signals.worker_ready.connect(reporter.start, weak=False)

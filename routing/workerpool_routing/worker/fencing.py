@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
@@ -12,7 +13,9 @@ from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Task, states
 from celery.exceptions import Ignore, Reject, Retry
 from celery.utils.imports import symbol_by_name
+from celery.worker import state as worker_state
 from celery.worker.state import task_ready
+from redis import RedisError
 
 from workerpool_routing import ledger
 from workerpool_routing.errors import JobLost, PoolUnavailable
@@ -22,15 +25,27 @@ from workerpool_routing.worker.attempt import Attempt, Outcome, WorkerLife
 
 logger = logging.getLogger("workerpool_routing.worker")
 
+RETRY_SECONDS = 2.0
+"""How soon the main process asks again when the ledger did not answer; the worker works on meanwhile."""
 
-def fence(task: Task, life: WorkerLife) -> None:
-    """Put the fence around a registered task, whatever base class its author gave it; Celery's own tasks are left alone."""
+_ENTERED = "workerpool_entered"
+"""Set on a request whose attempt has been claimed: a task may call itself."""
+
+
+def fence(task: Task, child: WorkerLife, main: WorkerLife) -> None:
+    """Put the fence around a registered task, whatever base class its author gave it; Celery's own tasks are left alone.
+
+    Args:
+        task: the task.
+        child: this worker's life as the pool's children act in it.
+        main: the same for the main process.
+    """
     if task.name.startswith("celery.") or isinstance(task, FencedTask):
         return
     own_request = symbol_by_name(task.Request)
-    request = type("FencedRequest", (FencedRequest, own_request), {"life": life})
+    request = type("FencedRequest", (FencedRequest, own_request), {"life": main})
     own = type(task)
-    task.__class__ = type(own.__name__, (FencedTask, own), {"__module__": own.__module__, "life": life, "Request": request})
+    task.__class__ = type(own.__name__, (FencedTask, own), {"__module__": own.__module__, "life": child, "Request": request})
     task.acks_late = True
 
 
@@ -50,11 +65,12 @@ class FencedTask(Task):
     life: WorkerLife
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        attempt = self._attempt()
+        attempt = None if getattr(self.request, _ENTERED, False) else self._attempt()
         if attempt is None:
             return super().__call__(*args, **kwargs)
+        setattr(self.request, _ENTERED, True)
         with _back_to_the_queue_without_redis():
-            answer = attempt.claim(lambda: self.backend.get_state(attempt.task_id) == states.SUCCESS)
+            answer = attempt.claim(lambda: self._result_stored(attempt.task_id))
         match answer:
             case Claim.RUN:
                 return self._run(attempt, *args, **kwargs)
@@ -68,11 +84,12 @@ class FencedTask(Task):
     def _run(self, attempt: Attempt, *args: Any, **kwargs: Any) -> Any:
         try:
             result = super().__call__(*args, **kwargs)
-        except (Retry, Reject):
-            attempt.settle(State.CLAIMED, State.ADMITTED)
+        except (Retry, Reject) as asked:
+            again = isinstance(asked, Retry) or asked.requeue
+            self._close(State.CLAIMED, State.ADMITTED if again else State.FAILED)
             raise
         except Ignore:
-            attempt.settle(State.CLAIMED, State.DONE)
+            self._close(State.CLAIMED, State.DONE)
             raise
         except Exception as error:
             with _back_to_the_queue_without_redis():
@@ -87,6 +104,12 @@ class FencedTask(Task):
         if not counts:
             raise self._dropped(attempt, "it was taken over")
         return result
+
+    def _result_stored(self, task_id: str) -> bool:
+        try:
+            return bool(self.backend.get_state(task_id) == states.SUCCESS)
+        except NotImplementedError:  # the app keeps no results
+            return False
 
     def _dropped(self, attempt: Attempt, why: str) -> Ignore:
         logger.warning("dropped task_id=%s task=%s attempt=%d: %s", attempt.task_id, self.name, attempt.number, why)
@@ -108,7 +131,7 @@ class FencedTask(Task):
             if attempt:
                 attempt.settle(before, after)
         except PoolUnavailable as unavailable:
-            # The result is stored: an error here would turn it into another one.
+            # What the attempt came to stands in Celery already: an error here would turn it into another outcome.
             logger.warning("not closed task_id=%s task=%s: %s", self.request.id, self.name, unavailable)
 
     def _attempt(self) -> Attempt | None:
@@ -131,34 +154,51 @@ class FencedRequest:
         attempt = None if self._already_cancelled else self._attempt()
         if attempt and isinstance(error, TimeLimitExceeded):
             return None  # on_timeout has dealt with it
-        if attempt and isinstance(error, WorkerLostError | SystemExit) and self._dealt_with(attempt, ledger.after_loss):
-            return None
+        if attempt and isinstance(error, WorkerLostError | SystemExit):
+            again = partial(self.on_failure, exc_info, send_failed_event, return_ok)
+            if self._dealt_with(attempt, ledger.after_loss, again):
+                return None
         return super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc]
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """Fall back from an attempt that ran over its hard time limit; the child is killed by the pool."""
         attempt = None if soft else self._attempt()
-        if attempt and self._dealt_with(attempt, ledger.after_failure):
+        if attempt and self._dealt_with(attempt, ledger.after_failure, partial(self.on_timeout, soft, timeout)):
             return
         super().on_timeout(soft, timeout)  # type: ignore[misc]
         if attempt:
-            attempt.settle(State.CLAIMED, State.FAILED)
+            self._close(attempt, State.CLAIMED, State.FAILED)
 
     def revoked(self) -> bool:
         """Close the ledger entry of a job that expired or was revoked before it started."""
         revoked = bool(super().revoked())  # type: ignore[misc]
         if revoked and (attempt := self._attempt()):
-            attempt.settle(State.ADMITTED, State.EXPIRED, tag="")
+            self._close(attempt, State.ADMITTED, State.EXPIRED, tag="")
         return revoked
 
-    def _dealt_with(self, attempt: Attempt, follows: Callable[[Policy, Job], Move | None]) -> bool:
-        outcome = attempt.end(follows)
+    def _dealt_with(self, attempt: Attempt, follows: Callable[[Policy, Job], Move | None], again: Callable[[], object]) -> bool:
+        """Whether nothing is left for Celery to do; without the ledger the question is asked again later."""
+        task_ready(self)
+        try:
+            outcome = attempt.end(follows)
+        except (PoolUnavailable, RedisError) as unavailable:
+            logger.warning("undecided task_id=%s, asked again in %.0f s: %s", self.id, RETRY_SECONDS, unavailable)
+            self.life.call_later(RETRY_SECONDS, again)
+            return True
         if outcome is Outcome.FINAL:
             return False
-        task_ready(self)
         if outcome is not Outcome.RELEASED:
             self.acknowledge()
+        elif not worker_state.should_terminate:
+            self.reject(requeue=True)  # it had not begun, or had asked for a retry
         return True
+
+    def _close(self, attempt: Attempt, before: State, after: State, *, tag: str | None = None) -> None:
+        try:
+            attempt.settle(before, after, tag=tag)
+        except (PoolUnavailable, RedisError) as unavailable:
+            logger.warning("not closed task_id=%s, asked again in %.0f s: %s", self.id, RETRY_SECONDS, unavailable)
+            self.life.call_later(RETRY_SECONDS, partial(self._close, attempt, before, after, tag=tag))
 
     def _attempt(self) -> Attempt | None:
         message = self._message
@@ -171,3 +211,4 @@ class FencedRequest:
         _already_cancelled: bool
 
         def acknowledge(self) -> None: ...
+        def reject(self, requeue: bool) -> None: ...

@@ -35,6 +35,7 @@ class PresenceReporter:
     def start(self, sender: Any, **_: Any) -> None:
         """Begin, when the worker is ready to consume; ``sender`` is Celery's consumer."""
         self._consumer = sender
+        self._life.timer = sender.timer
         if self._thread is None:
             self._thread = Thread(target=self._run, name="workerpool-presence", daemon=True)
             self._thread.start()
@@ -50,9 +51,9 @@ class PresenceReporter:
             return
         self._thread.join(timeout=PRESENCE_PERIOD_SECONDS)
         try:
-            self._life.pool.connection.run("leave", ledger.leave(self._life.keys, self._life.tier, self._life.owner))
+            self._life.connection.run("leave", ledger.leave(self._life.keys, self._life.tier, self._life.owner))
         except PoolUnavailable:
-            logger.warning("could not sign off: this worker will be taken for lost, and it holds nothing")
+            logger.warning("could not sign off: this worker will be taken for lost in some seconds")
 
     def _run(self) -> None:
         while not self._stopped.is_set():
@@ -76,7 +77,7 @@ class PresenceReporter:
             "busy": len(state.reserved_requests),
         }
         keys = [life.keys.presence(life.tier), life.keys.slots(life.tier), life.keys.unacked_index(life.tier)]
-        life.pool.connection.run("presence", Call(keys, [json.dumps(report), JOB_LIFE_SECONDS, *self._held_tags()]))
+        life.connection.run("presence", Call(keys, [json.dumps(report), JOB_LIFE_SECONDS, *self._held_tags()]))
 
     def _held_tags(self) -> list[str]:
         """Every delivery that the channel has not acknowledged, those with a future ETA among them."""
