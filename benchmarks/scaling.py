@@ -169,7 +169,13 @@ def outage_jobs(seed: int) -> Trace:
 def two_tiers(plain_maximum: int) -> Pool:
     """Eight accelerated workers, and some without, none of them at rest."""
     template = {"spec": {"containers": [{"name": "worker"}]}}
-    gpu = {"name": "gpu", "queue": "g", "accelerator": {"resource": "nvidia.com/gpu"}, "replicas": {"max": 8}, "template": template}
+    gpu = {
+        "name": "gpu",
+        "queue": "g",
+        "accelerator": {"resource": "nvidia.com/gpu"},
+        "replicas": {"max": 8},
+        "template": template,
+    }
     cpu = {"name": "cpu", "queue": "c", "replicas": {"max": plain_maximum}, "template": template}
     spec = {"app": "simulated", "broker": {"url": "redis://simulated"}, "tiers": [gpu, cpu]}
     return Pool("simulation", "outage", "simulation/outage", 1, 0.0, WorkerPoolSpec.model_validate(spec))
@@ -204,7 +210,9 @@ def run_speed() -> None:
         memory, now = scaling.Memory(start_seconds=45.0), 0.0
         for step in range(90):
             now += 1.0
-            seen = scaling.Demand(waiting * (step + 1) // 90, 40, 0, 60, 45.0, 40, tuple(now - n for n in range(20)), arrived=waiting * step)
+            seen = scaling.Demand(
+                waiting * (step + 1) // 90, 40, 0, 60, 45.0, 40, tuple(now - n for n in range(20)), arrived=waiting * step
+            )
             memory = scaling.decide(policy, seen, memory, now).memory
         began = time.perf_counter()
         for _ in range(2_000):

@@ -122,7 +122,9 @@ def simulate(
         tier, notes = command.chosen(pool.spec.tiers[0] if pool else None)
         setting = Setting(
             start_seconds=start_seconds,
-            target_wait=target_wait if target_wait is not None else (pool.spec.scaling if pool else Scaling()).target_wait_seconds,
+            target_wait=target_wait
+            if target_wait is not None
+            else (pool.spec.scaling if pool else Scaling()).target_wait_seconds,
             slots=slots or tier.concurrency,
             seed=seed,
         )

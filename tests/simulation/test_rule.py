@@ -6,6 +6,7 @@ import dataclasses
 import random
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -85,15 +86,13 @@ def test_no_busy_worker_is_removed_no_bound_is_broken_and_every_job_starts(
 
 @settings(max_examples=20, deadline=None)
 @given(st.floats(20, 1_800), st.floats(0.1, 0.9), st.integers(1, 12), st.sampled_from([2.0, 45.0, 240.0]))
-def test_on_no_periodic_load_does_it_flap(
-    period: float, duty: float, height: int, start_seconds: float
-) -> None:
+def test_on_no_periodic_load_does_it_flap(period: float, duty: float, height: int, start_seconds: float) -> None:
     periods = int(7_200 / period)
     burst = [n * period + k * period * duty / height for n in range(periods) for k in range(height)]
     jobs = Trace("periodic", burst, [5.0] * len(burst))
     _, controller = run(jobs, Setting(start_seconds, 60))
-    changes = [(b[0], b[1] > a[1]) for a, b in zip(controller.seen, controller.seen[1:], strict=False) if a[1] != b[1]]
-    turns = [(a, b) for a, b in zip(changes, changes[1:], strict=False) if a[1] != b[1]]
+    changes = [(b[0], b[1] > a[1]) for a, b in pairwise(controller.seen) if a[1] != b[1]]
+    turns = [(a, b) for a, b in pairwise(changes) if a[1] != b[1]]
     assert len(turns) <= 2 * len(jobs), "at most up and down again for each job"
     regretted = [b[0] - a[0] for a, b in turns if a[1] and b[0] - a[0] < scaling.MIN_LINGER_SECONDS]
     assert not regretted, "what was ordered is kept for a while"

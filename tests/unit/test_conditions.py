@@ -233,9 +233,7 @@ def test_a_mode_that_touches_nothing_is_a_condition(mode: str, status: str, reas
 
 def test_a_change_of_replicas_is_an_event_with_its_reason_and_numbers() -> None:
     _, events = told(plans(IDLE, gpu=QueueReading(3, 0, 0)))
-    message = (
-        "gpu: 0 → 3: 3 waiting + 0 in flight need 3 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 3"
-    )
+    message = "gpu: 0 → 3: 3 waiting + 0 in flight need 3 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 3"
     assert events == (Event(False, "BacklogExceedsCapacity", message),)
 
 
@@ -245,7 +243,9 @@ def test_scaling_that_is_refused_is_one_event_however_the_backlog_grows() -> Non
         status, events = told(plans(seen, gpu=QueueReading(waiting, 0, 0)), previous=previous)
         previous = status.dump()
         told_so_far += events
-    assert [event.message.partition(":")[2] for event in told_so_far] == [" 0 → 1: 1 waiting + 0 in flight need 1 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 1"]
+    assert [event.message.partition(":")[2] for event in told_so_far] == [
+        " 0 → 1: 1 waiting + 0 in flight need 1 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 1"
+    ]
     # It is written at last, and the next count is news again.
     seen = IDLE | {"gpu": workers(previous["tiers"][0]["desired"])}
     _, events = told(plans(seen, gpu=QueueReading(9, 0, 0)), previous=previous)
@@ -266,7 +266,10 @@ def test_an_advisory_pool_says_what_it_would_order() -> None:
     pool = in_mode(Mode.ADVISORY)
     status, _ = told(plans(IDLE, pool=pool, gpu=QueueReading(3, 0, 0), cpu=QueueReading(9, 0, 0)), pool=pool)
     assert [(tier.desired, tier.reason) for tier in status.tiers] == [(3, "BacklogExceedsCapacity"), (4, "AtMaximum")]
-    assert status.tiers[0].message == "3 waiting + 0 in flight need 3 to start within 60 s (jobs of 30 s, starts of 240 s), would order 3"
+    assert (
+        status.tiers[0].message
+        == "3 waiting + 0 in flight need 3 to start within 60 s (jobs of 30 s, starts of 240 s), would order 3"
+    )
     limited = next(condition for condition in status.conditions if condition.type == "ScalingLimited")
     assert limited.message == (
         "cpu: 9 waiting + 0 in flight need 9 to start within 60 s (jobs of 30 s, starts of 240 s), would order 4; "

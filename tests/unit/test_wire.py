@@ -115,7 +115,8 @@ def test_every_name_of_schema_version_1_stays_as_other_releases_know_it() -> Non
     assert wire.SCHEMA_VERSION == 1
     assert [name.removeprefix("workerpool:ml/media:") for name in own_keys(KEYS)] == [
         "policy", "capacity", "routes", "presence:gpu", "presence:cpu", "slots:gpu", "slots:cpu", "spilled:gpu", "spilled:cpu",
-        "served:gpu", "served:cpu", "held:gpu", "held:cpu", "job:gpu", "job:cpu", "unacked:gpu", "unacked:cpu", "unacked:gpu:index", "unacked:cpu:index",
+        "served:gpu", "served:cpu", "held:gpu", "held:cpu", "job:gpu", "job:cpu", "unacked:gpu", "unacked:cpu",
+        "unacked:gpu:index", "unacked:cpu:index",
     ]  # fmt: skip
     assert wire.HEADER == "workerpool"
 

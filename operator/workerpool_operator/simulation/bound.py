@@ -11,7 +11,9 @@ import math
 from workerpool_operator.simulation.trace import Trace
 
 
-def replica_seconds(trace: Trace, *, start_seconds: float, target_wait: float, slots: int = 1, bin_seconds: float = 20.0) -> float:
+def replica_seconds(
+    trace: Trace, *, start_seconds: float, target_wait: float, slots: int = 1, bin_seconds: float = 20.0
+) -> float:
     """A lower bound on replica-seconds, start-up included.
 
     Over bins of time: ``min Σ n·dt + D·u`` with ``u ≥ Δn`` (starts), work done in a bin ``≤ slots·n·dt``, and the work done by

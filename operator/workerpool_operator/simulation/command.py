@@ -84,10 +84,14 @@ def simulate(request: Request, console: Console, json_file: Path | None, plot_fi
             if name != BOUND:
                 task = progress.add_task(name, total=len(request.trace))
                 done: Callable[[int], None] = lambda count, task=task: progress.update(task, completed=count)  # type: ignore[misc]  # noqa: E731
-                outcomes[name] = play(request.trace, request.setting, POLICIES[name](pool_of(request.tier, request.setting)), done)
+                outcomes[name] = play(
+                    request.trace, request.setting, POLICIES[name](pool_of(request.tier, request.setting)), done
+                )
     scores = {name: score(outcome, request.setting, least) for name, outcome in outcomes.items()}
     console.print(table(request, scores, least))
-    console.print("in time: started within the target; p50, p95, p99: wait in seconds; hours: replica-hours; ratio: over the bound")
+    console.print(
+        "in time: started within the target; p50, p95, p99: wait in seconds; hours: replica-hours; ratio: over the bound"
+    )
     if json_file:
         json_file.write_text(json.dumps(dump(scores, least), indent=2) + "\n")
     if plot_file:
@@ -124,7 +128,14 @@ def table(request: Request, scores: Mapping[str, Score], least: float | None) ->
         ratio = "-" if row.cost_ratio is None else f"{row.cost_ratio:.2f}"
         waits = (f"{row.wait_p50:.1f}", f"{row.wait_p95:.1f}", f"{row.wait_p99:.1f}")
         shown.add_row(
-            name, str(row.jobs), f"{row.slo_percent:.2f}%", *waits, f"{row.replica_hours:.1f}", ratio, str(row.killed), str(row.changes)
+            name,
+            str(row.jobs),
+            f"{row.slo_percent:.2f}%",
+            *waits,
+            f"{row.replica_hours:.1f}",
+            ratio,
+            str(row.killed),
+            str(row.changes),
         )
     if least is not None and BOUND in request.policies:
         shown.add_row(BOUND, str(len(request.trace)), "100.00%", "-", "-", "-", f"{least / 3600:.1f}", "1.00", "-", "-")

@@ -13,6 +13,10 @@ from workerpool_operator.simulation.engine import Controller, Outcome, TierSetup
 from workerpool_operator.simulation.trace import Trace
 
 
+TIER = "workers"
+"""The name of the one tier, whatever the pool calls it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """What all policies are given alike; seconds."""
@@ -59,7 +63,7 @@ def pool_of(tier: Tier, setting: Setting) -> Pool:
             "broker": {"url": "redis://simulated"},
             "routing": {"fallback": {"onFailure": False, "onLoss": False}},
             "scaling": {"targetWaitSeconds": setting.target_wait},
-            "tiers": [tier.model_copy(update={"concurrency": setting.slots})],
+            "tiers": [tier.model_copy(update={"name": TIER, "accelerator": None, "concurrency": setting.slots})],
         }
     )
     return Pool("simulation", "pool", "simulation/pool", 1, 0.0, spec)
@@ -68,7 +72,7 @@ def pool_of(tier: Tier, setting: Setting) -> Pool:
 def tier_of(replicas: Replicas) -> Tier:
     """A tier where no file says what it is."""
     template = {"spec": {"containers": [{"name": "worker"}]}}
-    return Tier.model_validate({"name": "workers", "queue": "celery", "replicas": replicas, "template": template})
+    return Tier.model_validate({"name": TIER, "queue": "celery", "replicas": replicas, "template": template})
 
 
 def lower_bound(trace: Trace, setting: Setting) -> float:
@@ -86,7 +90,7 @@ def play(
     trace: Trace, setting: Setting, controller: Controller, on_progress: Callable[[int], None] | None = None, initial: int = 0
 ) -> Outcome:
     """One policy over the trace, with a constant start time."""
-    tier = TierSetup("workers", lambda _: setting.start_seconds, setting.slots, initial=initial)
+    tier = TierSetup(TIER, lambda _: setting.start_seconds, setting.slots, initial=initial)
     return engine.run(trace, World([tier], seed=setting.seed), controller, on_progress)
 
 

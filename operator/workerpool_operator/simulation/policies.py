@@ -55,7 +55,7 @@ def hpa(metric: float, target: float, replicas: int) -> int:
 
     Source: kubernetes, ``pkg/controller/podautoscaler/replica_calculator.go``: no change within a tenth of the target.
     """
-    if replicas and abs(1 - metric / (target * replicas)) <= HPA_TOLERANCE:
+    if replicas and 1 - HPA_TOLERANCE <= metric / (target * replicas) <= 1 + HPA_TOLERANCE:
         return replicas
     return math.ceil(metric / target)
 
