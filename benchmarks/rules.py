@@ -27,9 +27,9 @@ class Rule:
         replicas, again_at = self.replicas(tier, now)
         return Orders({tier.name: min(max(replicas, self.minimum), self.maximum)}, again_at)
 
-    def replicas(self, tier: Tier, now: float) -> tuple[int, float]:
-        """The count before the bounds, and when to ask again."""
-        raise NotImplementedError
+    def replicas(self, _tier: Tier, _now: float, /) -> tuple[int, float]:
+        """The count before the bounds, and when to ask again: at rest the minimum."""
+        return self.minimum, math.inf
 
 
 class Static(Rule):
@@ -37,10 +37,6 @@ class Static(Rule):
 
     def __init__(self, count: int) -> None:
         super().__init__(minimum=count, maximum=count)
-
-    def replicas(self, tier: Tier, now: float) -> tuple[int, float]:
-        """The count."""
-        return self.minimum, math.inf
 
 
 class DelayedOff(Rule):
@@ -58,7 +54,7 @@ class DelayedOff(Rule):
         self.linger = linger
         self._needs: list[tuple[float, int]] = []
 
-    def replicas(self, tier: Tier, now: float) -> tuple[int, float]:
+    def replicas(self, tier: Tier, now: float, /) -> tuple[int, float]:
         """One for each job in the system, or that were there lately."""
         need = min(math.ceil((len(tier.waiting) + tier.in_flight) / self.slots), self.maximum)
         self._needs = highest(self._needs, need, now, self.linger)
@@ -73,8 +69,8 @@ def highest(needs: list[tuple[float, int]], need: int, now: float, linger: float
 class Knative(Rule):
     """Knative's pod autoscaler on concurrency, with stable and panic windows.
 
-    Source: knative/serving ``pkg/autoscaler/scaling/autoscaler.go``: tick 2 s, stable 60 s, panic 6 s at twice the capacity, 70 % of
-    the concurrency, at most halved and at most a thousandfold at a time; to zero after 30 s of nothing.
+    Source: knative/serving ``pkg/autoscaler/scaling/autoscaler.go``: tick 2 s, stable 60 s, panic 6 s at twice the capacity,
+    70 % of the concurrency, at most halved and at most a thousandfold at a time; to zero after 30 s of nothing.
     """
 
     tick, stable, panic, utilisation, grace = 2.0, 60.0, 6.0, 0.7, 30.0
@@ -86,7 +82,7 @@ class Knative(Rule):
         self._panic_high = 0
         self._idle_since: float | None = None
 
-    def replicas(self, tier: Tier, now: float) -> tuple[int, float]:
+    def replicas(self, tier: Tier, now: float, /) -> tuple[int, float]:
         """One tick."""
         self._samples.append((now, len(tier.waiting) + tier.in_flight))
         while self._samples[0][0] <= now - self.stable:
@@ -119,9 +115,10 @@ def knative_clamp(wanted: int, ready: int) -> int:
 
 
 class BacklogPerInstance(Rule):
-    """AWS: keep the backlog of each instance at what it works off within the longest acceptable latency, by target tracking.
+    """AWS: keep the backlog of each instance at what it works off within the longest acceptable latency.
 
-    Source: AWS, "Scaling policy based on Amazon SQS" (10 s / 0.1 s = 100 messages an instance). Evaluated each minute, down after 15 low ones.
+    Source: AWS, "Scaling policy based on Amazon SQS" (10 s / 0.1 s = 100 messages an instance), by target tracking: evaluated
+    each minute, down after 15 low ones.
     """
 
     minute, low_minutes = 60.0, 15
@@ -131,7 +128,7 @@ class BacklogPerInstance(Rule):
         self.target = backlog_target(acceptable_wait, mean_service)
         self._low = 0
 
-    def replicas(self, tier: Tier, now: float) -> tuple[int, float]:
+    def replicas(self, tier: Tier, now: float, /) -> tuple[int, float]:
         """One evaluation."""
         current = max(1, tier.desired)
         wanted = math.ceil(len(tier.waiting) / self.target)
@@ -148,7 +145,7 @@ def backlog_target(acceptable_wait: float, mean_service: float) -> float:
 
 
 class Judoscale(Rule):
-    """One more when jobs queue for too long, at most once in the time that a worker takes to start; one less after ten good minutes.
+    """One more when jobs queue for too long, at most once in a start time; one less after ten good minutes.
 
     Source: judoscale.com/docs, queue time of workers, aggregates of 10 s.
     """
@@ -160,7 +157,7 @@ class Judoscale(Rule):
         self.upper, self.lower, self.start_seconds = upper, lower, start_seconds
         self._raised_at = self._calm_since = -math.inf
 
-    def replicas(self, tier: Tier, now: float) -> tuple[int, float]:
+    def replicas(self, tier: Tier, now: float, /) -> tuple[int, float]:
         """One aggregate."""
         queue_time, count = tier.oldest_wait(now), max(1, tier.desired)
         if queue_time > self.lower or self._calm_since == -math.inf:

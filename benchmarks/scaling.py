@@ -208,6 +208,7 @@ def run_speed() -> None:
     print("\n### Speed\n")
     for waiting in (10, 1_000, 100_000):
         memory, now = scaling.Memory(start_seconds=45.0), 0.0
+        seen = scaling.Demand(0, 0, 0, 0)
         for step in range(90):
             now += 1.0
             seen = scaling.Demand(

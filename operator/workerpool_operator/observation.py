@@ -28,6 +28,9 @@ class Served:
     squares: float = 0.0
 
 
+NOTHING_SERVED = Served()
+
+
 @dataclass(frozen=True, slots=True)
 class QueueReading:
     """One tier as Redis has it.
@@ -46,7 +49,7 @@ class QueueReading:
     spilled: int
     workers: tuple[Presence, ...] = ()
     lost: tuple[str, ...] = ()
-    served: Served = Served()
+    served: Served = NOTHING_SERVED
 
 
 @dataclass(frozen=True, slots=True)

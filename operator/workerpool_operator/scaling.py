@@ -1,4 +1,6 @@
-"""How many replicas a tier should have: a pure rule that says why. ``docs/adr/0007-scaling-rule.md`` has it in formulas, with sources.
+"""How many replicas a tier should have: a pure rule that says why.
+
+In formulas, with sources and what was rejected: ``docs/adr/0007-scaling-rule.md``.
 
 1. Without a reading the count stays where it is: unknown is not zero.
 2. A worker that is ordered now helps after the start time, so an order is made when waiting any longer would make a job late:
@@ -19,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from workerpool_operator.observation import Served, Unavailable
+from workerpool_operator.observation import NOTHING_SERVED, Served, Unavailable
 
 START_SECONDS_UNTIL_KNOWN = 240.0
 """Assumed start time of a worker before one has been seen to start: about what a new GPU node, an image and a model take."""
@@ -103,7 +105,7 @@ class Demand:
     starting: tuple[float, ...] = ()
     stuck: int = 0
     arrived: int = 0
-    served: Served = Served()
+    served: Served = NOTHING_SERVED
 
     @property
     def total(self) -> int:
@@ -169,7 +171,7 @@ class Memory:
 
     total: int | None = None
     arrived: int = 0
-    served: Served = Served()
+    served: Served = NOTHING_SERVED
     arrivals: tuple[tuple[float, int], ...] = ()
     service: Service = Service()
     start_seconds: float | None = None
@@ -207,8 +209,8 @@ def decide(policy: Policy, observed: Demand | Unread, memory: Memory, now: float
     if isinstance(observed, Unread):
         message = f"held at {observed.replicas}: {observed.unavailable.why}"
         # What was counted before the gap says nothing about the time after it; what was learnt of jobs and starts holds.
-        kept = Memory(service=memory.service, start_seconds=memory.start_seconds, newest_start=memory.newest_start)
-        return Decision(observed.replicas, Reason.BROKER_UNREADABLE, message, kept, observed.replicas)
+        learnt = Memory(service=memory.service, start_seconds=memory.start_seconds, newest_start=memory.newest_start)
+        return Decision(observed.replicas, Reason.BROKER_UNREADABLE, message, learnt, observed.replicas)
 
     memory = _learn(policy, observed, memory, now)
     outlook = _Outlook(policy, observed, memory, now)
@@ -306,13 +308,14 @@ class _Outlook:
         if rate:
             # These have not arrived yet, but when they do it is too late to order for them.
             for beyond in (0.0, wait / 2, wait, 2 * wait):
-                place = self._observed.queued + rate * (lead - wait + beyond)
-                found = max(found, self._short(place, lead + beyond, 0.0))
+                expected = self._observed.queued + rate * (lead - wait + beyond)
+                found = max(found, self._short(expected, lead + beyond, 0.0))
         return max(0, math.ceil(found - 1e-9) - self._observed.stuck), due_at
 
     def _queue(self) -> Iterator[tuple[int, float]]:
         """The last place of each group of jobs, first in first out, and its slack; the age of a job not seen to come is over."""
-        left, newest = self._observed.queued, []
+        left = self._observed.queued
+        newest: list[tuple[int, float]] = []
         for at, jobs in reversed(self._arrivals):
             if left <= 0:
                 break
@@ -325,7 +328,7 @@ class _Outlook:
     def _short(self, place: float, until: float, deviations: float) -> float:
         """Workers that are missing so that the job at this place starts in that many seconds."""
         slots, mean = self._policy.concurrency, self._mean
-        first, work = 0, self._observed.ready * until
+        first, work = 0, float(self._observed.ready * until)
         for ready_in in self._ready_in:
             if ready_in > until:
                 break

@@ -134,7 +134,10 @@ def simulate(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, ["simulate", *map(str, arguments)])
 
 
-def jobs_in(directory: Path, text: str = "arrival_s,exec_s\n" + "".join(f"{n * 20},30\n" for n in range(200))) -> Path:
+JOBS = "\n".join(["arrival_s,exec_s", *(f"{n * 20},30" for n in range(200))])
+
+
+def jobs_in(directory: Path, text: str = JOBS) -> Path:
     file = directory / "jobs.csv"
     file.write_text(text)
     return file

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table

@@ -12,7 +12,6 @@ from workerpool_operator.simulation import bound, engine
 from workerpool_operator.simulation.engine import Controller, Outcome, TierSetup, World
 from workerpool_operator.simulation.trace import Trace
 
-
 TIER = "workers"
 """The name of the one tier, whatever the pool calls it."""
 
