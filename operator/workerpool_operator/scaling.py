@@ -164,6 +164,7 @@ class Memory:
         service: the length of jobs.
         start_seconds: how long a worker takes to start.
         newest_start: the last start that was taken into that.
+        outlasts: whether a start was seen to take longer than the target.
         level: the replicas that were needed at the last pass.
         fell: for each level above it that may still be ordered, when it was last needed; oldest first.
         bursts: ``(time, replicas)``, falling in replicas, oldest first: what recent bursts would have needed.
@@ -176,6 +177,7 @@ class Memory:
     service: Service = Service()
     start_seconds: float | None = None
     newest_start: float | None = None
+    outlasts: bool = False
     level: int | None = None
     fell: tuple[float, ...] = ()
     bursts: tuple[tuple[float, int], ...] = ()
@@ -253,8 +255,16 @@ def _learn(policy: Policy, observed: Demand, memory: Memory, now: float) -> Memo
         service=service,
         start_seconds=_start_after(memory, observed, now),
         newest_start=observed.start_seconds,
+        outlasts=_outlasts(policy, observed, memory, now),
         level=observed.replicas if memory.level is None else memory.level,
     )
+
+
+def _outlasts(policy: Policy, observed: Demand, memory: Memory, now: float) -> bool:
+    """Whether starting is known, not only assumed, to take longer than the target."""
+    known = observed.start_seconds if memory.start_seconds is None else memory.start_seconds
+    lasts = now - min(observed.starting, default=now) if known is None else known
+    return lasts + _PASS_SECONDS > policy.target_wait
 
 
 def _start_after(memory: Memory, observed: Demand, now: float) -> float | None:
@@ -288,7 +298,7 @@ class _Outlook:
         self._policy, self._observed, self._now = policy, observed, now
         self._arrivals = memory.arrivals
         self._mean, self._variation = memory.service.mean, memory.service.variation
-        self._start = _start(memory)
+        self._start, self._outlasts = _start(memory), memory.outlasts
         self._free = max(0, observed.ready * policy.concurrency - observed.in_flight)
         self._ready_in = sorted(max(ordered_at + self._start - now, 0.0) for ordered_at in observed.starting)
 
@@ -304,7 +314,7 @@ class _Outlook:
             else:
                 found = max(found, self._short(place, max(slack, self._start), CONFIDENCE))
         wait = self._policy.target_wait
-        rate = self._rate() if lead > wait else 0.0
+        rate = self._rate() if self._outlasts and lead > wait else 0.0
         if rate:
             # These have not arrived yet, but when they do it is too late to order for them.
             for beyond in (0.0, wait / 2, wait, 2 * wait):
@@ -344,7 +354,7 @@ class _Outlook:
         recent = self._arrivals[bisect_left(self._arrivals, (self._now - self._start,)) :]
         if not recent:
             return 0.0
-        return sum(jobs for _, jobs in recent) / (self._now - recent[0][0] + self._policy.target_wait / 2 + 1.0)
+        return (sum(jobs for _, jobs in recent) - 1) / (self._now - recent[0][0] + self._policy.target_wait / 2 + 1.0)
 
 
 def _linger(policy: Policy, memory: Memory) -> float:
@@ -354,7 +364,7 @@ def _linger(policy: Policy, memory: Memory) -> float:
     known that much ahead need not be kept for.
     """
     start = _start(memory)
-    return max(start - policy.target_wait, start / 4, MIN_LINGER_SECONDS)
+    return max(start - policy.target_wait if memory.outlasts else 0.0, start / 4, MIN_LINGER_SECONDS)
 
 
 def _keep(policy: Policy, observed: Demand, memory: Memory, level: int, now: float) -> tuple[Memory, int, float]:
@@ -370,7 +380,7 @@ def _keep(policy: Policy, observed: Demand, memory: Memory, level: int, now: flo
 
 def _stand(policy: Policy, memory: Memory, now: float) -> tuple[Memory, int, float]:
     """The standing headroom, and when it may shrink; none where an order comes in time."""
-    if _start(memory) <= policy.target_wait:
+    if not memory.outlasts:
         return (replace(memory, bursts=()) if memory.bursts else memory), 0, math.inf
     steady, burst = _headroom(policy, memory, now)
     life = max(BURST_MEMORY_SECONDS, 4 * _start(memory))
