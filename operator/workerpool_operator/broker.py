@@ -84,6 +84,18 @@ class RedisBroker:
         refusal = next((answer for answer in answers if isinstance(answer, redis.RedisError)), None)
         return Unavailable(f"Redis at {_place(url)} refuses writes: {_said(refusal)}") if refusal else None
 
+    async def holds_jobs(self, url: str, pool: Pool, tier: str, queue: str) -> bool | Unavailable:
+        """Whether a tier that the pool no longer has holds messages; those that another tier takes as well do not count."""
+        served = any(other.queue == queue for other in pool.spec.tiers)
+        try:
+            async with self._client(url).pipeline(transaction=False) as pipe:
+                pipe.hlen(pool.keys.unacked(tier))
+                for name in () if served else pool.keys.queue_lists(queue):
+                    pipe.llen(name)
+                return any(await pipe.execute())
+        except (redis.RedisError, OSError) as error:
+            return Unavailable(_why(url, error))
+
     async def take_over(self, url: str, pool: Pool, tier: str, owner: str) -> list[str]:
         """Give every job that a lost worker held to whoever the ledger says; return a sentence for each."""
         sentences, foreign = [], False

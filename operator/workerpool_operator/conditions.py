@@ -172,7 +172,10 @@ def _scaled(pool: Pool, plans: Sequence[TierPlan], previous: Mapping[str, Any], 
     """One Event for each count that was decided anew; none until the last one was written, however often the need changes."""
     if held or pool.spec.mode is not Mode.ACTIVE:
         return []
+    set_aside = {c.get("type") for c in previous.get("conditions", ()) if c.get("status") == "True"}
     decided = {tier.get("name"): tier.get("desired") for tier in previous.get("tiers", ())}
+    if set_aside & {ConditionType.PAUSED, ConditionType.QUEUE_SHARED}:
+        decided = {}  # what was only advised was never written
     events = []
     for plan in plans:
         name, before, after = plan.tier.name, plan.workers.desired, plan.decision.replicas

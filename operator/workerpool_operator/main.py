@@ -20,6 +20,7 @@ from workerpool_operator.kube.seen import SELECTOR, Cache, Refused, Seen
 from workerpool_operator.kube.urls import KubeUrls
 from workerpool_operator.kube.workers import KubeWorkers
 from workerpool_operator.model import API_VERSION, GROUP, PLURAL, VERSION
+from workerpool_operator.observation import Unavailable
 from workerpool_operator.ports import Pool
 from workerpool_operator.reconcile import Reconciler
 
@@ -100,7 +101,7 @@ class Operator:
         self._seen = Seen()
         self._urls = KubeUrls(api)
         self._broker = RedisBroker(self._wake)
-        self._workers = KubeWorkers(api, self._seen)
+        self._workers = KubeWorkers(api, self._seen, self._holds_jobs)
         self._reporter = KubeReporter(api)
         self._reconciler = Reconciler(
             urls=self._urls, broker=self._broker, workers=self._workers, reporter=self._reporter, wake=self._wake
@@ -186,6 +187,10 @@ class Operator:
                 self._wake.set()
         elif isinstance(stored, Refused):
             await self._reporter.refuse(stored)
+
+    async def _holds_jobs(self, pool: Pool, tier: str, queue: str) -> bool | Unavailable:
+        url = await self._urls.broker_url(pool)
+        return url if isinstance(url, Unavailable) else await self._broker.holds_jobs(url, pool, tier, queue)
 
     async def _forget(self, pool: Pool) -> None:
         """Clear up after a deleted WorkerPool; its Deployments go by their owner references."""

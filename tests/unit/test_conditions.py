@@ -262,6 +262,13 @@ def test_a_pool_that_is_not_touched_has_no_events_of_scaling(pool: Pool, conflic
     assert outcome[0].tiers[0].desired == 3, "what it would do is still shown"
 
 
+@pytest.mark.parametrize(("pool", "conflict"), [(in_mode(Mode.ADVISORY), None), (POOL, TAKEN)], ids=["Advisory", "held"])
+def test_what_was_only_advised_is_an_event_when_it_is_done(pool: Pool, conflict: Conflict | None) -> None:
+    advised, _ = told(plans(IDLE, pool=pool, gpu=QueueReading(3, 0, 0)), pool=pool, conflict=conflict)
+    _, events = told(plans(IDLE, gpu=QueueReading(3, 0, 0)), previous=advised.dump())
+    assert [event.message.partition(": 3 ")[0] for event in events if "→" in event.message] == ["gpu: 0 → 3"]
+
+
 def test_an_advisory_pool_says_what_it_would_order() -> None:
     pool = in_mode(Mode.ADVISORY)
     status, _ = told(plans(IDLE, pool=pool, gpu=QueueReading(3, 0, 0), cpu=QueueReading(9, 0, 0)), pool=pool)
