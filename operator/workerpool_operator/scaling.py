@@ -375,7 +375,9 @@ def _keep(policy: Policy, observed: Demand, memory: Memory, level: int, now: flo
     spare = max(0, observed.replicas - level)
     recent = sum(1 for at in fell[len(fell) - min(spare, len(fell)) :] if now - at < linger)
     falls_at = fell[len(fell) - recent] + linger if recent else math.inf
-    return replace(memory, level=level, fell=fell[-policy.maximum :] if policy.maximum else ()), level + recent, falls_at
+    if level != was or memory.level is None:
+        memory = replace(memory, level=level, fell=fell[-policy.maximum :] if policy.maximum else ())
+    return memory, level + recent, falls_at
 
 
 def _stand(policy: Policy, memory: Memory, now: float) -> tuple[Memory, int, float]:

@@ -109,10 +109,11 @@ class Tier:
         self.served_squares = 0.0
         self.finished = 0
         self._replicas: TierReplicas | None = None
+        self._ready: int | None = None
 
     def changed(self) -> None:
         """Forget the cached view of the workers."""
-        self._replicas = None
+        self._replicas = self._ready = None
 
     def oldest_wait(self, now: float) -> float:
         """Seconds for which the job at the head of the queue has waited."""
@@ -120,7 +121,9 @@ class Tier:
 
     def ready(self) -> int:
         """Workers that take jobs."""
-        return sum(pod.ready_at is not None and not pod.closing for pod in self.pods)
+        if self._ready is None:
+            self._ready = sum(pod.ready_at is not None and not pod.closing for pod in self.pods)
+        return self._ready
 
     def busy(self) -> int:
         """Workers that hold a job."""
@@ -426,6 +429,7 @@ class _Run:
 
         for pod in sorted(staying, key=order)[:surplus]:
             pod.closing = True
+            pod.tier.changed()
             if pod.jobs and not spares:
                 self._kill(pod)
             elif not pod.jobs:
