@@ -13,6 +13,7 @@ from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Pool
 from workerpool_operator.sharing import Conflict
 from workerpool_operator.status import Condition, ConditionType, Event, Status, TierStatus, flips, stamp, summary, total
+from workerpool_routing.wire import PRESENCE_LIFE_MS
 
 _ASIDE = {
     Mode.ACTIVE: "the operator acts",
@@ -48,7 +49,7 @@ def assess(
     tiers = tuple(_tier(plan) for plan in plans)
     found = [
         _broker(broker, refused),
-        _capacity(plans, workers),
+        _capacity(pool, plans, workers, now),
         _spilling(plans, broker, workers),
         _limited(plans, broker, workers),
         _shared(conflict),
@@ -114,7 +115,7 @@ def _broker(unavailable: Unavailable | None, refused: Unavailable | None) -> _Fi
     return kind, "True", "Answering", "the queues are read every second"
 
 
-def _capacity(plans: Sequence[TierPlan], workers: Unavailable | None) -> _Fields:
+def _capacity(pool: Pool, plans: Sequence[TierPlan], workers: Unavailable | None, now: float) -> _Fields:
     kind = ConditionType.CAPACITY_AVAILABLE
     if workers:
         return kind, "Unknown", "WorkersUnreadable", workers.why
@@ -122,7 +123,16 @@ def _capacity(plans: Sequence[TierPlan], workers: Unavailable | None) -> _Fields
         stuck = [_details(plan, phase) for plan in plans if plan.workers.count(phase)]
         if stuck:
             return kind, "False", reason, "; ".join(stuck)
+    if silent := [plan.tier.name for plan in plans if _silent(plan, now)]:
+        message = f"{', '.join(silent)}: workers are ready but none reports: the app lacks WorkerPool({pool.id!r}, app)"
+        return kind, "Unknown", "WorkersSilent", f"{message}, so nothing is known of free slots and nothing falls back"
     return kind, "True", "AsOrdered", "every worker that was ordered runs or starts"
+
+
+def _silent(plan: TierPlan, now: float) -> bool:
+    """Whether workers have been ready for a while and the library in them, if there is one, has never reported."""
+    since = min((r.ready_at for r in plan.workers.replicas if r.phase is Phase.READY and r.ready_at is not None), default=now)
+    return plan.queue is not None and not plan.queue.workers and now - since > PRESENCE_LIFE_MS / 1000
 
 
 def _details(plan: TierPlan, phase: Phase) -> str:

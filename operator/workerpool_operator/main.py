@@ -46,7 +46,8 @@ def run(namespaces: Sequence[str], *, health_port: int) -> None:
         health_port: where ``/healthz`` is served.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("kopf").setLevel(logging.WARNING)
+    for chatty in ("kopf", "aiohttp.access"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         asyncio.run(_serve(namespaces, health_port))
     except CannotStart as error:

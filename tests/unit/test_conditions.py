@@ -15,8 +15,8 @@ from workerpool_operator.observation import BrokerReading, Phase, QueueReading, 
 from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Pool
 from workerpool_operator.sharing import Conflict
-from workerpool_operator.status import Condition, Event, Status
-from workerpool_routing.wire import Milliseconds
+from workerpool_operator.status import Condition, ConditionType, Event, Status
+from workerpool_routing.wire import Milliseconds, Presence
 
 pytestmark = pytest.mark.unit
 
@@ -315,3 +315,18 @@ def test_the_status_of_a_tier_shows_what_was_seen_and_what_was_decided() -> None
         "4 waiting + 1 in flight + 2 spilled need 7 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 7"
     )
     assert (status.waiting, status.in_flight, status.replicas) == (5, 4, "gpu 1/7, cpu 1/4")
+
+
+@pytest.mark.parametrize(
+    ("ready_for", "reporting", "expected"),
+    [(9, False, "WorkersSilent"), (7, False, "AsOrdered"), (9, True, "AsOrdered")],
+)
+def test_workers_that_are_ready_and_never_report_are_told_with_the_line_that_they_lack(
+    ready_for: float, reporting: bool, expected: str
+) -> None:
+    ready = TierReplicas(1, (Replica("w0", Phase.READY, 0.0, ready_at=NOON - ready_for),))
+    report = Presence("w0.1", "w0", "cpu", "celery", 1, 0, Milliseconds(0), Milliseconds(0))
+    queue = QueueReading(0, 0, 0, workers=(report,) if reporting else ())
+    capacity = conditions(told(plans({"gpu": workers(0), "cpu": ready}, cpu=queue)))[ConditionType.CAPACITY_AVAILABLE]
+    assert capacity.reason == expected
+    assert ("WorkerPool('ml/media', app)" in capacity.message) == (expected == "WorkersSilent")
