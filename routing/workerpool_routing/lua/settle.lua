@@ -19,6 +19,7 @@ if ARGV[4] == 'claimed' and ARGV[5] ~= 'admitted' then
   redis.call('HINCRBY', served, 'jobs', 1)
   redis.call('HINCRBYFLOAT', served, 'seconds', seconds)
   redis.call('HINCRBYFLOAT', served, 'squares', seconds * seconds)
+  redis.call('EXPIRE', served, ARGV[6])
 end
 redis.call('EXPIRE', KEYS[1], ARGV[6])
 if ARGV[5] == 'finishing' then return 1 end
