@@ -1,12 +1,12 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench generate lock
+.PHONY: help demo test check bench bench-scaling generate lock
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Run the whole system on this machine; ARGS="--json FILE" also writes what happened
 	@$(BIN)/python -m examples.media.demo $(ARGS)
@@ -22,6 +22,9 @@ bench: $(READY) ## Measure what admission costs, as ratios (about 2 min; the tab
 
 generate: $(READY) ## Write the files that are made from others: the chart's CRD and manifests/
 	@$(BIN)/python charts/render.py
+
+bench-scaling: $(READY) ## Compare the scaling rule with others; ARGS="--traces DIR --plots DIR" for recorded traces and pictures
+	@$(BIN)/python -m benchmarks.scaling $(ARGS)
 
 lock: $(READY) ## Bring requirements.lock in line with pyproject.toml; ARGS=--upgrade takes the newest versions
 	@$(BIN)/uv pip compile --system-certs --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" \

@@ -126,6 +126,7 @@ LEVELS = (
     Level("contract", need_redis),
     Level("api", need_control_plane),
     Level("demo", need_redis, ("--capture=no",)),
+    Level("simulation", need_nothing),
 )
 
 CHECKS: Mapping[str, Sequence[str]] = {

@@ -17,7 +17,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from workerpool_operator import planning
-from workerpool_operator.observation import BrokerReading, QueueReading, Unavailable
+from workerpool_operator.observation import BrokerReading, QueueReading, Served, Unavailable
 from workerpool_operator.ports import Pool
 from workerpool_routing import ledger
 from workerpool_routing.ledger import Job, State
@@ -218,12 +218,13 @@ def _ask(pipe: Any, pool: Pool) -> None:
         pipe.hlen(keys.unacked(tier.name))
         pipe.zcard(keys.spilled(tier.name))
         pipe.hgetall(keys.presence(tier.name))
+        pipe.hgetall(keys.served(tier.name))
 
 
 def _reading(pool: Pool, answers: Iterator[Any], run_id: str, database: int, now: Milliseconds) -> BrokerReading | Unavailable:
     """Take this pool's answers, all of them, then make sense of them."""
     routes = next(answers)
-    answered = {tier.name: [next(answers) for _ in range(len(pool.keys.priority_steps) + 3)] for tier in pool.spec.tiers}
+    answered = {tier.name: [next(answers) for _ in range(len(pool.keys.priority_steps) + 4)] for tier in pool.spec.tiers}
     for answer in (routes, *chain.from_iterable(answered.values())):
         if isinstance(answer, Unavailable):
             return Unavailable(f"what Redis holds of the pool cannot be read: {answer.why}")
@@ -235,7 +236,7 @@ def _reading(pool: Pool, answers: Iterator[Any], run_id: str, database: int, now
 
 
 def _queue(answers: Sequence[Any], now: Milliseconds) -> QueueReading:
-    *waiting, in_flight, spilled, presence = answers
+    *waiting, in_flight, spilled, presence, served = answers
     reports = [Presence.load(raw) for raw in presence.values()]
     return QueueReading(
         sum(waiting),
@@ -243,6 +244,7 @@ def _queue(answers: Sequence[Any], now: Milliseconds) -> QueueReading:
         spilled,
         workers=tuple(report for report in reports if report.alive(now)),
         lost=tuple(report.owner for report in reports if not report.alive(now)),
+        served=Served(int(served.get("jobs", 0)), float(served.get("seconds", 0)), float(served.get("squares", 0))),
     )
 
 

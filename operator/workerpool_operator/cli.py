@@ -19,8 +19,10 @@ from workerpool_operator import dev as dev_mode
 from workerpool_operator import manifest
 from workerpool_operator.live import LiveView
 from workerpool_operator.local.redis_server import RedisServerError
+from workerpool_operator.model import Scaling
 from workerpool_operator.ports import Pool
 
+_OUTPUT = click.Path(dir_okay=False, writable=True, path_type=Path)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -77,6 +79,59 @@ def dev(file: Path, broker_url: str | None, logs: Path | None, debug: bool) -> N
         _fail(str(error) if foreseen else f"{type(error).__name__}: {error}; --debug shows where")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@main.command()
+@click.option("--trace", "trace_file", type=_FILE, help="A CSV with arrival_s and service_s (or exec_s), in seconds.")
+@click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN", help="The trace's own name of arrival_s or service_s.")
+@click.option("--synthetic", type=click.Choice(["images", "bursts", "steady"]), help="Made-up jobs, where there is no trace.")
+@click.option("--pool", "pool_file", type=_FILE, help="A YAML file with one WorkerPool; its first tier is simulated.")
+@click.option("--policy", "policies", multiple=True, type=click.Choice(["workerpool", "keda", "keda-inflight", "bound"]),
+              help="May be repeated. Default: all.")  # fmt: skip
+@click.option("--start-seconds", type=click.FloatRange(min=0), default=45.0, show_default=True, help="How long a worker starts.")
+@click.option("--target-wait", type=click.IntRange(min=0), help="Seconds within which a job should start. Default: the pool's.")
+@click.option("--slots", type=click.IntRange(min=1), help="Jobs that one worker runs at a time. Default: the pool's.")
+@click.option("--seed", default=0, show_default=True, help="Of the made-up jobs.")
+@click.option("--json", "json_file", type=_OUTPUT, help="Also write the table as JSON.")
+@click.option("--plot", "plot_file", type=_OUTPUT, help="Also draw arrivals, replicas and waits, as PNG.")
+def simulate(
+    trace_file: Path | None,
+    columns: Sequence[str],
+    synthetic: str | None,
+    pool_file: Path | None,
+    policies: Sequence[str],
+    start_seconds: float,
+    target_wait: int | None,
+    slots: int | None,
+    seed: int,
+    json_file: Path | None,
+    plot_file: Path | None,
+) -> None:
+    """Show what a pool would have ordered for a day of jobs, what they would have waited, and what it would have cost.
+
+    The operator's own rule decides, next to KEDA's and to the least that any rule could pay (for which SciPy must be there).
+    """
+    from workerpool_operator.simulation import command, trace
+    from workerpool_operator.simulation.compare import Setting
+
+    if (trace_file is None) == (synthetic is None):
+        _fail("give either --trace FILE or --synthetic NAME")
+    pool = _read(pool_file) if pool_file else None
+    try:
+        given = command.load(trace_file, command.mapping(columns)) if trace_file else trace.SYNTHETIC[str(synthetic)](seed)
+        tier, notes = command.chosen(pool.spec.tiers[0] if pool else None)
+        setting = Setting(
+            start_seconds=start_seconds,
+            target_wait=target_wait
+            if target_wait is not None
+            else (pool.spec.scaling if pool else Scaling()).target_wait_seconds,
+            slots=slots or tier.concurrency,
+            seed=seed,
+        )
+        request = command.Request(given, setting, tier, policies or command.NAMES, notes)
+        command.simulate(request, Console(), json_file, plot_file)
+    except (command.CannotSimulate, OSError) as error:
+        _fail(str(error))
 
 
 async def _dev(pool: Pool, directory: Path, broker_url: str | None) -> None:

@@ -239,6 +239,12 @@ class Routing(_Model):
     fallback: Fallback = Fallback()
 
 
+class Scaling(_Model):
+    """What the number of replicas is chosen for."""
+
+    target_wait_seconds: Annotated[Int, Field(ge=0, le=86_400)] = 60
+
+
 class WorkerPoolSpec(_Model):
     """The ``spec`` of a WorkerPool. The order of the tiers is the order of preference."""
 
@@ -251,6 +257,7 @@ class WorkerPoolSpec(_Model):
     broker: Broker
     tiers: Annotated[tuple[Tier, ...], Field(min_length=1, max_length=8)]
     routing: Routing = Routing()
+    scaling: Scaling = Scaling()
     mode: Mode = Mode.ACTIVE
 
     @field_validator("tiers")

@@ -20,6 +20,18 @@ class Unavailable:
 
 
 @dataclass(frozen=True, slots=True)
+class Served:
+    """The jobs that a tier has ended since its Redis began: how many, their seconds on a slot, and the squares of these."""
+
+    jobs: int = 0
+    seconds: float = 0.0
+    squares: float = 0.0
+
+
+NOTHING_SERVED = Served()
+
+
+@dataclass(frozen=True, slots=True)
 class QueueReading:
     """One tier as Redis has it.
 
@@ -29,6 +41,7 @@ class QueueReading:
         spilled: jobs that wanted this tier and wait or run elsewhere.
         workers: the last report of each live worker.
         lost: owners that reported once and then fell silent, not yet taken over.
+        served: the jobs that it has ended.
     """
 
     waiting: int
@@ -36,6 +49,7 @@ class QueueReading:
     spilled: int
     workers: tuple[Presence, ...] = ()
     lost: tuple[str, ...] = ()
+    served: Served = NOTHING_SERVED
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +69,10 @@ class BrokerReading:
     time: Milliseconds
     routes: Mapping[str, int] = field(default_factory=dict)
     database: int = 0
+
+    def arrived(self, tier: str) -> int:
+        """Jobs that were ever sent to the tier, by admission or by a fallback."""
+        return sum(count for route, count in self.routes.items() if route.partition(":")[0] == tier)
 
 
 class Phase(StrEnum):
@@ -94,7 +112,7 @@ class TierReplicas:
 
     def count(self, phase: Phase) -> int:
         """How many are in that phase."""
-        return sum(replica.phase is phase for replica in self.replicas)
+        return [replica.phase for replica in self.replicas].count(phase)
 
     @property
     def starting(self) -> int:

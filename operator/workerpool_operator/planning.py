@@ -49,19 +49,38 @@ def plan(
     for tier in pool.spec.tiers:
         live = workers[tier.name]
         queue = None if isinstance(reading, Unavailable) else _bounded(reading, tier)
-        bounds = scaling.Policy(tier.replicas.min, tier.replicas.max, tier.concurrency)
+        bounds = scaling.Policy(tier.replicas.min, tier.replicas.max, tier.concurrency, pool.spec.scaling.target_wait_seconds)
         observed: scaling.Demand | scaling.Unread
-        if queue is None:
+        if queue is None or isinstance(reading, Unavailable):
             assert isinstance(reading, Unavailable)
             # The minimum needs no reading: a Deployment that is not there is created with it.
             observed = scaling.Unread(max(live.desired, tier.replicas.min), reading)
         else:
-            observed = scaling.Demand(queue.waiting, queue.in_flight, queue.spilled, live.desired, live.start_seconds)
+            observed = demand(queue, live, reading.arrived(tier.name), now)
         decision = scaling.decide(bounds, observed, memory.get(tier.name, scaling.Memory()), now)
         if pool.spec.mode is Mode.PAUSED:
             decision = replace(decision, replicas=live.desired, reason=scaling.Reason.PAUSED, message=_PAUSED)
         plans.append(TierPlan(tier, queue, live, decision))
     return plans
+
+
+def demand(queue: QueueReading, live: TierReplicas, arrived: int, now: float) -> scaling.Demand:
+    """What the rule is told of one tier."""
+    count = live.starting
+    starting = [replica.ordered_at for replica in live.replicas if replica.phase is Phase.STARTING][:count] if count else []
+    return scaling.Demand(
+        waiting=queue.waiting,
+        in_flight=queue.in_flight,
+        spilled=queue.spilled,
+        replicas=live.desired,
+        start_seconds=live.start_seconds,
+        ready=live.count(Phase.READY),
+        # What was ordered so lately that no worker is to be seen yet is ordered now.
+        starting=(*starting, *[now] * (count - len(starting))),
+        stuck=live.count(Phase.UNSCHEDULABLE) + live.count(Phase.FAILING),
+        arrived=arrived,
+        served=queue.served,
+    )
 
 
 def _bounded(reading: BrokerReading, tier: Tier) -> QueueReading:
@@ -70,7 +89,7 @@ def _bounded(reading: BrokerReading, tier: Tier) -> QueueReading:
     """
     own = reading.tiers[tier.name]
     elsewhere = sum(q.waiting + q.in_flight for name, q in reading.tiers.items() if name != tier.name)
-    return QueueReading(own.waiting, own.in_flight, min(own.spilled, elsewhere), own.workers, own.lost)
+    return replace(own, spilled=min(own.spilled, elsewhere))
 
 
 def policy(spec: WorkerPoolSpec) -> Policy:

@@ -1,30 +1,58 @@
 """How many replicas a tier should have: a pure rule that says why.
 
-The rule (in order):
+In formulas, with sources and what was rejected: ``docs/adr/0008-scaling-rule.md``.
 
 1. Without a reading the count stays where it is: unknown is not zero.
-2. Demand is everything that wants a slot: waiting, in flight, and spilled away from this tier.
-3. Up goes straight to need, from zero too.
-4. Down waits until the need has stayed lower for as long as a new worker would take to start: an idle worker that is kept
-   that long costs at most as much as starting another one (the ski-rental bound of DelayedOff: Gandhi, Harchol-Balter,
-   Raghunathan, Kozuch, "AutoScale", ACM TOCS 30(4), 2012).
-   Where nothing is remembered, after a start of the operator or an outage of the broker, what is ordered counts as the need.
-5. The bounds of the pool hold last.
+2. A worker that is ordered now helps after the start time, so an order is made when waiting any longer would make a job late:
+   its slack has shrunk to one start time, and the starts that can be counted on until its deadline (the expected ones less
+   :data:`CONFIDENCE` standard deviations) do not reach its place in the queue. It is made at once when not even the expected
+   starts would: from zero, for one. A worker that is on its way counts, so that nothing is ordered twice.
+3. A level that is not needed any more is kept for a while (:func:`_linger`): the ski-rental bound.
+4. Where starting takes longer than the target, orders come too late for the jobs that ask for them. Then the jobs that will
+   arrive meanwhile are counted too, and :func:`_headroom` stands ready for what came within the last quarter of an hour.
+5. Never less than what is in flight; the bounds of the pool hold last.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from workerpool_operator.observation import Unavailable
+from workerpool_operator.observation import NOTHING_SERVED, Served, Unavailable
 
-START_SECONDS_UNTIL_KNOWN = 30.0
-"""Assumed start time of a worker before one has been seen to start."""
+START_SECONDS_UNTIL_KNOWN = 240.0
+"""Assumed start time of a worker before one has been seen to start: about what a new GPU node, an image and a model take."""
+
+SERVICE_SECONDS_UNTIL_KNOWN = 30.0
+"""Assumed length of a job before one has been seen to end."""
+
+CONFIDENCE = 2.33
+"""Standard deviations by which fewer starts are counted on than expected: one deadline in a hundred, were it never looked at
+again."""
 
 MIN_LINGER_SECONDS = 5.0
 """Never lower sooner than this: a gap between two uploads is not the end of a burst."""
+
+BURST_MEMORY_SECONDS = 900.0
+"""How long a burst is remembered where a start takes longer than the target (four starts, if that is longer)."""
+
+BURST_DEVIATIONS = 2.0
+"""Standard deviations by which the next burst may be larger than the remembered one."""
+
+_PASS_SECONDS = 1.5
+"""By how much an order may come late: the time between two passes, and some."""
+
+_STREAKS = 0.04
+"""Jobs that come together are alike, so that their mean is off by a part that no number of them averages out: its square."""
+
+_PRIOR_JOBS = 4.0
+_MEMORY_JOBS = 256.0
+_OUTLIER = 10.0
+_VARIATION_BOUNDS = (0.25, 4.0)
+_BINS = 64
 
 
 class Reason(StrEnum):
@@ -34,6 +62,7 @@ class Reason(StrEnum):
     BACKLOG_EXCEEDS_CAPACITY = "BacklogExceedsCapacity"
     WAITING_TO_LOWER = "WaitingToLower"
     DEMAND_FELL = "DemandFell"
+    HEADROOM = "Headroom"
     AS_NEEDED = "AsNeeded"
     AT_MAXIMUM = "AtMaximum"
     AT_MINIMUM = "AtMinimum"
@@ -42,16 +71,17 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The user's bounds and the slots of one replica."""
+    """What the user sets: bounds, slots of one replica, and within how many seconds a job should start."""
 
     minimum: int
     maximum: int
     concurrency: int = 1
+    target_wait: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What one tier is asked for now, and what it has.
+    """What one tier is asked for now, and what it has; flat in the number of jobs.
 
     Attributes:
         waiting: messages in its queue.
@@ -59,6 +89,11 @@ class Demand:
         spilled: jobs that wanted it and wait or run elsewhere.
         replicas: the count that is ordered now.
         start_seconds: how long the newest worker took to start, None before one has.
+        ready: workers that take jobs.
+        starting: when each worker that is on its way was ordered.
+        stuck: workers that are ordered and cannot come up for now.
+        arrived: jobs that were ever sent to the tier, as far as they were counted.
+        served: the jobs that it has ended.
     """
 
     waiting: int
@@ -66,11 +101,21 @@ class Demand:
     spilled: int
     replicas: int
     start_seconds: float | None = None
+    ready: int = 0
+    starting: tuple[float, ...] = ()
+    stuck: int = 0
+    arrived: int = 0
+    served: Served = NOTHING_SERVED
 
     @property
     def total(self) -> int:
         """Jobs that want a slot."""
         return self.waiting + self.in_flight + self.spilled
+
+    @property
+    def queued(self) -> int:
+        """Jobs that want a slot and have none here."""
+        return self.waiting + self.spilled
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +127,68 @@ class Unread:
 
 
 @dataclass(frozen=True, slots=True)
+class Service:
+    """What is known of the length of jobs: weighted sums, the newest :data:`_MEMORY_JOBS` counting most."""
+
+    weight: float = _PRIOR_JOBS
+    seconds: float = _PRIOR_JOBS * SERVICE_SECONDS_UNTIL_KNOWN
+    squares: float = 2 * _PRIOR_JOBS * SERVICE_SECONDS_UNTIL_KNOWN**2
+
+    @property
+    def mean(self) -> float:
+        """Seconds."""
+        return max(self.seconds / self.weight, 1e-3)
+
+    @property
+    def variation(self) -> float:
+        """The squared coefficient of variation, within reason."""
+        low, high = _VARIATION_BOUNDS
+        return min(max(self.squares / self.weight / self.mean**2 - 1, low), high)
+
+    def after(self, jobs: int, seconds: float, squares: float) -> Service:
+        """With the jobs of one pass; a pass far beyond all that was known counts, but not with all its weight."""
+        most = _OUTLIER * self.mean * jobs
+        if seconds > most:
+            squares, seconds = squares * (most / seconds) ** 2, most
+        kept = (1 - 1 / _MEMORY_JOBS) ** jobs
+        return Service(self.weight * kept + jobs, self.seconds * kept + seconds, self.squares * kept + squares)
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
-    """What the rule remembers from pass to pass: recent needs as ``(time, replicas)``, falling in replicas, oldest first; at most
-    the maximum and two of them.
+    """What the rule remembers from pass to pass; bounded, whatever the load.
+
+    Attributes:
+        total, arrived, served: the counters of the last reading, None before one.
+        arrivals: when jobs came, oldest first, as ``(time, jobs)`` of at most :data:`_BINS` spans and a few.
+        service: the length of jobs.
+        start_seconds: how long a worker takes to start.
+        newest_start: the last start that was taken into that.
+        outlasts: whether a start was seen to take longer than the target.
+        level: the replicas that were needed at the last pass.
+        fell: for each level above it that may still be ordered, when it was last needed; oldest first.
+        bursts: ``(time, replicas)``, falling in replicas, oldest first: what recent bursts would have needed.
     """
 
-    needs: tuple[tuple[float, int], ...] = ()
+    total: int | None = None
+    arrived: int = 0
+    served: Served = NOTHING_SERVED
+    arrivals: tuple[tuple[float, int], ...] = ()
+    service: Service = Service()
+    start_seconds: float | None = None
+    newest_start: float | None = None
+    outlasts: bool = False
+    level: int | None = None
+    fell: tuple[float, ...] = ()
+    bursts: tuple[tuple[float, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
     """A replica count, why, the same in a sentence, and what to remember.
 
-    ``needed`` is the need before the bounds: above ``replicas`` it means that the maximum limits the pool.
+    ``needed`` is the need before the bounds: above ``replicas`` it means that the maximum limits the pool. ``again_at`` is when
+    the answer may change although nothing happens; infinite where it will not.
     """
 
     replicas: int
@@ -102,36 +196,221 @@ class Decision:
     message: str
     memory: Memory
     needed: int
+    again_at: float = math.inf
 
 
 def decide(policy: Policy, observed: Demand | Unread, memory: Memory, now: float) -> Decision:
     """Choose the replica count of one tier; the rule stands in the module's docstring.
 
     Args:
-        policy: bounds, and slots per replica.
+        policy: bounds, slots per replica, and the target.
         observed: this pass's reading.
         memory: what the last decision returned.
-        now: seconds, any clock that only moves forward.
+        now: seconds, any clock that only moves forward, the one of ``observed.starting``.
     """
     if isinstance(observed, Unread):
         message = f"held at {observed.replicas}: {observed.unavailable.why}"
-        return Decision(observed.replicas, Reason.BROKER_UNREADABLE, message, Memory(), observed.replicas)
+        # What was counted before the gap says nothing about the time after it; what was learnt of jobs and starts holds.
+        learnt = Memory(service=memory.service, start_seconds=memory.start_seconds, newest_start=memory.newest_start)
+        return Decision(observed.replicas, Reason.BROKER_UNREADABLE, message, learnt, observed.replicas)
 
-    needed = math.ceil(observed.total / policy.concurrency)
-    linger = max(MIN_LINGER_SECONDS, START_SECONDS_UNTIL_KNOWN if observed.start_seconds is None else observed.start_seconds)
-    needs = _remember(memory.needs or ((now, observed.replicas),), min(needed, policy.maximum), now, linger)
-    replicas = min(max(needs[0][1], policy.minimum), policy.maximum)
-    reason = _reason(policy, observed, needed, replicas)
-    return Decision(replicas, reason, _sentence(observed, reason, needed, replicas, linger), Memory(needs), needed)
+    memory = _learn(policy, observed, memory, now)
+    outlook = _Outlook(policy, observed, memory, now)
+    missing, due_at = outlook.missing()
+    in_use = math.ceil(observed.in_flight / policy.concurrency)
+    ordered = max(observed.replicas, in_use) + missing
+    level = ordered if missing or observed.queued else in_use
+    memory, kept, falls_at = _keep(policy, observed, memory, min(level, policy.maximum), now)
+    memory, standing, fades_at = _stand(policy, memory, now)
+    needed = max(level, standing)
+    replicas = min(max(needed, kept, in_use, policy.minimum), policy.maximum)
+    reason = _reason(policy, observed, level, needed, replicas)
+    message = _sentence(policy, observed, memory, reason, needed, replicas)
+    return Decision(replicas, reason, message, memory, needed, min(due_at, falls_at, fades_at))
 
 
-def _remember(needs: tuple[tuple[float, int], ...], needed: int, now: float, linger: float) -> tuple[tuple[float, int], ...]:
-    """The needs that a later, lower one has not outlived; the first is the highest of the last ``linger`` seconds."""
-    recent = [(at, n) for at, n in needs if now - at <= linger and n > needed]
-    return (*recent, (now, needed))
+def _start(memory: Memory) -> float:
+    return START_SECONDS_UNTIL_KNOWN if memory.start_seconds is None else memory.start_seconds
 
 
-def _reason(policy: Policy, observed: Demand, needed: int, replicas: int) -> Reason:
+def _learn(policy: Policy, observed: Demand, memory: Memory, now: float) -> Memory:
+    """Take in what happened since the last pass."""
+    served, before = observed.served, memory.served
+    service = memory.service
+    jobs = served.jobs - before.jobs
+    if memory.total is not None and jobs > 0:
+        service = service.after(jobs, served.seconds - before.seconds, served.squares - before.squares)
+    span = max(policy.target_wait, _start(memory))
+    arrivals = memory.arrivals
+    if memory.total is not None:
+        # Without a counter (tasks that bypass the library) only the net growth is seen: never too few, and never too late.
+        came = max(observed.arrived - memory.arrived, observed.total - memory.total)
+        arrivals = _with_arrivals(arrivals, came, span, now)
+    return replace(
+        memory,
+        total=observed.total,
+        arrived=observed.arrived,
+        served=served,
+        arrivals=arrivals,
+        service=service,
+        start_seconds=_start_after(memory, observed, now),
+        newest_start=observed.start_seconds,
+        outlasts=_outlasts(policy, observed, memory, now),
+        level=observed.replicas if memory.level is None else memory.level,
+    )
+
+
+def _outlasts(policy: Policy, observed: Demand, memory: Memory, now: float) -> bool:
+    """Whether starting is known, not only assumed, to take longer than the target."""
+    known = observed.start_seconds if memory.start_seconds is None else memory.start_seconds
+    lasts = now - min(observed.starting, default=now) if known is None else known
+    return lasts + _PASS_SECONDS > policy.target_wait
+
+
+def _start_after(memory: Memory, observed: Demand, now: float) -> float | None:
+    """What is believed of the start time: slow starts weigh more than fast ones, one that hung does not weigh all."""
+    believed, newest = memory.start_seconds, observed.start_seconds
+    lasts = now - min(observed.starting, default=now)
+    if lasts > _start(memory):
+        believed = min(lasts, 4 * _start(memory))
+    if newest is None or newest == memory.newest_start:
+        return believed
+    if believed is None:
+        return newest
+    return believed + (min(newest, 4 * believed) - believed) / (2 if newest > believed else 8)
+
+
+def _with_arrivals(arrivals: tuple[tuple[float, int], ...], came: int, span: float, now: float) -> tuple[tuple[float, int], ...]:
+    first = bisect_left(arrivals, (now - span - span / _BINS,))
+    arrivals = arrivals[first:] if first else arrivals
+    if came <= 0:
+        return arrivals
+    if arrivals and now - arrivals[-1][0] < span / _BINS:
+        at, jobs = arrivals[-1]
+        return (*arrivals[:-1], (at, jobs + came))
+    return (*arrivals, (now, came))
+
+
+class _Outlook:
+    """What will start until when, with what is ordered now."""
+
+    def __init__(self, policy: Policy, observed: Demand, memory: Memory, now: float) -> None:
+        self._policy, self._observed, self._now = policy, observed, now
+        self._arrivals = memory.arrivals
+        self._mean, self._variation = memory.service.mean, memory.service.variation
+        self._start, self._outlasts = _start(memory), memory.outlasts
+        self._free = max(0, observed.ready * policy.concurrency - observed.in_flight)
+        self._ready_in = sorted(max(ordered_at + self._start - now, 0.0) for ordered_at in observed.starting)
+
+    def missing(self) -> tuple[int, float]:
+        """Workers to order beside those that are ordered, and when the next job becomes due."""
+        lead = self._start + _PASS_SECONDS
+        found, due_at = 0.0, math.inf
+        for place, slack in self._queue():
+            if slack > lead:
+                if due_at == math.inf:
+                    due_at = self._now + slack - lead
+                found = max(found, self._short(place, slack, 0.0))
+            else:
+                found = max(found, self._short(place, max(slack, self._start), CONFIDENCE))
+        wait = self._policy.target_wait
+        rate = self._rate() if self._outlasts and lead > wait else 0.0
+        if rate:
+            # These have not arrived yet, but when they do it is too late to order for them.
+            for beyond in (0.0, wait / 2, wait, 2 * wait):
+                expected = self._observed.queued + rate * (lead - wait + beyond)
+                found = max(found, self._short(expected, lead + beyond, 0.0))
+        return max(0, math.ceil(found - 1e-9) - self._observed.stuck), due_at
+
+    def _queue(self) -> Iterator[tuple[int, float]]:
+        """The last place of each group of jobs, first in first out, and its slack; the age of a job not seen to come is over."""
+        left = self._observed.queued
+        newest: list[tuple[int, float]] = []
+        for at, jobs in reversed(self._arrivals):
+            if left <= 0:
+                break
+            newest.append((left, at + self._policy.target_wait - self._now))
+            left -= jobs
+        if left > 0:
+            yield left, 0.0
+        yield from reversed(newest)
+
+    def _short(self, place: float, until: float, deviations: float) -> float:
+        """Workers that are missing so that the job at this place starts in that many seconds."""
+        slots, mean = self._policy.concurrency, self._mean
+        first, work = 0, float(self._observed.ready * until)
+        for ready_in in self._ready_in:
+            if ready_in > until:
+                break
+            first += 1
+            work += until - ready_in
+        ends = slots * work / mean
+        sure = max(0.0, ends - deviations * math.sqrt(self._variation * ends * (1 + _STREAKS * ends))) if deviations else ends
+        lacking = place - self._free - slots * first - sure
+        return lacking / (slots * (1 + max(0.0, until - self._start) / mean)) if lacking > 0 else 0.0
+
+    def _rate(self) -> float:
+        """Arrivals per second of late."""
+        recent = self._arrivals[bisect_left(self._arrivals, (self._now - self._start,)) :]
+        if not recent:
+            return 0.0
+        return (sum(jobs for _, jobs in recent) - 1) / (self._now - recent[0][0] + self._policy.target_wait / 2 + 1.0)
+
+
+def _linger(policy: Policy, memory: Memory) -> float:
+    """How long a level is kept that is not needed.
+
+    To keep an idle worker costs as much as to start one after one start time; but a job can wait for the target, and what is
+    known that much ahead need not be kept for.
+    """
+    start = _start(memory)
+    return max(start - policy.target_wait if memory.outlasts else 0.0, start / 4, MIN_LINGER_SECONDS)
+
+
+def _keep(policy: Policy, observed: Demand, memory: Memory, level: int, now: float) -> tuple[Memory, int, float]:
+    """The level with those above it that were needed a short while ago, and when the first of them falls."""
+    was = level if memory.level is None else memory.level
+    fell = memory.fell[: max(0, len(memory.fell) - max(0, level - was))] + (now,) * (was - level)
+    linger = _linger(policy, memory)
+    spare = max(0, observed.replicas - level)
+    recent = sum(1 for at in fell[len(fell) - min(spare, len(fell)) :] if now - at < linger)
+    falls_at = fell[len(fell) - recent] + linger if recent else math.inf
+    if level != was or memory.level is None:
+        memory = replace(memory, level=level, fell=fell[-policy.maximum :] if policy.maximum else ())
+    return memory, level + recent, falls_at
+
+
+def _stand(policy: Policy, memory: Memory, now: float) -> tuple[Memory, int, float]:
+    """The standing headroom, and when it may shrink; none where an order comes in time."""
+    if not memory.outlasts:
+        return (replace(memory, bursts=()) if memory.bursts else memory), 0, math.inf
+    steady, burst = _headroom(policy, memory, now)
+    life = max(BURST_MEMORY_SECONDS, 4 * _start(memory))
+    bursts = (*((at, n) for at, n in memory.bursts if now - at <= life and n > burst), (now, burst))
+    standing = max(steady, bursts[0][1])
+    return replace(memory, bursts=bursts), standing, bursts[0][0] + life if standing else math.inf
+
+
+def _headroom(policy: Policy, memory: Memory, now: float) -> tuple[int, int]:
+    """Replicas for the load of the last start time, with a square root of it to spare, and for its worst burst.
+
+    A burst of jobs within a span has the span and the target to be served in.
+    """
+    mean, spread = memory.service.mean, 1 + memory.service.variation
+    start, steady, burst = _start(memory), 0.0, 0.0
+    jobs, index = 0, len(memory.arrivals)
+    for part in (16, 8, 4, 2, 1):
+        span = start / part
+        while index and memory.arrivals[index - 1][0] >= now - span:
+            index -= 1
+            jobs += memory.arrivals[index][1]
+        burst = max(burst, mean * (jobs + BURST_DEVIATIONS * math.sqrt(spread * jobs)) / (span + policy.target_wait))
+        steady = jobs * mean / span
+    slots = policy.concurrency
+    return round((steady + math.sqrt(steady)) / slots), math.ceil(burst / slots)
+
+
+def _reason(policy: Policy, observed: Demand, level: int, needed: int, replicas: int) -> Reason:
     if needed > policy.maximum:
         return Reason.AT_MAXIMUM
     if replicas < observed.replicas:
@@ -140,16 +419,22 @@ def _reason(policy: Policy, observed: Demand, needed: int, replicas: int) -> Rea
         return Reason.WAITING_TO_LOWER
     if needed < policy.minimum:
         return Reason.AT_MINIMUM
+    if needed > level:
+        return Reason.HEADROOM
     return Reason.BACKLOG_EXCEEDS_CAPACITY if replicas > observed.replicas else Reason.AS_NEEDED
 
 
-def _sentence(observed: Demand, reason: Reason, needed: int, replicas: int, linger: float) -> str:
+def _sentence(policy: Policy, observed: Demand, memory: Memory, reason: Reason, needed: int, replicas: int) -> str:
     wants = f"{observed.waiting} waiting + {observed.in_flight} in flight"
     if observed.spilled:
         wants += f" + {observed.spilled} spilled"
     tail = {
-        Reason.WAITING_TO_LOWER: f"; lowers when the need has stayed lower for {linger:.0f} s",
+        Reason.WAITING_TO_LOWER: f"; lowers when the need has stayed lower for {_linger(policy, memory):.0f} s",
         Reason.AT_MAXIMUM: "; the maximum limits it",
         Reason.AT_MINIMUM: "; the minimum holds it",
+        Reason.HEADROOM: "; a start takes longer than the target, so some stand ready",
     }.get(reason, "")
-    return f"{wants} need {needed}, ordered {replicas}{tail}"
+    return (
+        f"{wants} need {needed} to start within {policy.target_wait:g} s (jobs of {memory.service.mean:.3g} s, "
+        f"starts of {_start(memory):.3g} s), ordered {replicas}{tail}"
+    )

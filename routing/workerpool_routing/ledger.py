@@ -213,7 +213,8 @@ def settle(
     """Arguments of ``settle.lua``: an attempt enters its next state, if it is still the one that counts."""
     life = ENDED_JOB_LIFE_SECONDS if after.ended else JOB_LIFE_SECONDS
     spilled = [keys.spilled(tier.name) for tier in policy.tiers]
-    return Call([keys.job(task_id), keys.held(owner), *spilled], [task_id, attempt, tag, before, after, life])
+    # The script alone knows the tier of the attempt, and ends the name of the key with it.
+    return Call([keys.job(task_id), keys.held(owner), *spilled], [task_id, attempt, tag, before, after, life, keys.served("")])
 
 
 def move(keys: Keyspace, job: Job, to: Move, *, held_as: str, raw: str, delivery_tag: str) -> Call:

@@ -22,6 +22,7 @@ key                       type    meaning
 ``idempotent:<key>``      hash    the decision that the first caller with that key got
 ``service:<tier>``        hash    task → mean seconds from claim to end, an EWMA of weight 0.2; written when a job has ended
 ``sides``                 hash    task → 1 while its jobs spill because the wait is too long
+``served:<tier>``         hash    ``jobs``, ``seconds``, ``squares``: attempts so far, their time on a slot and the squares of it
 ========================  ======  =====================================================================================
 
 An *owner* is one life of a worker process: the worker's name and a suffix of its own, so that a container that restarts under
@@ -131,6 +132,9 @@ class Keyspace:
 
     def spilled(self, tier: str) -> str:
         return self._own(f"spilled:{tier}")
+
+    def served(self, tier: str) -> str:
+        return self._own(f"served:{tier}")
 
     def held(self, owner: str) -> str:
         return self._own(f"held:{owner}")

@@ -437,6 +437,9 @@ def test_a_job_whose_result_may_be_stored_is_not_started_anew(redis_url: str, po
             assert client.register_script(ledger.script("settle"))(keys=call.keys, args=call.args) == 1
         ask(lambda broker: broker.take_over(redis_url, pool, "gpu", "w.1"))
         assert seeds.job(redis_url, pool, held.task_id).state is State.FINISHING
+        served = read(redis_url, pool).tiers["gpu"].served
+        assert served.jobs == 1, "its time on a slot is over and counts"
+        assert served.squares == pytest.approx(served.seconds**2)
         # Kombu delivers it again, and whoever gets it looks for the result first.
         assert read(redis_url, pool).tiers["gpu"].in_flight == 1
 

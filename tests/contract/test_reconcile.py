@@ -163,7 +163,7 @@ def test_messages_that_are_held_keep_their_workers_and_the_busy_are_named(redis_
                 first.ack()
             await system.after(1)
             assert system.place.ordered[pool.id]["gpu"] == 1
-            await system.watch_for(60)
+            await system.watch_for(1_000)
             assert system.place.ordered[pool.id]["gpu"] == 0
 
     asyncio.run(scenario())

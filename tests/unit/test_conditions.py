@@ -204,7 +204,10 @@ def test_jobs_elsewhere_are_counted_for_the_tier_that_they_wanted() -> None:
 def test_a_tier_at_its_maximum_is_named_with_its_numbers() -> None:
     limited = conditions(told(plans(IDLE, cpu=QueueReading(9, 0, 0))))["ScalingLimited"]
     assert (limited.status, limited.reason) == ("True", "AtMaximum")
-    assert limited.message == "cpu: 9 waiting + 0 in flight need 9, ordered 4; the maximum limits it"
+    assert limited.message == (
+        "cpu: 9 waiting + 0 in flight need 9 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 4; "
+        "the maximum limits it"
+    )
 
 
 def test_a_tier_that_only_lingers_at_its_maximum_is_not_limited() -> None:
@@ -230,7 +233,8 @@ def test_a_mode_that_touches_nothing_is_a_condition(mode: str, status: str, reas
 
 def test_a_change_of_replicas_is_an_event_with_its_reason_and_numbers() -> None:
     _, events = told(plans(IDLE, gpu=QueueReading(3, 0, 0)))
-    assert events == (Event(False, "BacklogExceedsCapacity", "gpu: 0 → 3: 3 waiting + 0 in flight need 3, ordered 3"),)
+    message = "gpu: 0 → 3: 3 waiting + 0 in flight need 3 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 3"
+    assert events == (Event(False, "BacklogExceedsCapacity", message),)
 
 
 def test_scaling_that_is_refused_is_one_event_however_the_backlog_grows() -> None:
@@ -239,7 +243,9 @@ def test_scaling_that_is_refused_is_one_event_however_the_backlog_grows() -> Non
         status, events = told(plans(seen, gpu=QueueReading(waiting, 0, 0)), previous=previous)
         previous = status.dump()
         told_so_far += events
-    assert [event.message.partition(":")[2] for event in told_so_far] == [" 0 → 1: 1 waiting + 0 in flight need 1, ordered 1"]
+    assert [event.message.partition(":")[2] for event in told_so_far] == [
+        " 0 → 1: 1 waiting + 0 in flight need 1 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 1"
+    ]
     # It is written at last, and the next count is news again.
     seen = IDLE | {"gpu": workers(previous["tiers"][0]["desired"])}
     _, events = told(plans(seen, gpu=QueueReading(9, 0, 0)), previous=previous)
@@ -267,9 +273,15 @@ def test_an_advisory_pool_says_what_it_would_order() -> None:
     pool = in_mode(Mode.ADVISORY)
     status, _ = told(plans(IDLE, pool=pool, gpu=QueueReading(3, 0, 0), cpu=QueueReading(9, 0, 0)), pool=pool)
     assert [(tier.desired, tier.reason) for tier in status.tiers] == [(3, "BacklogExceedsCapacity"), (4, "AtMaximum")]
-    assert status.tiers[0].message == "3 waiting + 0 in flight need 3, would order 3"
+    assert (
+        status.tiers[0].message
+        == "3 waiting + 0 in flight need 3 to start within 60 s (jobs of 30 s, starts of 240 s), would order 3"
+    )
     limited = next(condition for condition in status.conditions if condition.type == "ScalingLimited")
-    assert limited.message == "cpu: 9 waiting + 0 in flight need 9, would order 4; the maximum limits it"
+    assert limited.message == (
+        "cpu: 9 waiting + 0 in flight need 9 to start within 60 s (jobs of 30 s, starts of 240 s), would order 4; "
+        "the maximum limits it"
+    )
 
 
 def test_a_paused_pool_shows_what_runs_and_no_decision() -> None:
@@ -298,7 +310,10 @@ def test_the_status_of_a_tier_shows_what_was_seen_and_what_was_decided() -> None
     tier = status.tiers[0]
     assert (tier.name, tier.desired, tier.ready, tier.starting, tier.unschedulable, tier.draining) == ("gpu", 7, 1, 1, 1, 2)
     assert (tier.waiting, tier.in_flight, tier.spilled) == (4, 1, 2)
-    assert (tier.reason, tier.message) == ("BacklogExceedsCapacity", "4 waiting + 1 in flight + 2 spilled need 7, ordered 7")
+    assert tier.reason == "BacklogExceedsCapacity"
+    assert tier.message == (
+        "4 waiting + 1 in flight + 2 spilled need 7 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 7"
+    )
     assert (status.waiting, status.in_flight, status.replicas) == (5, 4, "gpu 1/7, cpu 1/4")
 
 

@@ -165,7 +165,7 @@ MUTATIONS: dict[str, tuple[Change, str]] = {
         lambda at: [at["spec.tiers[].template.spec"].pop(key, None) for key in OPEN],
         "spec.tiers[].template.spec: open",
     ),
-    "new field": (lambda at: at["spec"]["properties"].update(scaling={"type": "object"}), "spec.scaling: only"),
+    "new field": (lambda at: at["spec"]["properties"].update(budget={"type": "object"}), "spec.budget: only"),
 }
 
 

@@ -163,13 +163,18 @@ def test_a_job_that_cannot_move_on_survives_one_loss_and_not_two() -> None:
 def test_an_entry_lives_longer_while_its_job_can_still_change(after: State) -> None:
     call = ledger.settle(KEYS, POLICY, "t1", attempt=2, tag="tag", owner="w.1", before=State.CLAIMED, after=after)
     ended = after in (State.DONE, State.FAILED, State.EXPIRED)
-    assert call.args == ["t1", 2, "tag", "claimed", after, ENDED_JOB_LIFE_SECONDS if ended else JOB_LIFE_SECONDS]
+    assert call.args[:-1] == ["t1", 2, "tag", "claimed", after, ENDED_JOB_LIFE_SECONDS if ended else JOB_LIFE_SECONDS]
     assert ENDED_JOB_LIFE_SECONDS < JOB_LIFE_SECONDS
 
 
 def test_a_settled_job_is_struck_from_the_spills_of_every_tier() -> None:
     call = ledger.settle(KEYS, POLICY, "t1", attempt=1, tag="tag", owner="w.1", before=State.CLAIMED, after=State.DONE)
     assert call.keys == [KEYS.job("t1"), KEYS.held("w.1"), KEYS.spilled("gpu"), KEYS.spilled("cpu")]
+
+
+def test_the_script_that_settles_a_job_can_name_the_record_of_its_tier() -> None:
+    call = ledger.settle(KEYS, POLICY, "t1", attempt=1, tag="tag", owner="w.1", before=State.CLAIMED, after=State.DONE)
+    assert f"{call.args[-1]}gpu" == KEYS.served("gpu")
 
 
 RAW = json.dumps(

@@ -60,6 +60,7 @@ def test_the_smallest_pool_gets_every_default() -> None:
     assert (spec.mode, spec.broker.global_key_prefix, spec.broker.priority_steps) == (Mode.ACTIVE, "", (0, 3, 6, 9))
     assert (tier.accelerated, tier.concurrency, tier.replicas.min, tier.replicas.max) == (False, 1, 0, 10)
     assert spec.routing.accelerated_content_types == ("audio", "video", "image")
+    assert spec.scaling.target_wait_seconds == 60
     assert (spec.routing.tasks, spec.routing.fallback.on_failure, spec.routing.fallback.on_loss) == ((), True, True)
 
 

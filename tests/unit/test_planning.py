@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from workerpool_operator import planning, scaling
 from workerpool_operator.model import WorkerPoolSpec, parse_spec
-from workerpool_operator.observation import BrokerReading, Phase, QueueReading, Replica, TierReplicas, Unavailable
+from workerpool_operator.observation import BrokerReading, Phase, QueueReading, Replica, Served, TierReplicas, Unavailable
 from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Pool
 from workerpool_operator.scaling import Memory, Reason
@@ -77,15 +77,37 @@ def test_each_tier_is_sized_by_its_own_queue_bounds_and_slots() -> None:
 
 
 def test_each_tier_is_kept_by_its_own_memory() -> None:
-    plans = plan(reading(), gpu=replicas(5), cpu=replicas(7), memory={"gpu": Memory(((999.0, 5),)), "cpu": Memory(((999.0, 2),))})
+    memory = {"gpu": Memory(start_seconds=60.0, level=5), "cpu": Memory(start_seconds=60.0, level=2)}
+    plans = plan(reading(), gpu=replicas(5), cpu=replicas(7), memory=memory)
     assert {name: plan.decision.replicas for name, plan in plans.items()} == {"gpu": 5, "cpu": 2}
 
 
-def test_a_tier_lingers_for_the_time_that_its_own_workers_took_to_start() -> None:
-    slow = TierReplicas(2, (Replica("w", Phase.READY, ordered_at=0.0, ready_at=300.0),))
-    memory = {"gpu": Memory(((800.0, 2),))}
+def test_a_tier_lingers_for_a_part_of_the_time_that_its_own_workers_took_to_start() -> None:
+    slow = TierReplicas(2, (Replica("w", Phase.READY, ordered_at=0.0, ready_at=40.0),))
+    memory = {"gpu": Memory(level=0, fell=(991.0, 991.0))}
     assert plan(reading(), gpu=slow, memory=memory)["gpu"].decision.replicas == 2
-    assert plan(reading(), gpu=replicas(2), memory=memory)["gpu"].decision.replicas == 0
+    memory = {"gpu": Memory(level=0, fell=(989.0, 989.0))}
+    assert plan(reading(), gpu=slow, memory=memory)["gpu"].decision.replicas == 0
+
+
+def test_the_rule_is_told_what_starts_what_is_stuck_and_what_was_served() -> None:
+    live = TierReplicas(
+        6,
+        (
+            Replica("a", Phase.READY, ordered_at=10.0, ready_at=40.0),
+            Replica("b", Phase.STARTING, ordered_at=90.0),
+            Replica("c", Phase.UNSCHEDULABLE, ordered_at=80.0),
+            Replica("d", Phase.FAILING, ordered_at=70.0),
+        ),
+    )
+    told = planning.demand(QueueReading(3, 1, 2, served=Served(7, 70.0, 900.0)), live, 11, 100.0)
+    assert told == scaling.Demand(3, 1, 2, 6, 30.0, 1, (90.0, 100.0, 100.0), 2, 11, Served(7, 70.0, 900.0))
+
+
+def test_what_was_ever_sent_to_a_tier_is_the_sum_of_its_routes() -> None:
+    routes = {"gpu:FreeSlot": 3, "gpu:SlotStarting": 4, "gpu2:FreeSlot": 50, "cpu:NoCapacity": 5}
+    seen = BrokerReading({}, "r1", Milliseconds(0), routes)
+    assert (seen.arrived("gpu"), seen.arrived("cpu"), seen.arrived("other")) == (7, 5, 0)
 
 
 def test_a_spilled_job_calls_for_the_tier_that_it_wanted_while_another_tier_holds_it() -> None:

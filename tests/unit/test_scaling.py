@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,12 +13,13 @@ from hypothesis import strategies as st
 from workerpool_operator.observation import Unavailable
 from workerpool_operator.scaling import (
     MIN_LINGER_SECONDS,
-    START_SECONDS_UNTIL_KNOWN,
+    SERVICE_SECONDS_UNTIL_KNOWN,
     Decision,
     Demand,
     Memory,
     Policy,
     Reason,
+    Service,
     Unread,
     decide,
 )
@@ -35,14 +38,6 @@ observations = st.one_of(demands, demands, demands, st.builds(Unread, st.integer
 histories = st.lists(st.tuples(st.floats(0.1, 20), observations), min_size=1, max_size=12)
 
 
-def need(policy: Policy, seen: Demand) -> int:
-    return math.ceil(seen.total / policy.concurrency)
-
-
-def clamp(policy: Policy, replicas: int) -> int:
-    return min(max(replicas, policy.minimum), policy.maximum)
-
-
 def replay(policy: Policy, history: History) -> list[tuple[float, Demand | Unread, Decision]]:
     """Each pass of a history of ``(seconds since the pass before, reading)`` with its time and its decision."""
     passes, now, memory = [], 1_000.0, Memory()
@@ -52,16 +47,6 @@ def replay(policy: Policy, history: History) -> list[tuple[float, Demand | Unrea
         memory = decision.memory
         passes.append((now, seen, decision))
     return passes
-
-
-def follow(policy: Policy, *needs: tuple[float, int], replicas: int = 0) -> list[int]:
-    """The replicas that a tier has when its queue is as long as ``(time, waiting)`` says and every decision is obeyed."""
-    memory, ordered = Memory(), []
-    for now, waiting in needs:
-        decision = decide(policy, Demand(waiting, 0, 0, replicas), memory, now)
-        memory, replicas = decision.memory, decision.replicas
-        ordered.append(replicas)
-    return ordered
 
 
 @settings(max_examples=100)
@@ -74,53 +59,29 @@ def test_a_reading_never_orders_more_than_the_maximum_or_less_than_the_minimum(p
 
 @settings(max_examples=100)
 @given(policies, histories)
-def test_every_job_that_wants_a_slot_gets_one_at_once_within_the_maximum(policy: Policy, history: History) -> None:
+def test_it_never_goes_below_what_is_in_flight(policy: Policy, history: History) -> None:
     for _, seen, decision in replay(policy, history):
         if isinstance(seen, Demand):
-            assert decision.replicas >= clamp(policy, need(policy, seen))
-            assert decision.needed == need(policy, seen)
-
-
-@settings(max_examples=200)
-@given(policies, histories, st.floats(0, 60))
-def test_what_is_ordered_is_the_highest_need_since_the_linger_began(
-    policy: Policy, history: History, start_seconds: float
-) -> None:
-    linger = max(MIN_LINGER_SECONDS, start_seconds)
-    steady = [
-        (
-            pause,
-            seen
-            if isinstance(seen, Unread)
-            else Demand(seen.waiting, seen.in_flight, seen.spilled, seen.replicas, start_seconds),
-        )
-        for pause, seen in history
-    ]
-    needs: list[tuple[float, int]] = []
-    for now, seen, decision in replay(policy, steady):
-        if isinstance(seen, Unread):
-            needs = []
-            continue
-        if not needs:
-            needs = [(now, seen.replicas)]
-        needs.append((now, need(policy, seen)))
-        assert decision.replicas == clamp(policy, max(n for at, n in needs if now - at <= linger))
+            assert decision.replicas >= min(policy.maximum, math.ceil(seen.in_flight / policy.concurrency))
 
 
 @settings(max_examples=100)
 @given(policies, histories)
 def test_memory_stays_bounded_and_in_order(policy: Policy, history: History) -> None:
     for _, _, decision in replay(policy, history):
-        needs = decision.memory.needs
-        assert len(needs) <= policy.maximum + 2
-        assert [n for _, n in needs] == sorted({n for _, n in needs}, reverse=True)
-        assert [at for at, _ in needs] == sorted(at for at, _ in needs)
+        memory = decision.memory
+        assert len(memory.fell) <= policy.maximum + 20
+        assert len(memory.arrivals) <= 67
+        assert len(memory.bursts) <= len(history) + 1
+        assert list(memory.fell) == sorted(memory.fell)
+        assert list(memory.arrivals) == sorted(memory.arrivals)
+        assert [n for _, n in memory.bursts] == sorted({n for _, n in memory.bursts}, reverse=True)
 
 
 def test_a_backlog_of_thousands_that_drains_slowly_is_remembered_in_a_few_entries() -> None:
-    policy = Policy(0, 4)
-    history: History = [(0.01, Demand(5_000 - n, 0, 0, 4)) for n in range(1_000)]
-    assert len(replay(policy, history)[-1][2].memory.needs) <= 6
+    history: History = [(0.01, Demand(5_000 - n, 0, 0, 4, 30.0, 4, arrived=5_000 + n)) for n in range(1_000)]
+    memory = replay(Policy(0, 4), history)[-1][2].memory
+    assert len(memory.arrivals) + len(memory.fell) + len(memory.bursts) <= 80
 
 
 @settings(max_examples=50)
@@ -141,85 +102,180 @@ def test_without_a_reading_the_count_stays_exactly_where_it_is_even_outside_the_
     assert decision.needed <= decision.replicas, "an outage is no sign that the maximum limits the pool"
 
 
-@pytest.mark.parametrize(
-    ("demand", "concurrency", "replicas"),
-    [
-        (Demand(waiting=5, in_flight=0, spilled=0, replicas=0), 1, 5),
-        (Demand(waiting=0, in_flight=5, spilled=0, replicas=0), 1, 5),
-        (Demand(waiting=0, in_flight=0, spilled=5, replicas=0), 1, 5),
-        (Demand(waiting=1, in_flight=2, spilled=3, replicas=0), 1, 6),
-        (Demand(waiting=1, in_flight=2, spilled=3, replicas=0), 4, 2),
-        (Demand(waiting=8, in_flight=0, spilled=0, replicas=0), 4, 2),
-        (Demand(waiting=9, in_flight=0, spilled=0, replicas=0), 4, 3),
-        (Demand(waiting=1, in_flight=0, spilled=0, replicas=0), 256, 1),
-        (Demand(waiting=0, in_flight=0, spilled=0, replicas=0), 1, 0),
-    ],
-)
-def test_from_zero_it_goes_straight_to_need(demand: Demand, concurrency: int, replicas: int) -> None:
-    assert decide(Policy(0, 10, concurrency), demand, Memory(), 0.0).replicas == replicas
+def known(start_seconds: float, **rest: Any) -> Memory:
+    """What a rule knows that has seen workers start and a thousand jobs of 30 s end, and nothing waiting yet."""
+    service = Service(1_000.0, 30_000.0, 1_350_000.0)
+    return Memory(total=0, service=service, start_seconds=start_seconds, newest_start=start_seconds, level=0, **rest)
 
 
 @pytest.mark.parametrize(
-    ("start_seconds", "linger"),
+    ("waiting", "target", "concurrency", "replicas"),
     [
-        (None, START_SECONDS_UNTIL_KNOWN),
-        (0.5, MIN_LINGER_SECONDS),
-        (MIN_LINGER_SECONDS + 1, MIN_LINGER_SECONDS + 1),
-        (90.0, 90.0),
+        pytest.param(1, 60.0, 1, 1, id="one for one"),
+        pytest.param(10, 47.0, 1, 10, id="one for each where none has time for a second"),
+        pytest.param(10, 75.0, 1, 5, id="half where each has time for two"),
+        pytest.param(10, 47.0, 4, 3, id="by slots"),
+        pytest.param(0, 60.0, 1, 0, id="none for none"),
     ],
 )
-def test_it_lowers_only_after_the_need_stayed_lower_for_as_long_as_a_worker_takes_to_start(
-    start_seconds: float | None, linger: float
+def test_from_zero_it_goes_straight_to_what_starts_all_in_time(
+    waiting: int, target: float, concurrency: int, replicas: int
 ) -> None:
-    policy = Policy(0, 10)
-    busy = decide(policy, Demand(4, 0, 0, 4, start_seconds), Memory(), 100.0)
-    idle = Demand(0, 0, 0, 4, start_seconds)
-    kept = decide(policy, idle, busy.memory, 100.0 + linger)
-    assert (kept.replicas, kept.reason) == (4, Reason.WAITING_TO_LOWER)
-    assert f"{linger:.0f} s" in kept.message
+    policy = Policy(0, 20, concurrency, target)
+    assert decide(policy, Demand(waiting, 0, 0, 0, 45.0), known(45.0), 100.0).replicas == replicas
+
+
+def test_a_job_elsewhere_that_wanted_this_tier_calls_for_it_as_one_that_waits() -> None:
+    spilled = decide(Policy(0, 10), Demand(0, 0, 3, 0), Memory(), 0.0)
+    waiting = decide(Policy(0, 10), Demand(3, 0, 0, 0), Memory(), 0.0)
+    assert spilled.replicas == waiting.replicas == 3
+
+
+def test_nothing_is_ordered_twice_for_the_same_jobs() -> None:
+    policy = Policy(0, 20)
+    memory, now, replicas = known(45.0), 100.0, 0
+    starting: tuple[float, ...] = ()
+    for _ in range(40):
+        decision = decide(policy, Demand(6, 0, 0, replicas, 45.0, 0, starting, arrived=6), memory, now)
+        starting += (now,) * (decision.replicas - replicas)
+        memory, replicas, now = decision.memory, decision.replicas, now + 1
+    assert replicas <= 6
+
+
+def test_workers_that_cannot_be_placed_are_not_ordered_again() -> None:
+    policy = Policy(0, 20)
+    first = decide(policy, Demand(4, 0, 0, 0, 45.0), known(45.0), 100.0)
+    again = decide(policy, Demand(4, 0, 0, first.replicas, 45.0, stuck=first.replicas), first.memory, 101.0)
+    assert again.replicas == first.replicas
+
+
+def test_it_waits_for_the_last_moment_while_the_workers_that_are_there_may_do() -> None:
+    policy, memory = Policy(0, 20), known(45.0)
+    quiet = Demand(0, 4, 0, 4, 45.0, 4)
+    memory = decide(policy, quiet, memory, 100.0).memory
+    early = decide(policy, Demand(6, 4, 0, 4, 45.0, 4, arrived=6), memory, 101.0)
+    assert (early.replicas, early.reason) == (4, Reason.AS_NEEDED)
+    assert early.again_at == pytest.approx(101.0 + 60 - 45 - 1.5)
+    late = decide(policy, Demand(6, 4, 0, 4, 45.0, 4, arrived=6), early.memory, early.again_at + 0.1)
+    assert late.replicas > 4
+    assert late.reason is Reason.BACKLOG_EXCEEDS_CAPACITY
+
+
+def test_where_a_start_takes_longer_than_the_target_some_stand_ready_for_what_came_of_late() -> None:
+    policy, memory, now = Policy(0, 40, target_wait=30.0), known(240.0), 0.0
+    for second in range(600):
+        now = float(second)
+        memory = decide(policy, Demand(0, 3, 0, 10, 240.0, 10, arrived=second // 10), memory, now).memory
+    decision = decide(policy, Demand(0, 3, 0, 10, 240.0, 10, arrived=60), memory, now)
+    assert (decision.reason, decision.replicas > 3) == (Reason.DEMAND_FELL if decision.replicas < 10 else Reason.HEADROOM, True)
+    quiet = decide(policy, Demand(0, 0, 0, decision.replicas, 240.0, 10, arrived=60), decision.memory, now + 2_000)
+    later = decide(policy, Demand(0, 0, 0, decision.replicas, 240.0, 10, arrived=60), quiet.memory, now + 4_000)
+    assert later.replicas == 0
+
+
+@pytest.mark.parametrize(
+    ("start_seconds", "target", "linger"),
+    [(80.0, 100.0, 20.0), (8.0, 60.0, MIN_LINGER_SECONDS), (240.0, 60.0, 180.0)],
+)
+def test_it_lowers_only_after_the_need_stayed_lower_for_a_while(start_seconds: float, target: float, linger: float) -> None:
+    policy = Policy(0, 10, target_wait=target)
+    at_work = dataclasses.replace(known(start_seconds), total=4, level=4)
+    busy = decide(policy, Demand(0, 4, 0, 4, start_seconds, 4), at_work, 99.0)
+    idle = Demand(0, 0, 0, 4, start_seconds, 4)
+    fell = decide(policy, idle, busy.memory, 100.0)
+    assert (fell.replicas, fell.reason) == (4, Reason.WAITING_TO_LOWER)
+    assert f"{linger:.0f} s" in fell.message
+    assert fell.again_at == 100.0 + linger
+    kept = decide(policy, idle, fell.memory, 99.9 + linger)
+    assert kept.replicas == 4
     assert decide(policy, idle, kept.memory, 100.1 + linger).replicas == 0
 
 
-def test_a_need_that_comes_back_starts_the_linger_again() -> None:
-    assert follow(Policy(0, 10), (0, 3), (20, 0), (25, 3), (40, 0), (55, 0), (56, 0)) == [3, 3, 3, 3, 3, 0]
-
-
 def test_it_lowers_in_steps_when_the_need_fell_in_steps() -> None:
-    assert follow(Policy(0, 10), (0, 9), (10, 4), (20, 1), (31, 1), (41, 1)) == [9, 9, 9, 4, 1]
+    policy, memory, replicas, seen = Policy(0, 10, target_wait=100.0), known(80.0), 9, []
+    for now, in_flight in ((0, 9), (10, 4), (20, 1), (29, 1), (31, 1), (39, 1), (41, 1)):
+        decision = decide(policy, Demand(0, in_flight, 0, replicas, 80.0, replicas), memory, float(now))
+        memory, replicas = decision.memory, decision.replicas
+        seen.append(replicas)
+    assert seen == [9, 9, 9, 9, 4, 4, 1]
 
 
 def test_an_operator_that_just_started_lowers_no_sooner_than_one_that_knows_the_past() -> None:
-    assert follow(Policy(0, 10), (0, 2), (30, 2), (31, 2), replicas=6) == [6, 6, 2]
+    policy, idle = Policy(0, 10, target_wait=100.0), Demand(0, 2, 0, 6, 80.0, 6)
+    first = decide(policy, idle, Memory(), 0.0)
+    assert first.replicas == 6
+    assert decide(policy, idle, first.memory, 21.0).replicas == 2
 
 
 def test_an_outage_counts_for_nothing_when_the_need_looks_low_after_it() -> None:
-    policy, idle = Policy(0, 10), Demand(0, 0, 0, 6)
-    passes: History = [(1, Demand(6, 0, 0, 6)), (60, Unread(6, OUTAGE)), (1, idle), (30, idle), (1, idle)]
+    policy, idle = Policy(0, 10, target_wait=100.0), Demand(0, 0, 0, 6, 80.0, 6)
+    passes: History = [(1, Demand(0, 6, 0, 6, 80.0, 6)), (60, Unread(6, OUTAGE)), (1, idle), (19, idle), (2, idle)]
     assert [decision.replicas for _, _, decision in replay(policy, passes)] == [6, 6, 6, 6, 0]
 
 
+def test_what_was_learnt_outlives_an_outage() -> None:
+    memory = decide(Policy(0, 10), Unread(3, OUTAGE), known(45.0), 1.0).memory
+    assert (memory.start_seconds, memory.service, memory.arrivals) == (45.0, known(45.0).service, ())
+
+
+def served(*seconds: float) -> Service:
+    service = Service()
+    for length in seconds:
+        service = service.after(1, length, length**2)
+    return service
+
+
+@pytest.mark.parametrize("wrong", [0.5, 1.5])
+def test_the_length_of_jobs_is_learnt_however_wrong_the_first_guess_was(wrong: float) -> None:
+    truth = SERVICE_SECONDS_UNTIL_KNOWN / wrong
+    assert served(*[truth] * 60).mean == pytest.approx(truth, rel=0.1)
+    assert served(*[truth] * 60).variation < 0.3
+
+
+def test_one_job_that_hung_for_a_day_does_not_become_the_measure_of_all() -> None:
+    assert served(*[30.0] * 100, 86_400.0).mean < 40
+
+
+def test_a_mix_of_fast_and_slow_tasks_is_known_by_its_mean_and_spread() -> None:
+    mixed = served(*[2.0, 58.0] * 200)
+    assert mixed.mean == pytest.approx(30, rel=0.1)
+    assert mixed.variation == pytest.approx(0.87, abs=0.1)
+
+
+def test_a_slow_start_is_believed_sooner_than_a_fast_one_and_one_that_hung_not_wholly() -> None:
+    def after(newest: float) -> float | None:
+        return decide(Policy(0, 9), Demand(0, 0, 0, 0, newest), known(40.0), 0.0).memory.start_seconds
+
+    assert after(80.0) == 60.0
+    assert after(20.0) == 37.5
+    assert after(7_200.0) == 100.0
+    assert after(40.0) == 40.0
+
+
+def test_a_start_that_lasts_longer_than_any_before_teaches_while_it_lasts() -> None:
+    seen = Demand(0, 0, 0, 1, 40.0, starting=(0.0,))
+    assert decide(Policy(0, 9), seen, known(40.0), 90.0).memory.start_seconds == 90.0
+
+
 @pytest.mark.parametrize(
-    ("policy", "waiting", "replicas", "remembered", "reason"),
+    ("policy", "in_flight", "queued", "replicas", "level", "reason"),
     [
-        pytest.param(Policy(0, 4), 3, 1, 0, Reason.BACKLOG_EXCEEDS_CAPACITY, id="more is needed"),
-        pytest.param(Policy(0, 4), 4, 1, 0, Reason.BACKLOG_EXCEEDS_CAPACITY, id="the need is the maximum"),
-        pytest.param(Policy(0, 4), 5, 1, 0, Reason.AT_MAXIMUM, id="the need is above the maximum"),
-        pytest.param(Policy(0, 4), 5, 4, 0, Reason.AT_MAXIMUM, id="the maximum is reached and more is needed"),
-        pytest.param(Policy(0, 4), 0, 4, 9, Reason.WAITING_TO_LOWER, id="the maximum is kept but not needed any more"),
-        pytest.param(Policy(0, 4), 0, 2, 4, Reason.WAITING_TO_LOWER, id="someone removed what is still kept"),
-        pytest.param(Policy(0, 4), 2, 3, 3, Reason.WAITING_TO_LOWER, id="one more is kept"),
-        pytest.param(Policy(1, 4), 0, 3, 3, Reason.WAITING_TO_LOWER, id="more than the minimum is kept"),
-        pytest.param(Policy(1, 4), 0, 1, 0, Reason.AT_MINIMUM, id="the minimum is there without need"),
-        pytest.param(Policy(2, 4), 1, 0, 0, Reason.AT_MINIMUM, id="the minimum is ordered without need"),
-        pytest.param(Policy(2, 4), 2, 0, 0, Reason.BACKLOG_EXCEEDS_CAPACITY, id="the need is the minimum"),
-        pytest.param(Policy(2, 4), 2, 2, 0, Reason.AS_NEEDED, id="the need is there"),
-        pytest.param(Policy(0, 4), 0, 0, 0, Reason.AS_NEEDED, id="nothing is needed"),
-        pytest.param(Policy(0, 4), 1, 3, 0, Reason.DEMAND_FELL, id="less is needed"),
-        pytest.param(Policy(1, 4), 0, 3, 0, Reason.DEMAND_FELL, id="it goes to the minimum"),
+        pytest.param(Policy(0, 4), 0, 3, 1, 0, Reason.BACKLOG_EXCEEDS_CAPACITY, id="more is needed"),
+        pytest.param(Policy(0, 4), 4, 9, 4, 4, Reason.AT_MAXIMUM, id="the maximum is reached and more is needed"),
+        pytest.param(Policy(0, 4), 1, 0, 4, 4, Reason.WAITING_TO_LOWER, id="more is kept"),
+        pytest.param(Policy(1, 4), 0, 0, 1, 0, Reason.AT_MINIMUM, id="the minimum is there without need"),
+        pytest.param(Policy(2, 4), 1, 0, 0, 0, Reason.AT_MINIMUM, id="the minimum is ordered without need"),
+        pytest.param(Policy(2, 4), 2, 0, 2, 2, Reason.AS_NEEDED, id="the need is there"),
+        pytest.param(Policy(0, 4), 0, 0, 0, 0, Reason.AS_NEEDED, id="nothing is needed"),
+        pytest.param(Policy(0, 4), 1, 0, 3, 1, Reason.DEMAND_FELL, id="less is needed"),
+        pytest.param(Policy(1, 4), 0, 0, 3, 0, Reason.DEMAND_FELL, id="it goes to the minimum"),
     ],
 )
-def test_the_reason_names_what_decided(policy: Policy, waiting: int, replicas: int, remembered: int, reason: Reason) -> None:
-    decision = decide(policy, Demand(waiting, 0, 0, replicas), Memory(((99.0, remembered),)), 100.0)
+def test_the_reason_names_what_decided(
+    policy: Policy, in_flight: int, queued: int, replicas: int, level: int, reason: Reason
+) -> None:
+    memory = dataclasses.replace(known(45.0), level=level)
+    decision = decide(policy, Demand(queued, in_flight, 0, replicas, 45.0, in_flight), memory, 100.0)
     assert decision.reason is reason
     assert ("the maximum limits" in decision.message) == (reason is Reason.AT_MAXIMUM)
     assert ("the minimum holds" in decision.message) == (reason is Reason.AT_MINIMUM)
@@ -227,8 +283,11 @@ def test_the_reason_names_what_decided(policy: Policy, waiting: int, replicas: i
 
 
 def test_the_message_holds_the_numbers_it_stands_on() -> None:
-    decision = decide(Policy(0, 8, concurrency=2), Demand(waiting=11, in_flight=7, spilled=3, replicas=1), Memory(), 0.0)
-    assert decision.message == "11 waiting + 7 in flight + 3 spilled need 11, ordered 8; the maximum limits it"
+    seen = Demand(waiting=11, in_flight=7, spilled=3, replicas=4)
+    assert decide(Policy(0, 8, concurrency=2), seen, Memory(), 0.0).message == (
+        "11 waiting + 7 in flight + 3 spilled need 11 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 8; "
+        "the maximum limits it"
+    )
 
 
 def test_every_reason_is_spelt_as_its_name() -> None:
@@ -236,5 +295,4 @@ def test_every_reason_is_spelt_as_its_name() -> None:
 
 
 def test_the_message_leaves_out_spills_that_do_not_exist() -> None:
-    decision = decide(Policy(0, 8), Demand(waiting=2, in_flight=1, spilled=0, replicas=1), Memory(), 0.0)
-    assert decision.message == "2 waiting + 1 in flight need 3, ordered 3"
+    assert "spilled" not in decide(Policy(0, 8), Demand(waiting=2, in_flight=1, spilled=0, replicas=1), Memory(), 0.0).message

@@ -92,6 +92,7 @@ def own_keys(keys: Keyspace) -> list[str]:
         keys.presence,
         keys.slots,
         keys.spilled,
+        keys.served,
         keys.held,
         keys.job,
         keys.unacked,
@@ -119,7 +120,8 @@ def test_every_name_of_schema_version_1_stays_as_other_releases_know_it() -> Non
     assert wire.SCHEMA_VERSION == 1
     assert [name.removeprefix("workerpool:ml/media:") for name in own_keys(KEYS)] == [
         "policy", "capacity", "routes", "sides", "presence:gpu", "presence:cpu", "slots:gpu", "slots:cpu", "spilled:gpu",
-        "spilled:cpu", "held:gpu", "held:cpu", "job:gpu", "job:cpu", "unacked:gpu", "unacked:cpu", "unacked:gpu:index",
+        "spilled:cpu", "served:gpu", "served:cpu", "held:gpu", "held:cpu", "job:gpu", "job:cpu", "unacked:gpu", "unacked:cpu",
+        "unacked:gpu:index",
         "unacked:cpu:index", "waiting:gpu", "waiting:cpu", "scheduled:gpu", "scheduled:cpu",
         "leases:gpu", "leases:cpu", "idempotent:gpu", "idempotent:cpu", "service:gpu", "service:cpu",
     ]  # fmt: skip
