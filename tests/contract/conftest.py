@@ -10,6 +10,14 @@ from redis import Redis
 from workerpool_operator.local.redis_server import private_redis
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _own_tasks() -> Iterator[None]:
+    """Celery hands the tasks of every app to every later one: those of a test file stay in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("celery._state._on_app_finalizers", set())
+        yield
+
+
 @pytest.fixture(scope="session")
 def _redis_server_url() -> Iterator[str]:
     with private_redis() as server:
