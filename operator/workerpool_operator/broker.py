@@ -8,18 +8,15 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
-from uuid import uuid4
 
 import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from workerpool_operator import planning
+from workerpool_operator import salvage
 from workerpool_operator.observation import BrokerReading, QueueReading, Unavailable
 from workerpool_operator.ports import Pool
-from workerpool_routing import ledger
-from workerpool_routing.ledger import Job, State
 from workerpool_routing.wire import CAPACITY_LIFE_MS, Capacity, Milliseconds, Policy, Presence, VersionMismatch, wake_channel
 
 logger = logging.getLogger("workerpool_operator.broker")
@@ -73,16 +70,16 @@ class RedisBroker:
 
     async def take_over(self, url: str, pool: Pool, tier: str, owner: str) -> list[str]:
         """Give every job that a lost worker held to whoever the ledger says; return a sentence for each."""
-        sentences = []
+        sentences: list[str] = []
         with _logged(pool):
-            client = self._client(url)
-            for task_id in sorted(await client.smembers(pool.keys.held(owner))):
-                job = Job.load(task_id, await client.hgetall(pool.keys.job(task_id)))
-                # One that is finishing may have stored its result: Kombu delivers it again, and whoever gets it looks first.
-                if job and job.owner == owner and job.state is State.CLAIMED:
-                    sentences += await self._move(client, pool, job)
-            await self._run(client, "leave", ledger.leave(pool.keys, tier, owner))
-            sentences.append(f"{tier}: worker {owner} is lost, it has not reported for too long")
+            sentences += await salvage.take_over(self._client(url), pool, tier, owner)
+        return sentences
+
+    async def sweep(self, url: str, pool: Pool) -> list[str]:
+        """Find jobs that no worker holds any more and that no lost worker accounts for; return a sentence for each."""
+        sentences: list[str] = []
+        with _logged(pool):
+            sentences += await salvage.sweep(self._client(url), pool)
         return sentences
 
     async def forget(self, url: str, pool: Pool) -> None:
@@ -97,19 +94,6 @@ class RedisBroker:
         await asyncio.gather(*self._listeners.values(), return_exceptions=True)
         for client in self._clients.values():
             await client.aclose()
-
-    async def _move(self, client: Any, pool: Pool, job: Job) -> list[str]:
-        to = ledger.after_loss(planning.policy(pool.spec), job)
-        raw = await client.hget(pool.keys.unacked(job.tier), job.tag)
-        if to is None or raw is None:
-            return []
-        call = ledger.move(pool.keys, job, to, held_as=job.tag, raw=raw, delivery_tag=str(uuid4()))
-        if not await self._run(client, "move", call):
-            return []
-        return [f"job {job.task_id} of lost worker {job.owner} goes from {job.tier} to {to.tier.name}, attempt {to.attempt}"]
-
-    async def _run(self, client: Any, name: str, call: ledger.Call) -> Any:
-        return await client.register_script(ledger.script(name))(keys=call.keys, args=call.args)
 
     def _client(self, url: str) -> Any:
         if url not in self._clients:
@@ -152,6 +136,7 @@ def _ask(pipe: Any, pool: Pool) -> None:
         for name in keys.queue_lists(tier.queue):
             pipe.llen(name)
         pipe.hlen(keys.unacked(tier.name))
+        pipe.get(keys.scheduled(tier.name))
         pipe.zcard(keys.spilled(tier.name))
         pipe.hgetall(keys.presence(tier.name))
 
@@ -161,11 +146,11 @@ def _reading(pool: Pool, answers: Iterator[Any], run_id: str, now: Milliseconds)
     tiers = {}
     for tier in pool.spec.tiers:
         waiting = sum(next(answers) for _ in pool.keys.priority_steps)
-        in_flight, spilled, presence = next(answers), next(answers), next(answers)
+        held, scheduled, spilled, presence = (next(answers) for _ in range(4))
         reports = [Presence.load(raw) for raw in presence.values()]
         tiers[tier.name] = QueueReading(
             waiting,
-            in_flight,
+            max(0, held - int(scheduled or 0)),
             spilled,
             workers=tuple(report for report in reports if report.alive(now)),
             lost=tuple(report.owner for report in reports if not report.alive(now)),

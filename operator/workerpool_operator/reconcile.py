@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from workerpool_operator import conditions, planning, reaping, scaling, sharing
+from workerpool_operator import conditions, planning, scaling, sharing
 from workerpool_operator.model import Mode
 from workerpool_operator.observation import BrokerReading, TierReplicas, Unavailable
 from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Broker, Pool, Report, Reporter, Urls, Workers
+from workerpool_operator.reaper import Reaper
 from workerpool_operator.sharing import Conflict
 
 logger = logging.getLogger("workerpool_operator")
@@ -59,7 +60,7 @@ class Reconciler:
         self._wake, self._clock = wake, clock
         self._memory: dict[str, dict[str, scaling.Memory]] = {}
         self._status: dict[str, Mapping[str, Any]] = {}
-        self._witnesses: dict[str, reaping.Witness | None] = {}
+        self._reaper = Reaper(broker, clock)
 
     async def run(self) -> None:
         """Pass after pass, until cancelled."""
@@ -94,8 +95,7 @@ class Reconciler:
 
     async def _read(self, url: str, pools: list[Pool]) -> dict[str, BrokerReading | Unavailable]:
         answer = await self._broker.read(url, pools)
-        run_id = answer if isinstance(answer, Unavailable) else answer[pools[0].id].run_id
-        self._witnesses[url] = reaping.witness(self._witnesses.get(url), run_id, self._clock())
+        self._reaper.saw(url, answer)
         return {pool.id: answer if isinstance(answer, Unavailable) else answer[pool.id] for pool in pools}
 
     async def _pass(self, pool: Pool, url: str, reading: BrokerReading | Unavailable, conflict: Conflict | None) -> None:
@@ -126,16 +126,10 @@ class Reconciler:
         if isinstance(reading, Unavailable):
             return
         await self._broker.publish(url, pool, planning.policy(pool.spec), planning.capacity(plans))
-        if reaping.may_reap(self._witnesses.get(url)):
-            await self._reap(pool, url, plans)
-
-    async def _reap(self, pool: Pool, url: str, plans: list[TierPlan]) -> None:
-        for plan in plans:
-            for owner in plan.queue.lost if plan.queue else ():
-                for sentence in await self._broker.take_over(url, pool, plan.tier.name, owner):
-                    logger.warning("%s: %s", pool.id, sentence)
+        await self._reaper.reap(pool, url, {name: queue.lost for name, queue in reading.tiers.items()})
 
     def _forget_all_but(self, uids: set[str]) -> None:
+        self._reaper.forget_all_but(uids)
         for kept in (self._memory, self._status):
             for uid in kept.keys() - uids:
                 del kept[uid]

@@ -74,6 +74,8 @@ def _tier(keys: Keyspace, tier: TierPolicy) -> dict[str, Any]:
         "unacked": keys.unacked(tier.name),
         "slots": keys.slots(tier.name),
         "spilled": keys.spilled(tier.name),
+        "waiting": keys.waiting(tier.name),
+        "scheduled": keys.scheduled(tier.name),
     }
 
 

@@ -16,6 +16,12 @@ key                       type    meaning
 ``job:<task id>``         hash    the ledger entry, see :mod:`workerpool_routing.ledger`
 ``spilled:<tier>``        zset    task ids that wanted the tier and wait or run elsewhere → time of admission
 ``routes``                hash    ``<tier>:<reason>`` → decisions so far
+``waiting:<tier>``        zset    task ids that are on their way to a worker → time of admission; where the sweep looks
+``scheduled:<tier>``      string  messages with a future ETA that workers hold, to be subtracted from what is in flight
+``service:<tier>``        hash    task name → moving average of the seconds that the tier needs for it
+``drain``                 set     workers (by name) that are to stop consuming; written by the operator
+``aside``                 hash    task id → JSON: a message or entry that nobody could read, and why; for people
+``aside:count``           string  how many were ever set aside
 ========================  ======  =====================================================================================
 
 An *owner* is one life of a worker process: the worker's name and a suffix of its own, so that a container that restarts under
@@ -69,6 +75,11 @@ ENV_WORKER = "WORKERPOOL_WORKER"
 ENV_QUEUE = "WORKERPOOL_QUEUE"
 ENV_CONCURRENCY = "WORKERPOOL_CONCURRENCY"
 ENV_BROKER_URL = "CELERY_BROKER_URL"
+ENV_GRACE = "WORKERPOOL_GRACE_SECONDS"
+"""From SIGTERM to SIGKILL; the worker gives back what it cannot finish a little before."""
+
+ENV_PROBES = "WORKERPOOL_PROBES"
+"""A directory for the files that probes look at: ``alive`` and ``ready``. Unset: none are written."""
 
 Milliseconds = NewType("Milliseconds", int)
 Wish = Literal[True, False, "required"]
@@ -116,6 +127,27 @@ class Keyspace:
 
     def spilled(self, tier: str) -> str:
         return self._own(f"spilled:{tier}")
+
+    def waiting(self, tier: str) -> str:
+        return self._own(f"waiting:{tier}")
+
+    def scheduled(self, tier: str) -> str:
+        return self._own(f"scheduled:{tier}")
+
+    def service(self, tier: str) -> str:
+        return self._own(f"service:{tier}")
+
+    @property
+    def drain(self) -> str:
+        return self._own("drain")
+
+    @property
+    def aside(self) -> str:
+        return self._own("aside")
+
+    @property
+    def aside_count(self) -> str:
+        return self._own("aside:count")
 
     def held(self, owner: str) -> str:
         return self._own(f"held:{owner}")
@@ -238,7 +270,9 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """One worker's last report. ``since`` and ``at`` are Redis milliseconds; a worker that is leaving reports no slots."""
+    """One worker's last report. ``since`` and ``at`` are Redis milliseconds; a worker that is draining or leaving reports no
+    slots. ``scheduled`` messages with a future ETA are neither busy nor in flight.
+    """
 
     owner: str
     worker: str
@@ -248,6 +282,8 @@ class Presence:
     busy: int
     since: Milliseconds
     at: Milliseconds
+    scheduled: int = 0
+    draining: bool = False
 
     def alive(self, now: Milliseconds) -> bool:
         """Whether it has reported within the presence life."""

@@ -120,7 +120,7 @@ def test_an_accelerated_attempt_that_ends_badly_runs_once_more_on_the_plain_tier
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
     job = two_tiers.pool.job(decision.task_id)
     assert (job.attempt, job.tier, job.wanted) == (2, "cpu", "gpu")
-    assert job.reason is (Reason.ATTEMPT_FAILED if ending == "raise" else Reason.ATTEMPT_LOST)
+    assert job.reason is (Reason.ATTEMPT_LOST if ending == "kill" else Reason.ATTEMPT_FAILED)
 
 
 @pytest.mark.parametrize("task", ["hard_limited", "soft_limited"])

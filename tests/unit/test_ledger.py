@@ -149,7 +149,7 @@ def claimed(**changes: Any) -> ledger.Call:
 
 def test_a_claim_gives_the_script_its_arguments_in_order() -> None:
     call = claimed()
-    assert call.keys == [KEYS.job("t1"), KEYS.held("w.1")]
+    assert call.keys == [KEYS.job("t1"), KEYS.held("w.1"), KEYS.waiting("gpu"), KEYS.unacked("gpu")]
     assert call.args == ["t1", 2, "tag", "w.1", "gpu", 3, ledger.LOSSES_ALLOWED, JOB_LIFE_SECONDS, 1, 0]
     assert claimed(moves_on=False, no_result=True).args[-2:] == [0, 1]
 
@@ -160,15 +160,21 @@ def test_a_job_that_cannot_move_on_survives_one_loss_and_not_two() -> None:
 
 @pytest.mark.parametrize("after", State)
 def test_an_entry_lives_longer_while_its_job_can_still_change(after: State) -> None:
-    call = ledger.settle(KEYS, POLICY, "t1", attempt=2, tag="tag", owner="w.1", before=State.CLAIMED, after=after)
+    call = ledger.settle(KEYS, POLICY, "t1", attempt=2, tag="tag", owner="w.1", tier="gpu", before=State.CLAIMED, after=after)
     ended = after in (State.DONE, State.FAILED, State.EXPIRED)
-    assert call.args == ["t1", 2, "tag", "claimed", after, ENDED_JOB_LIFE_SECONDS if ended else JOB_LIFE_SECONDS]
+    life = ENDED_JOB_LIFE_SECONDS if ended else JOB_LIFE_SECONDS
+    assert call.args == ["t1", 2, "tag", "w.1", "claimed", after, life, "", "", ""]
     assert ENDED_JOB_LIFE_SECONDS < JOB_LIFE_SECONDS
 
 
 def test_a_settled_job_is_struck_from_the_spills_of_every_tier() -> None:
-    call = ledger.settle(KEYS, POLICY, "t1", attempt=1, tag="tag", owner="w.1", before=State.CLAIMED, after=State.DONE)
-    assert call.keys == [KEYS.job("t1"), KEYS.held("w.1"), KEYS.spilled("gpu"), KEYS.spilled("cpu")]
+    call = ledger.settle(
+        KEYS, POLICY, "t1", attempt=1, tag="tag", owner="w.1", tier="gpu", before=State.CLAIMED, after=State.DONE
+    )
+    assert call.keys == [
+        KEYS.job("t1"), KEYS.held("w.1"), KEYS.waiting("gpu"), KEYS.unacked("gpu"), KEYS.unacked_index("gpu"),
+        KEYS.service("gpu"), KEYS.spilled("gpu"), KEYS.spilled("cpu"),
+    ]  # fmt: skip
 
 
 RAW = json.dumps(
@@ -189,7 +195,7 @@ RAW = json.dumps(
 
 
 def moved(to: Move) -> ledger.Call:
-    return ledger.move(KEYS, JOB, to, held_as="held", raw=RAW, delivery_tag="fresh")
+    return ledger.move(KEYS, JOB, to, held_as="held", raw=RAW, delivery_tag="fresh", how="lost", error="why")
 
 
 def test_a_move_takes_the_message_from_the_tier_that_held_it_to_the_queue_of_the_next() -> None:
@@ -201,8 +207,10 @@ def test_a_move_takes_the_message_from_the_tier_that_held_it_to_the_queue_of_the
         KEYS.unacked_index("gpu"),
         KEYS.queue_list("celery", 6),
         KEYS.routes,
+        KEYS.waiting("cpu"),
     ]
-    *before, message, channel, pool, life = call.args
+    *before, message, channel, pool, life, queue, how, error = call.args
+    assert (queue, how, error) == ("celery", "lost", "why")
     assert before == ["t1", 1, "tag", "held", 2, "cpu", "AttemptLost", 0]
     assert (channel, pool, life) == (wake_channel("prod-"), "ml/media", JOB_LIFE_SECONDS)
     renewed = json.loads(str(message))
@@ -220,7 +228,7 @@ def test_a_move_on_the_same_tier_says_so_because_it_counts_as_a_loss() -> None:
 
 def test_a_worker_that_leaves_is_struck_from_presence_slots_and_claims() -> None:
     call = ledger.leave(KEYS, "gpu", "w.1")
-    assert (call.keys, call.args) == ([KEYS.presence("gpu"), KEYS.slots("gpu"), KEYS.held("w.1")], ["w.1"])
+    assert (call.keys, call.args) == ([KEYS.presence("gpu"), KEYS.slots("gpu"), KEYS.held("w.1"), KEYS.scheduled("gpu")], ["w.1"])
 
 
 def test_the_claim_script_answers_in_the_words_of_the_library() -> None:
@@ -240,7 +248,12 @@ def test_the_scripts_know_the_states_by_their_names() -> None:
         ("claim", claimed()),
         ("move", moved(Move(CPU, 2, Reason.ATTEMPT_LOST))),
         ("leave", ledger.leave(KEYS, "gpu", "w.1")),
-        ("settle", ledger.settle(KEYS, Policy(()), "t1", attempt=1, tag="", owner="w", before=State.CLAIMED, after=State.DONE)),
+        (
+            "settle",
+            ledger.settle(
+                KEYS, Policy(()), "t1", attempt=1, tag="", owner="w", tier="gpu", before=State.CLAIMED, after=State.DONE
+            ),
+        ),
     ],
 )
 def test_a_script_reads_exactly_the_keys_and_arguments_that_it_is_given(name: str, call: ledger.Call) -> None:

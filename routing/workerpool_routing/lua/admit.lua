@@ -19,7 +19,7 @@ local function measure(tier)
   local waiting = 0
   for _, list in ipairs(tier.lists) do waiting = waiting + redis.call('LLEN', list) end
   local ready = redis.call('ZCOUNT', tier.slots, '(' .. (now - request.presence_life), '+inf')
-  return {waiting = waiting, in_flight = redis.call('HLEN', tier.unacked), ready = ready, coming = coming(tier.name)}
+  return {waiting = waiting, in_flight = redis.call('HLEN', tier.unacked) - (redis.call('GET', tier.scheduled) or 0), ready = ready, coming = coming(tier.name)}
 end
 
 -- The twin of decide.place.
@@ -44,6 +44,8 @@ if job then
   redis.call('HSET', job.key, 'version', request.version, 'state', 'admitted', 'attempt', 1, 'task', job.task,
     'tier', tier.name, 'wanted', wanted.name, 'required', job.required, 'reason', reason, 'admitted_at', now)
   redis.call('EXPIRE', job.key, request.job_life)
+  redis.call('ZADD', tier.waiting, now, job.id)
+  redis.call('ZREMRANGEBYSCORE', tier.waiting, '-inf', now - request.job_life * 1000)
   if tier.name ~= wanted.name then
     redis.call('ZADD', wanted.spilled, now, job.id)
     redis.call('ZREMRANGEBYSCORE', wanted.spilled, '-inf', now - request.job_life * 1000)
