@@ -39,7 +39,7 @@ class RedisBroker:
         self._clients: dict[str, Any] = {}
         self._listeners: dict[tuple[str, str], asyncio.Task[None]] = {}
 
-    async def read(self, url: str, pools: Sequence[Pool]) -> Mapping[str, BrokerReading] | Unavailable:
+    async def read(self, url: str, pools: Sequence[Pool]) -> Mapping[str, BrokerReading | Unavailable] | Unavailable:
         """Read all pools of one server in one pipeline."""
         try:
             client = self._client(url)
@@ -57,16 +57,21 @@ class RedisBroker:
             now = Milliseconds(seconds * 1000 + micros // 1000)
             rest = iter(answers)
             return {pool.id: _reading(pool, rest, server["run_id"], now) for pool in pools}
-        except (redis.RedisError, OSError, VersionMismatch, ValueError) as error:
+        except (redis.RedisError, OSError) as error:
             return Unavailable(_why(url, error))
 
-    async def publish(self, url: str, pool: Pool, policy: Policy, capacity: Capacity) -> None:
-        """Tell API pods and workers what they may count on; an outage here shows in the next reading."""
-        with _logged(pool):
-            async with self._client(url).pipeline(transaction=True) as pipe:
+    async def publish(self, url: str, pool: Pool, policy: Policy, capacity: Capacity | None) -> Unavailable | None:
+        """Tell API pods and workers what they may count on."""
+        try:
+            async with self._client(url).pipeline(transaction=False) as pipe:
                 pipe.set(pool.keys.policy, policy.dump())
-                pipe.set(pool.keys.capacity, capacity.dump(), px=CAPACITY_LIFE_MS)
-                await pipe.execute()
+                if capacity:
+                    pipe.set(pool.keys.capacity, capacity.dump(), px=CAPACITY_LIFE_MS)
+                answers = await pipe.execute(raise_on_error=False)
+        except (redis.RedisError, OSError) as error:
+            return Unavailable(_why(url, error))
+        refusal = next((answer for answer in answers if isinstance(answer, redis.RedisError)), None)
+        return Unavailable(f"Redis at {_place(url)} refuses writes: {_said(refusal)}") if refusal else None
 
     async def take_over(self, url: str, pool: Pool, tier: str, owner: str) -> list[str]:
         """Give every job that a lost worker held to whoever the ledger says; return a sentence for each."""
@@ -141,21 +146,30 @@ def _ask(pipe: Any, pool: Pool) -> None:
         pipe.hgetall(keys.presence(tier.name))
 
 
-def _reading(pool: Pool, answers: Iterator[Any], run_id: str, now: Milliseconds) -> BrokerReading:
-    routes = {route: int(count) for route, count in next(answers).items()}
-    tiers = {}
-    for tier in pool.spec.tiers:
-        waiting = sum(next(answers) for _ in pool.keys.priority_steps)
-        held, scheduled, spilled, presence = (next(answers) for _ in range(4))
-        reports = [Presence.load(raw) for raw in presence.values()]
-        tiers[tier.name] = QueueReading(
-            waiting,
-            max(0, held - int(scheduled or 0)),
-            spilled,
-            workers=tuple(report for report in reports if report.alive(now)),
-            lost=tuple(report.owner for report in reports if not report.alive(now)),
-        )
-    return BrokerReading(tiers, run_id, now, routes)
+def _reading(pool: Pool, answers: Iterator[Any], run_id: str, now: Milliseconds) -> BrokerReading | Unavailable:
+    """Take this pool's answers, all of them, then make sense of them."""
+    routes = next(answers)
+    answered = {
+        tier.name: [sum(next(answers) for _ in pool.keys.priority_steps), *(next(answers) for _ in range(4))]
+        for tier in pool.spec.tiers
+    }
+    try:
+        tiers = {name: _queue(answer, now) for name, answer in answered.items()}
+        return BrokerReading(tiers, run_id, now, {route: int(count) for route, count in routes.items()})
+    except (VersionMismatch, ValueError, TypeError) as error:
+        return Unavailable(f"what Redis holds of the pool cannot be read: {error}")
+
+
+def _queue(answer: Sequence[Any], now: Milliseconds) -> QueueReading:
+    waiting, held, scheduled, spilled, presence = answer
+    reports = [Presence.load(raw) for raw in presence.values()]
+    return QueueReading(
+        waiting,
+        max(0, held - int(scheduled or 0)),
+        spilled,
+        workers=tuple(report for report in reports if report.alive(now)),
+        lost=tuple(report.owner for report in reports if not report.alive(now)),
+    )
 
 
 @contextlib.contextmanager
@@ -166,11 +180,18 @@ def _logged(pool: Pool) -> Iterator[None]:
         logger.warning("%s: %s", pool.id, error)
 
 
+def _place(url: str) -> str:
+    address = urlsplit(url)
+    return f"{address.hostname}:{address.port or 6379}"
+
+
+def _said(error: Exception) -> str:
+    return str(error).rstrip(".")
+
+
 def _why(url: str, error: Exception) -> str:
     """What is wrong with the broker, in words, without the password that its URL may hold."""
-    address = urlsplit(url)
-    place = f"{address.hostname}:{address.port or 6379}"
-    said = str(error).rstrip(".")
+    place, said = _place(url), _said(error)
     if isinstance(error, redis.AuthenticationError):
         return f"Redis at {place} refuses the user or the password: {said}"
     if isinstance(error, redis.TimeoutError):

@@ -40,11 +40,12 @@ def main() -> None:
 
 @main.command()
 @click.option("--namespace", "-n", "namespaces", multiple=True, help="Watch this namespace only; may be repeated. Default: all.")
-def run(namespaces: Sequence[str]) -> None:
+@click.option("--health-port", default=8080, show_default=True, help="Where /healthz is served.")
+def run(namespaces: Sequence[str], health_port: int) -> None:
     """Run the operator against the cluster of this pod, or of KUBECONFIG."""
     from workerpool_operator.main import run as run_operator  # kopf and the client take a second to import
 
-    run_operator(namespaces)
+    run_operator(namespaces, health_port=health_port)
 
 
 @main.command()
@@ -110,14 +111,15 @@ async def _sweep(pool: Pool, url: str) -> None:
     down = ""
     while True:
         answer = await broker.read(url, [pool])
-        reaper.saw(url, answer)
-        if isinstance(answer, Unavailable):
-            if answer.why != down:
-                click.echo(answer.why, err=True)
-            down = answer.why
+        reading = answer if isinstance(answer, Unavailable) else answer[pool.id]
+        reaper.saw(pool, reading)
+        if isinstance(reading, Unavailable):
+            if reading.why != down:
+                click.echo(reading.why, err=True)
+            down = reading.why
         else:
             down = ""
-            await reaper.reap(pool, url, {name: queue.lost for name, queue in answer[pool.id].tiers.items()})
+            await reaper.reap(pool, url, reading)
         await asyncio.sleep(TICK_SECONDS)
 
 

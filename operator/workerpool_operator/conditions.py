@@ -24,6 +24,7 @@ def assess(
     pool: Pool,
     plans: Sequence[TierPlan],
     broker: Unavailable | None,
+    refused: Unavailable | None,
     workers: Unavailable | None,
     conflict: Conflict | None,
     previous: Mapping[str, Any],
@@ -35,6 +36,7 @@ def assess(
         pool: the pool.
         plans: one for each tier; empty when the workers could not be seen.
         broker: why the broker could not be read, None when it could.
+        refused: why the broker took no writes, None when it did or nothing was written.
         workers: the same of the workers.
         conflict: the queue that another pool owns.
         previous: the status of the pass before, as stored.
@@ -42,7 +44,7 @@ def assess(
     """
     tiers = tuple(_tier(plan) for plan in plans)
     found = [
-        _broker(broker),
+        _broker(broker, refused),
         _capacity(plans, workers),
         _spilling(plans, broker, workers),
         _limited(plans, broker, workers),
@@ -58,7 +60,8 @@ def assess(
         in_flight=total([tier.in_flight for tier in tiers]) if tiers else None,
         replicas=summary(tiers),
     )
-    return status, (*flips(status, previous), *_scaled(pool, plans, held=conflict is not None))
+    events = [*flips(status, previous), *_scaled(pool, plans, previous, held=conflict is not None)]
+    return status, tuple(dict.fromkeys(events))  # Ready is False for the reason of another condition
 
 
 _Fields = tuple[ConditionType, str, str, str]
@@ -95,10 +98,12 @@ def _ready(found: Sequence[_Fields], plans: Sequence[TierPlan], workers: Unavail
     return kind, "True", "Working", "the broker answers and no tier is down"
 
 
-def _broker(unavailable: Unavailable | None) -> _Fields:
+def _broker(unavailable: Unavailable | None, refused: Unavailable | None) -> _Fields:
     kind = ConditionType.BROKER_REACHABLE
     if unavailable:
         return kind, "False", "BrokerUnreadable", f"{unavailable.why}; replicas stay as they are"
+    if refused:
+        return kind, "False", "BrokerRefusesWrites", f"{refused.why}; no worker is taken for lost meanwhile"
     return kind, "True", "Answering", "the queues are read every second"
 
 
@@ -156,12 +161,14 @@ def _paused(mode: Mode) -> _Fields:
     return ConditionType.PAUSED, "False" if mode is Mode.ACTIVE else "True", mode.value, _ASIDE[mode]
 
 
-def _scaled(pool: Pool, plans: Sequence[TierPlan], *, held: bool) -> list[Event]:
+def _scaled(pool: Pool, plans: Sequence[TierPlan], previous: Mapping[str, Any], *, held: bool) -> list[Event]:
+    """One Event for each count that was decided anew; while it cannot be written, the decision stays the same."""
     if held or pool.spec.mode is not Mode.ACTIVE:
         return []
-    return [
-        Event(False, plan.decision.reason, f"{plan.tier.name}: {plan.workers.desired} → {plan.decision.replicas}: "
-              f"{plan.decision.message}")
-        for plan in plans
-        if plan.decision.replicas != plan.workers.desired
-    ]  # fmt: skip
+    decided = {tier.get("name"): tier.get("desired") for tier in previous.get("tiers", ())}
+    events = []
+    for plan in plans:
+        name, before, after = plan.tier.name, plan.workers.desired, plan.decision.replicas
+        if after not in (before, decided.get(name)):
+            events.append(Event(False, plan.decision.reason, f"{name}: {before} → {after}: {plan.decision.message}"))
+    return events

@@ -23,8 +23,6 @@ from workerpool_operator.model import API_VERSION, GROUP, PLURAL, VERSION
 from workerpool_operator.ports import Pool
 from workerpool_operator.reconcile import Reconciler
 
-HEALTH_PORT = 8080
-
 RELIST_SECONDS = 60.0
 """What a watch has missed is seen after so long."""
 
@@ -39,7 +37,7 @@ class CannotStart(Exception):
     """The operator cannot work here; the message says what is missing and what to do."""
 
 
-def run(namespaces: Sequence[str], *, health_port: int = HEALTH_PORT) -> None:
+def run(namespaces: Sequence[str], *, health_port: int) -> None:
     """Run until SIGTERM or SIGINT; exit with one plain message where it cannot start.
 
     Args:

@@ -11,7 +11,17 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
 
 GROUP = "workerpool.dev"
@@ -112,6 +122,74 @@ class Replicas(_Model):
         return self
 
 
+class _OpenModel(_Model):
+    """A node of the pod template: what the operator reads is checked here, the rest is kept for the API server to judge."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+# The longest string that Linux hands to a new process, as an argument or in its environment; a NUL would end it.
+_ProcessText = Annotated[str, StringConstraints(max_length=131_072, pattern=r"^[^\x00]*$")]
+
+
+class Variable(_OpenModel):
+    """One environment variable of a container, its name as Kubernetes takes it."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[ -<>-~]+$")]
+    value: _ProcessText | None = None
+    value_from: dict[str, Any] | None = None
+
+
+class Resources(_OpenModel):
+    """What a container asks for and may use; a tier's accelerator is put into both maps."""
+
+    limits: dict[str, Any] | None = None
+    requests: dict[str, Any] | None = None
+
+
+class Container(_OpenModel):
+    """A container of the worker pods; the one named "worker" runs Celery."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=63)]
+    command: Annotated[list[_ProcessText], Field(max_length=1024)] | None = None
+    args: Annotated[list[_ProcessText], Field(max_length=1024)] | None = None
+    env: Annotated[list[Variable], Field(max_length=1024)] | None = None
+    resources: Resources | None = None
+    working_dir: Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00]*$")] | None = None
+
+
+class PodMetadata(_OpenModel):
+    """Labels of the worker pods, beside the operator's own."""
+
+    labels: Annotated[dict[str, Annotated[str, StringConstraints(max_length=63)]], Field(max_length=64)] | None = None
+
+
+class PodSpec(_OpenModel):
+    """The containers of the worker pods, and their time from SIGTERM to SIGKILL: at most a year."""
+
+    containers: Annotated[list[Container], Field(min_length=1, max_length=16)]
+    termination_grace_period_seconds: Annotated[Int, Field(ge=1, le=31_536_000)] | None = None
+
+    @field_validator("containers")
+    @classmethod
+    def _has_worker(cls, containers: list[Container]) -> list[Container]:
+        if not any(container.name == WORKER_CONTAINER for container in containers):
+            raise ValueError(f'one container must be named "{WORKER_CONTAINER}": it is the one that runs Celery')
+        return containers
+
+
+class PodTemplate(_OpenModel):
+    """The pod template of a tier, as far as the operator reads it or adds to it."""
+
+    metadata: PodMetadata | None = None
+    spec: PodSpec
+
+
+def _checked_template(raw: object) -> dict[str, Any]:
+    """The template with everything that it holds, except the nulls: to Kubernetes they are fields that are not there."""
+    return PodTemplate.model_validate(raw, by_alias=True, by_name=False).model_dump(by_alias=True, exclude_none=True)
+
+
 class Tier(_Model):
     """One Deployment of the pool and the queue that it serves."""
 
@@ -120,18 +198,7 @@ class Tier(_Model):
     accelerator: Accelerator | None = None
     concurrency: Annotated[Int, Field(ge=1, le=256)] = 1
     replicas: Replicas = Replicas()
-    template: dict[str, Any]
-
-    @field_validator("template")
-    @classmethod
-    def _has_worker(cls, template: dict[str, Any]) -> dict[str, Any]:
-        spec = template.get("spec")
-        containers = spec.get("containers") if isinstance(spec, dict) else None
-        if not isinstance(containers, list) or not all(isinstance(container, dict) for container in containers):
-            raise ValueError("spec.containers must be a list of containers")
-        if not any(container.get("name") == WORKER_CONTAINER for container in containers):
-            raise ValueError(f'spec.containers must hold a container named "{WORKER_CONTAINER}"')
-        return template
+    template: Annotated[dict[str, Any], BeforeValidator(_checked_template, json_schema_input_type=PodTemplate)]
 
     @property
     def accelerated(self) -> bool:
@@ -231,11 +298,21 @@ def _only_follows(detail: Any, details: Sequence[Any]) -> bool:
     return detail["type"] == "too_short" and any(other is not detail and other["loc"][: len(loc)] == loc for other in details)
 
 
+_LINE = 80
+_IN_WORDS_OF_YAML = {
+    "model_type": "must be a map",
+    "dict_type": "must be a map",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "string_type": "must be a string; a number or a boolean needs quotes to be one",
+}
+
+
 def _problem(detail: Any) -> Problem:
     path = "spec"
     for part in detail["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
-    message = str(detail["msg"]).removeprefix("Value error, ")
+    message = _IN_WORDS_OF_YAML.get(detail["type"]) or str(detail["msg"]).removeprefix("Value error, ")
     value = detail.get("input")
-    scalar = value if isinstance(value, str | int | float | bool) else ""
-    return Problem(field=path, message=message, value=repr(scalar) if scalar != "" else "")
+    shown = repr(value) if isinstance(value, str | int | float) and value != "" else ""
+    return Problem(field=path, message=message, value=shown if len(shown) <= _LINE else f"{shown[:_LINE]}…")

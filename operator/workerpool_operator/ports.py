@@ -51,11 +51,14 @@ class Urls(Protocol):
 class Broker(Protocol):
     """The Redis servers of all pools. No method raises for a broker that is down."""
 
-    async def read(self, url: str, pools: Sequence[Pool]) -> Mapping[str, BrokerReading] | Unavailable:
-        """Read all pools of one broker in one pipeline; by pool id."""
+    async def read(self, url: str, pools: Sequence[Pool]) -> Mapping[str, BrokerReading | Unavailable] | Unavailable:
+        """Read all pools of one broker in one pipeline; by pool id. What one pool alone has wrong is unavailable there."""
 
-    async def publish(self, url: str, pool: Pool, policy: Policy, capacity: Capacity) -> None:
-        """Tell API pods and workers what they may count on."""
+    async def publish(self, url: str, pool: Pool, policy: Policy, capacity: Capacity | None) -> Unavailable | None:
+        """Tell API pods and workers what they may count on; say why not where the broker did not take it.
+
+        Without a capacity the one before stands until it expires.
+        """
 
     async def take_over(self, url: str, pool: Pool, tier: str, worker: str) -> list[str]:
         """Give every job that a lost worker held to whoever the ledger says; return a sentence for each."""

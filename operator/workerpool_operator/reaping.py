@@ -1,7 +1,8 @@
 """When a silent worker may be taken for lost.
 
-Presence that expired because Redis was down, paused or restarted says nothing about workers. So nobody is taken over from until
-the same Redis process has answered without a gap for one presence life: by then every worker that lives has reported again.
+Presence that expired because Redis was down, paused, restarted or refused writes says nothing about workers. So nobody is taken
+over from until the same Redis process has answered and taken writes without a gap for one presence life: by then every worker
+that lives has reported again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ LONGEST_GAP_SECONDS = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Witness:
-    """How long one Redis process has been seen to answer: since when, and when last."""
+    """How long one Redis process has been seen to answer and to take writes: since when, and when last."""
 
     run_id: str
     since: float
@@ -25,7 +26,7 @@ class Witness:
 
 
 def witness(before: Witness | None, run_id: str | Unavailable, now: float) -> Witness | None:
-    """What this pass's answer adds; None when there was no answer."""
+    """What this pass's answer adds; None when there was no answer, or what the pass wrote was refused."""
     if isinstance(run_id, Unavailable):
         return None
     if before is None or before.run_id != run_id or not 0 <= now - before.last <= LONGEST_GAP_SECONDS:

@@ -1,7 +1,8 @@
 """The one pass: observe, decide, act, report.
 
 It is level-triggered: whatever caused it (a watch event, a wake message, the tick), it looks at everything and does what is
-missing. All pools of one broker are read in one pipeline. What fails for one pool does not keep the pass from the others.
+missing. All pools of one broker are read in one pipeline. What fails or hangs for one pool does not keep the pass from the
+others: what outlasts the patience of its pass goes on by itself, and is not begun again before it has ended.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
 from workerpool_operator import conditions, planning, scaling, sharing
@@ -28,6 +30,9 @@ TICK_SECONDS = 1.0
 
 SHORTEST_PAUSE_SECONDS = 0.1
 """Causes that arrive within this time share a pass."""
+
+PATIENCE_SECONDS = 0.5
+"""How long a pass waits for a broker, and for what it began: what takes longer must not delay the others."""
 
 
 class Reconciler:
@@ -60,76 +65,137 @@ class Reconciler:
         self._wake, self._clock = wake, clock
         self._memory: dict[str, dict[str, scaling.Memory]] = {}
         self._status: dict[str, Mapping[str, Any]] = {}
-        self._reaper = Reaper(broker, clock)
+        self._reaper = Reaper(broker, lambda: self._clock())
+        self._readings: dict[tuple[str, int], BrokerReading | Unavailable] = {}
+        self._underway: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     async def run(self) -> None:
         """Pass after pass, until cancelled."""
-        while True:
-            self._wake.clear()
-            try:
-                await self.reconcile_once()
-            except Exception:
-                logger.exception("the pass failed, the next one tries again")
-            await asyncio.sleep(SHORTEST_PAUSE_SECONDS)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TICK_SECONDS - SHORTEST_PAUSE_SECONDS):
-                    await self._wake.wait()
+        try:
+            while True:
+                self._wake.clear()
+                try:
+                    await self._pass(PATIENCE_SECONDS)
+                except Exception:
+                    logger.exception("the pass failed, the next one tries again")
+                await asyncio.sleep(SHORTEST_PAUSE_SECONDS)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(TICK_SECONDS - SHORTEST_PAUSE_SECONDS):
+                        await self._wake.wait()
+        finally:
+            tasks = list(self._underway.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def reconcile_once(self) -> None:
-        """One pass over all pools."""
+        """One pass over all pools, to its end."""
+        await self._pass(None)
+
+    async def _pass(self, patience: float | None) -> None:
         pools = list(self.pools.values())
         self._forget_all_but({pool.uid for pool in pools})
         found = await asyncio.gather(*(self._urls.broker_url(pool) for pool in pools))
         urls = {pool.id: url for pool, url in zip(pools, found, strict=True) if isinstance(url, str)}
-        readings: dict[str, BrokerReading | Unavailable] = {
-            pool.id: url for pool, url in zip(pools, found, strict=True) if isinstance(url, Unavailable)
-        }
-        by_url = {url: [pool for pool in pools if urls.get(pool.id) == url] for url in set(urls.values())}
-        for result in await asyncio.gather(*(self._read(url, sharers) for url, sharers in by_url.items())):
-            readings.update(result)
+        for pool, url in zip(pools, found, strict=True):
+            if isinstance(url, Unavailable):
+                self._readings[_version(pool)] = url
+        await self._read(pools, urls, patience)
+        readings, self._readings = self._readings, {}
         held = sharing.conflicts(pools, urls)
-        passes = (self._pass(pool, urls.get(pool.id, ""), readings[pool.id], held.get(pool.id)) for pool in pools)
-        for pool, outcome in zip(pools, await asyncio.gather(*passes, return_exceptions=True), strict=True):
-            if isinstance(outcome, Exception):
-                logger.error("%s: the pass failed, the next one tries again", pool.id, exc_info=outcome)
+        for pool in pools:
+            if reading := readings.get(_version(pool)):
+                tend = partial(self._tend, pool, urls.get(pool.id, ""), reading, held.get(pool.id))
+                self._begin(("tend", pool.id), pool.id, tend)
+        await self._finish(patience)
 
-    async def _read(self, url: str, pools: list[Pool]) -> dict[str, BrokerReading | Unavailable]:
+    async def _read(self, pools: list[Pool], urls: Mapping[str, str], patience: float | None) -> None:
+        """Gather readings; a broker that is slower than the patience is read to the end, for a later pass."""
+        for url in set(urls.values()):
+            sharers = [pool for pool in pools if urls.get(pool.id) == url]
+            names = ", ".join(pool.id for pool in sharers)
+            self._begin(("read", url), names, partial(self._measure, url, sharers))
+        reads = [task for (what, _), task in self._underway.items() if what == "read"]
+        if reads:
+            await asyncio.wait(reads, timeout=patience)
+
+    async def _measure(self, url: str, pools: list[Pool]) -> None:
         answer = await self._broker.read(url, pools)
-        self._reaper.saw(url, answer)
-        return {pool.id: answer if isinstance(answer, Unavailable) else answer[pool.id] for pool in pools}
+        for pool in pools:
+            self._readings[_version(pool)] = answer if isinstance(answer, Unavailable) else answer[pool.id]
 
-    async def _pass(self, pool: Pool, url: str, reading: BrokerReading | Unavailable, conflict: Conflict | None) -> None:
+    def _begin(self, lane: tuple[str, str], name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Start it, unless the same of an earlier pass is still under way."""
+        if lane not in self._underway:
+            self._underway[lane] = asyncio.create_task(self._carry(lane, name, work))
+
+    async def _carry(self, lane: tuple[str, str], name: str, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await work()
+        except Exception:
+            logger.exception("%s: the pass failed, the next one tries again", name)
+        finally:
+            del self._underway[lane]
+
+    async def _finish(self, patience: float | None) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while self._underway:
+                    await asyncio.wait(self._underway.values())
+
+    async def _tend(self, pool: Pool, url: str, reading: BrokerReading | Unavailable, conflict: Conflict | None) -> None:
+        """Decide and do what is to be done in the broker; what is to be done where the workers run must not delay the next."""
         seen = await self._workers.observe(pool)
         plans = [] if isinstance(seen, Unavailable) else self._decide(pool, reading, seen)
-        if plans and pool.spec.mode is Mode.ACTIVE and conflict is None:
-            await self._act(pool, url, reading, plans)
-        status, events = conditions.assess(
-            pool,
-            plans,
-            reading if isinstance(reading, Unavailable) else None,
-            seen if isinstance(seen, Unavailable) else None,
-            conflict,
-            self._status.get(pool.uid, pool.status),
-            self._clock(),
-        )
-        self._status[pool.uid] = status.dump()
-        await self._reporter.report(Report(pool, status, reading, events))
+        acts, refused = pool.spec.mode is Mode.ACTIVE and conflict is None, None
+        if acts:
+            refused = await self._tell(pool, url, reading, plans)
+
+        async def carry_out() -> None:
+            if acts and plans:
+                replicas = {plan.tier.name: plan.decision.replicas for plan in plans}
+                await self._workers.scale(pool, replicas, planning.busy(plans))
+            status, events = conditions.assess(
+                pool,
+                plans,
+                reading if isinstance(reading, Unavailable) else None,
+                refused,
+                seen if isinstance(seen, Unavailable) else None,
+                conflict,
+                self._status.get(pool.uid, pool.status),
+                self._clock(),
+            )
+            self._status[pool.uid] = status.dump()
+            await self._reporter.report(Report(pool, status, reading, events))
+
+        self._begin(("carry out", pool.id), pool.id, carry_out)
 
     def _decide(self, pool: Pool, reading: BrokerReading | Unavailable, seen: Mapping[str, TierReplicas]) -> list[TierPlan]:
         plans = planning.plan(pool, reading, seen, self._memory.get(pool.uid, {}), self._clock())
         self._memory[pool.uid] = {plan.tier.name: plan.decision.memory for plan in plans}
         return plans
 
-    async def _act(self, pool: Pool, url: str, reading: BrokerReading | Unavailable, plans: list[TierPlan]) -> None:
-        replicas = {plan.tier.name: plan.decision.replicas for plan in plans}
-        await self._workers.scale(pool, replicas, planning.busy(plans))
+    async def _tell(
+        self, pool: Pool, url: str, reading: BrokerReading | Unavailable, plans: list[TierPlan]
+    ) -> Unavailable | None:
+        """Publish and reap; return why the broker took nothing, where it could be read."""
         if isinstance(reading, Unavailable):
-            return
-        await self._broker.publish(url, pool, planning.policy(pool.spec), planning.capacity(plans))
-        await self._reaper.reap(pool, url, {name: queue.lost for name, queue in reading.tiers.items()})
+            self._reaper.saw(pool, reading)
+            return None
+        capacity = planning.capacity(plans) if plans else None
+        refused = await self._broker.publish(url, pool, planning.policy(pool.spec), capacity)
+        # A Redis that takes no write takes no presence either: workers that live fall silent there.
+        self._reaper.saw(pool, refused or reading)
+        await self._reaper.reap(pool, url, reading)
+        return refused
 
     def _forget_all_but(self, uids: set[str]) -> None:
         self._reaper.forget_all_but(uids)
         for kept in (self._memory, self._status):
             for uid in kept.keys() - uids:
                 del kept[uid]
+
+
+def _version(pool: Pool) -> tuple[str, int]:
+    """What a reading belongs to: it does not fit the tiers of another generation."""
+    return pool.uid, pool.generation

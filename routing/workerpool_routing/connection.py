@@ -24,7 +24,7 @@ WORKER_TIMEOUT_SECONDS = 5.0
 WORKER_RETRIES = 8
 """A worker outlasts a restart of Redis: it tries again for about ten seconds."""
 
-_REFUSALS = ("READONLY", "OOM", "MISCONF", "LOADING", "MASTERDOWN", "CLUSTERDOWN")
+_REFUSALS = ("READONLY", "OOM", "MISCONF", "LOADING", "MASTERDOWN", "NOREPLICAS", "NOPERM", "BUSY")
 
 
 class Connection:

@@ -210,8 +210,9 @@ class Call:
 
 
 def claim(
-    keys: Keyspace, task_id: str, *, attempt: int, tag: str, owner: str, tier: str, retries: int, moves_on: bool, no_result: bool
-) -> Call:
+    keys: Keyspace, task_id: str, *, attempt: int, tag: str, owner: str, tier: str, retries: int, moves_on: bool, no_result: bool,
+    name: str,
+) -> Call:  # fmt: skip
     """Arguments of ``claim.lua``: a delivery asks to run its job.
 
     Args:
@@ -224,11 +225,13 @@ def claim(
         retries: Celery's count of the retries that the task's author asked for.
         moves_on: whether a loss on this tier takes the job to another one.
         no_result: whether an attempt found finishing is known to have stored nothing.
+        name: of this request; the same again, when its answer was lost, gets the same answer.
     """
     return Call(
         [keys.job(task_id), keys.held(owner), keys.waiting(tier), keys.unacked(tier)],
-        [task_id, attempt, tag, owner, tier, retries, LOSSES_ALLOWED, JOB_LIFE_SECONDS, int(moves_on), int(no_result)],
-    )
+        [task_id, attempt, tag, owner, tier, retries, LOSSES_ALLOWED, JOB_LIFE_SECONDS, int(moves_on), int(no_result),
+            name],
+    )  # fmt: skip
 
 
 def settle(

@@ -30,11 +30,14 @@ class PolicySource:
         if self.given is not None:
             return self.given
         if time.monotonic() - self._read_at >= KEPT_SECONDS:
-            with unavailable_when_down():
-                raw = self.connection.client.get(self.keys.policy)
-            self._kept = self._parse(raw)
+            self._kept = self._parse(self._read())
             self._read_at = time.monotonic()
         return self._kept
+
+    def _read(self) -> str | None:
+        with unavailable_when_down():
+            raw: str | None = self.connection.client.get(self.keys.policy)
+            return raw
 
     def _parse(self, raw: str | None) -> Policy | None:
         if raw is None:
@@ -42,6 +45,6 @@ class PolicySource:
             return None
         try:
             return Policy.load(raw)
-        except VersionMismatch as mismatch:
-            logger.warning("pool %s: %s", self.keys.pool, mismatch)
+        except (VersionMismatch, ValueError) as wrong:
+            logger.warning("pool %s: its policy in Redis cannot be read: %s", self.keys.pool, wrong)
             return None

@@ -49,9 +49,9 @@ class WorkerPool:
             raise NotConfigured(f"WorkerPool name {name!r}: give namespace/name of the WorkerPool resource, such as ml/media")
         self.name = name
         self._app = app
-        self._given = Policy(tuple(tiers)) if tiers else None
+        self.given = Policy(tuple(tiers)) if tiers else None
         in_worker = os.environ.get(ENV_POOL) == name and ENV_TIER in os.environ
-        self._connection = Connection(app, patient=in_worker)
+        self._connection = Connection(app, patient=False)
         self._source: PolicySource | None = None
         if ENV_TIER in os.environ:
             from workerpool_routing.worker import expect
@@ -84,7 +84,7 @@ class WorkerPool:
     @property
     def _policy_source(self) -> PolicySource:
         if self._source is None:
-            self._source = PolicySource(self._connection, keyspace(self.name, self._app), self._given)
+            self._source = PolicySource(self._connection, keyspace(self.name, self._app), self.given)
         return self._source
 
     def submit(

@@ -40,6 +40,8 @@ GOOD: Spec = {
 }
 SECRET = {"secretKeyRef": {"name": "redis", "key": "url"}}
 TASK = {"name": "media.tasks.*"}
+POD, IN_POD = "tiers.0.template.spec", "spec.tiers[0].template.spec"
+WORKER, IN_WORKER = f"{POD}.containers.0", f"{IN_POD}.containers[0]"
 
 
 class Bad(NamedTuple):
@@ -114,6 +116,36 @@ BAD = [
     Bad("tiers.0.template.spec.containers", [], "spec.tiers[0].template.spec.containers"),
     Bad("tiers.0.template.spec.containers", "worker", "spec.tiers[0].template.spec.containers"),
     Bad("tiers.0.template.spec.containers", [{"name": "main"}], "spec.tiers[0].template.spec.containers"),
+    Bad(f"{POD}.containers", [{"name": "worker"}, {}], f"{IN_POD}.containers[1].name"),
+    Bad(f"{WORKER}.name", "worker" * 11, f"{IN_WORKER}.name"),
+    Bad(f"{POD}.terminationGracePeriodSeconds", "x", f"{IN_POD}.terminationGracePeriodSeconds"),
+    Bad(f"{POD}.terminationGracePeriodSeconds", 0, f"{IN_POD}.terminationGracePeriodSeconds"),
+    Bad(f"{POD}.terminationGracePeriodSeconds", 31_536_001, f"{IN_POD}.terminationGracePeriodSeconds"),
+    Bad("tiers.0.template.metadata", [], "spec.tiers[0].template.metadata"),
+    Bad("tiers.0.template.metadata", {"labels": ["a"]}, "spec.tiers[0].template.metadata.labels"),
+    Bad("tiers.0.template.metadata", {"labels": {"version": 1}}, "spec.tiers[0].template.metadata.labels.version"),
+    Bad("tiers.0.template.metadata", {"labels": {"team": "a" * 64}}, "spec.tiers[0].template.metadata.labels.team"),
+    Bad("tiers.0.template.metadata", {"labels": {f"l{n}": "" for n in range(65)}}, "spec.tiers[0].template.metadata.labels"),
+    Bad(f"{WORKER}.command", "celery", f"{IN_WORKER}.command"),
+    Bad(f"{WORKER}.command", ["celery", 1], f"{IN_WORKER}.command[1]"),
+    Bad(f"{WORKER}.args", 5, f"{IN_WORKER}.args"),
+    Bad(f"{WORKER}.args", ["a\0"], f"{IN_WORKER}.args[0]"),
+    Bad(f"{WORKER}.args", ["a"] * 1025, f"{IN_WORKER}.args"),
+    Bad(f"{WORKER}.args", ["a" * 131_073], f"{IN_WORKER}.args[0]"),
+    Bad(f"{WORKER}.env", ["A=b"], f"{IN_WORKER}.env[0]"),
+    Bad(f"{WORKER}.env", [{"name": "A"}, {"value": "b"}], f"{IN_WORKER}.env[1].name"),
+    Bad(f"{WORKER}.env", [{"name": ""}], f"{IN_WORKER}.env[0].name"),
+    Bad(f"{WORKER}.env", [{"name": "A=b"}], f"{IN_WORKER}.env[0].name"),
+    Bad(f"{WORKER}.env", [{"name": "A\0"}], f"{IN_WORKER}.env[0].name"),
+    Bad(f"{WORKER}.env", [{"name": "Ä"}], f"{IN_WORKER}.env[0].name"),
+    Bad(f"{WORKER}.env", [{"name": "A", "value": 1}], f"{IN_WORKER}.env[0].value"),
+    Bad(f"{WORKER}.env", [{"name": "A", "value": "\0"}], f"{IN_WORKER}.env[0].value"),
+    Bad(f"{WORKER}.env", [{"name": "A", "valueFrom": "b"}], f"{IN_WORKER}.env[0].valueFrom"),
+    Bad(f"{WORKER}.resources", [], f"{IN_WORKER}.resources"),
+    Bad(f"{WORKER}.resources", {"limits": ["cpu"]}, f"{IN_WORKER}.resources.limits"),
+    Bad(f"{WORKER}.resources", {"requests": 2}, f"{IN_WORKER}.resources.requests"),
+    Bad(f"{WORKER}.workingDir", 3, f"{IN_WORKER}.workingDir"),
+    Bad(f"{WORKER}.workingDir", "\0", f"{IN_WORKER}.workingDir"),
     Bad("routing", {"acceleratedContentTypes": "audio"}, "spec.routing.acceleratedContentTypes"),
     Bad("routing", {"acceleratedContentTypes": [""]}, "spec.routing.acceleratedContentTypes[0]"),
     Bad("routing", {"acceleratedContentTypes": ["a"] * 33}, "spec.routing.acceleratedContentTypes"),
@@ -172,6 +204,14 @@ def test_the_model_refuses_it_too_and_names_the_field(bad: Bad) -> None:
 
 
 @pytest.mark.usefixtures("kubeconfig")
+@pytest.mark.parametrize(("validate", "words"), [("strict", 'unknown field "{}.A"'), ("ignore", "{}: Invalid value")])
+def test_an_environment_written_as_a_map_is_refused_by_its_name(validate: str, words: str, kubectl: Kubectl) -> None:
+    spec = changed(f"{WORKER}.env", {"A": "b"})
+    answer = kubectl("create", "--dry-run=server", f"--validate={validate}", "-f", "-", stdin=resource(spec))
+    assert words.format(f"{IN_WORKER}.env") in answer.stderr
+
+
+@pytest.mark.usefixtures("kubeconfig")
 def test_all_that_is_wrong_comes_in_one_answer(kubectl: Kubectl) -> None:
     spec = changed("tiers.0.replicas", {"min": 3, "max": 2})
     spec["tiers"][1]["queue"] = spec["tiers"][0]["queue"]
@@ -180,6 +220,7 @@ def test_all_that_is_wrong_comes_in_one_answer(kubectl: Kubectl) -> None:
     assert "spec.tiers: " in answer.stderr
 
 
+NULLS = {"command": None, "args": None, "env": [{"name": "A", "value": None, "valueFrom": None}], "resources": {"limits": None}}
 ALLOWED = {
     "plain tiers only": changed("tiers", [tier("cpu", "celery")]),
     "accelerated tiers only, without fallback": {
@@ -191,6 +232,15 @@ ALLOWED = {
     "nothing under a key": changed("routing", None) | {"mode": None},
     "an app as module:attribute": changed("app", "media.tasks:app"),
     "the sample": yaml.safe_load((ROOT / "examples" / "media" / "workerpool.yaml").read_text())["spec"],
+    "nothing under the keys of the template": changed(
+        "tiers.0.template",
+        {"metadata": None, "spec": {"terminationGracePeriodSeconds": None, "containers": [{"name": "worker", **NULLS}]}},
+    ),
+    "a command and variables of the user's own": changed(
+        f"{WORKER}.env",
+        [{"name": "A.b-c", "value": "1\n2"}, {"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}],
+    ),
+    "amounts in every notation": changed(f"{WORKER}.resources", {"limits": {"cpu": 0.5, "memory": "1Gi", "a.b/c": 1}}),
     "every bound at its limit": changed("tiers.0.replicas", {"min": 1000, "max": 1000}),
 }
 
@@ -304,3 +354,6 @@ def test_kubectl_explain_describes_the_fields(kubectl: Kubectl) -> None:
     explained = re.sub(r"\s+", " ", answer.stdout)
     assert "queue <string> -required- The Celery queue that the workers of this tier" in explained
     assert "in order of preference" in explained
+    template = re.sub(r"\s+", " ", kubectl("explain", "wp.spec.tiers.template.spec", "--recursive").stdout)
+    assert "terminationGracePeriodSeconds <integer>" in template
+    assert "env <[]Object> name <string> -required-" in template

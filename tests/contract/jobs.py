@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from celery import Celery
+from celery import Celery, signals
 
 from workerpool_routing import Tier, WorkerPool
 
@@ -77,3 +77,21 @@ def based(endings: dict[str, str]) -> str:
     """A task with a base class of its author."""
     end(endings.get(TIER, "return"))
     return TIER
+
+
+@app.task  # type: ignore[untyped-decorator]
+def factorial(n: int) -> int:
+    """A task that calls itself directly."""
+    return n * factorial(n - 1) if n > 1 else 1
+
+
+@signals.task_prerun.connect  # type: ignore[untyped-decorator]
+def die_before_the_claim(task_id: str, args: Any, **_: Any) -> None:
+    """Kill the child once, before the fence, when the job's first argument says so."""
+    if (
+        args
+        and isinstance(args[0], dict)
+        and args[0].get("before") == TIER
+        and app.backend.client.set(f"died:{task_id}", 1, nx=True)
+    ):
+        os.kill(os.getpid(), signal.SIGKILL)

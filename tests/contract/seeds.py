@@ -98,7 +98,7 @@ def claim(url: str, pool: Pool, connection: Any, tier: str, owner: str) -> Held:
     task_id, tag = message.headers["id"], message.delivery_tag
     call = ledger.claim(
         pool.keys, task_id, attempt=message.headers["workerpool"]["attempt"], tag=tag, owner=owner, tier=tier, retries=0,
-        moves_on=True, no_result=False,
+        moves_on=True, no_result=False, name=owner,
     )  # fmt: skip
     with Redis.from_url(url, decode_responses=True) as client:
         assert client.register_script(ledger.script("claim"))(keys=call.keys, args=call.args) == ledger.Claim.RUN

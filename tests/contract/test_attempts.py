@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from workerpool_operator.broker import RedisBroker
-from workerpool_operator.local.redis_server import private_redis
+from workerpool_operator.local.redis_server import RedisServer, private_redis
 from workerpool_operator.model import WorkerPoolSpec
 from workerpool_operator.ports import Pool
 from workerpool_routing import Reason, State
@@ -31,9 +31,14 @@ APP = "tests.contract.jobs"
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def redis_server() -> Iterator[RedisServer]:
     with private_redis() as server:
-        yield server.url
+        yield server
+
+
+@pytest.fixture(scope="module")
+def url(redis_server: RedisServer) -> str:
+    return redis_server.url
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +181,50 @@ def test_a_message_that_was_never_admitted_runs_as_plain_celery(two_tiers: Modul
     result = two_tiers.work.apply_async(({},), queue="cpu-jobs")
     assert result.get(timeout=20) == "cpu"
     assert two_tiers.pool.job(result.id) is None
+
+
+def test_a_task_that_calls_itself_is_one_attempt(two_tiers: ModuleType) -> None:
+    decision = submit(two_tiers, two_tiers.factorial, 4)
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == 24
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1})
+
+
+def test_a_child_that_dies_before_it_claims_has_started_the_job_too(two_tiers: ModuleType) -> None:
+    decision = submit(two_tiers, two_tiers.work, {"before": "gpu"})
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "cpu"
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
+
+
+def test_a_job_whose_ledger_entry_is_gone_keeps_its_result(two_tiers: ModuleType) -> None:
+    decision = submit(two_tiers, two_tiers.work, {}, 1)
+    claimed(two_tiers, decision.task_id)
+    two_tiers.pool.connection.client.delete(two_tiers.pool.keys.job(decision.task_id))
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "gpu"
+
+
+def test_a_redis_that_pauses_while_a_job_ends_costs_neither_job_nor_result(
+    redis_server: RedisServer, two_tiers: ModuleType
+) -> None:
+    decision = submit(two_tiers, two_tiers.work, {}, 1.5)
+    claimed(two_tiers, decision.task_id)
+    time.sleep(0.7)
+    os.kill(redis_server.pid, signal.SIGSTOP)
+    time.sleep(7)
+    os.kill(redis_server.pid, signal.SIGCONT)
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=30) == "gpu"
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1})
+
+
+def test_a_child_that_dies_while_redis_does_not_answer_is_dealt_with_afterwards(
+    redis_server: RedisServer, two_tiers: ModuleType
+) -> None:
+    decision = submit(two_tiers, two_tiers.work, {"gpu": "kill"}, 1)
+    claimed(two_tiers, decision.task_id)
+    os.kill(redis_server.pid, signal.SIGSTOP)
+    time.sleep(3)
+    os.kill(redis_server.pid, signal.SIGCONT)
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=30) == "cpu"
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
 
 
 def test_nothing_is_left_in_flight_spilled_or_held(two_tiers: ModuleType) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
@@ -47,13 +48,16 @@ def ask(question: Callable[[RedisBroker], Awaitable[Answer]]) -> Answer:
 def read(url: str, pool: Pool) -> BrokerReading:
     answer = ask(lambda broker: broker.read(url, [pool]))
     assert not isinstance(answer, Unavailable), answer.why
-    return answer[pool.id]
+    one = answer[pool.id]
+    assert not isinstance(one, Unavailable), one.why
+    return one
 
 
 def why_not(url: str, pool: Pool) -> str:
     answer = ask(lambda broker: broker.read(url, [pool]))
-    assert isinstance(answer, Unavailable)
-    return answer.why
+    one = answer if isinstance(answer, Unavailable) else answer[pool.id]
+    assert isinstance(one, Unavailable)
+    return one.why
 
 
 def open_for_jobs(url: str, pool: Pool) -> None:
@@ -127,7 +131,9 @@ def test_any_number_of_pools_is_read_in_one_round_trip(redis_url: str) -> None:
         answer = await broker.read(redis_url, pools[:count])
         assert not isinstance(answer, Unavailable)
         # Both pools of a prefix share its queue: what counts here is that every pool has its own answer.
-        assert [answer[pool.id].tiers["gpu"].waiting for pool in pools[:count]] == [(0 + 1 + 2), (0 + 1 + 2)] * (count // 2)
+        seen = [answer[pool.id] for pool in pools[:count]]
+        waiting = [one.tiers["gpu"].waiting for one in seen if isinstance(one, BrokerReading)]
+        assert waiting == [(0 + 1 + 2), (0 + 1 + 2)] * (count // 2)
         return client.info("stats")["total_reads_processed"] - before - 1
 
     async def scenario(broker: RedisBroker) -> None:
@@ -207,7 +213,11 @@ def test_another_schema_version_is_refused_in_words(redis_url: str, pool: Pool) 
 def test_a_presence_that_no_worker_wrote_is_not_taken_for_an_empty_queue(redis_url: str, pool: Pool, raw: str) -> None:
     with Redis.from_url(redis_url) as client:
         client.hset(pool.keys.presence("gpu"), "odd.1", raw)
-    assert why_not(redis_url, pool).startswith("Redis at 127.0.0.1:")
+    assert why_not(redis_url, pool).startswith("what Redis holds of the pool cannot be read: ")
+    other = replace(pool, name="other")
+    both = ask(lambda broker: broker.read(redis_url, [pool, other]))
+    assert not isinstance(both, Unavailable)
+    assert not isinstance(both[other.id], Unavailable), "it is the affair of its own pool"
 
 
 async def listening(url: str, *prefixes: str) -> None:
@@ -249,6 +259,20 @@ def test_what_is_published_can_be_read_and_capacity_expires(redis_url: str, pool
         assert CAPACITY_LIFE_MS - 5_000 < client.pttl(pool.keys.capacity) <= CAPACITY_LIFE_MS
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"), [("maxmemory", "used memory > 'maxmemory'"), ("min-replicas-to-write", "NOREPLICAS")]
+)
+def test_a_redis_that_takes_no_writes_says_so_to_whoever_publishes(pool: Pool, setting: str, words: str) -> None:
+    with private_redis() as server, Redis.from_url(server.url) as client:
+        client.config_set(setting, "1")
+        refused = ask(lambda broker: broker.publish(server.url, pool, planning.policy(pool.spec), CAPACITY))
+        assert refused
+        assert refused.why.startswith(f"Redis at 127.0.0.1:{server.port} refuses writes: ")
+        assert words in refused.why
+        client.config_set(setting, "0")
+        assert ask(lambda broker: broker.publish(server.url, pool, planning.policy(pool.spec), CAPACITY)) is None
+
+
 def test_what_was_published_is_forgotten_and_the_queue_is_kept(redis_url: str, pool: Pool) -> None:
     open_for_jobs(redis_url, pool)
     publish(pool, "gpu-tasks", 0)
@@ -260,7 +284,7 @@ def test_what_was_published_is_forgotten_and_the_queue_is_kept(redis_url: str, p
 
 def test_an_outage_while_acting_raises_nothing(pool: Pool) -> None:
     url = "redis://127.0.0.1:1/0"
-    open_for_jobs(url, pool)
+    assert ask(lambda broker: broker.publish(url, pool, planning.policy(pool.spec), CAPACITY))
     assert ask(lambda broker: broker.take_over(url, pool, "gpu", "w.1")) == []
     ask(lambda broker: broker.forget(url, pool))
 

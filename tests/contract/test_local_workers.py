@@ -194,7 +194,7 @@ def test_a_worker_whose_main_process_is_killed_comes_back_without_the_old_childr
             old = processes(pool.id)
             os.kill((await started(result))["ppid"], signal.SIGKILL)
             (failing,) = await driver.until([Phase.FAILING])
-            assert failing.detail == "killed by SIGKILL"
+            assert failing.detail.startswith("killed by SIGKILL")
             await becomes(lambda: processes(pool.id) == {}, seconds=0.5)
             (after,) = await driver.until([Phase.READY])
             assert (after.worker, after.ready_at) == (before.worker, before.ready_at)
@@ -211,7 +211,7 @@ def test_an_app_that_cannot_be_imported_says_so(redis_url: str, pool: Pool, tmp_
         async with driving(broken, tmp_path) as driver:
             await driver.scale(1)
             (failing,) = await driver.until([Phase.FAILING])
-            assert failing.detail == "ModuleNotFoundError: No module named 'no_such_library'"
+            assert failing.detail.startswith("ModuleNotFoundError: No module named 'no_such_library' (see ")
             await driver.scale(0)
             await driver.until([], seconds=2)
 
@@ -225,7 +225,7 @@ def test_a_worker_that_dies_again_and_again_is_restarted_ever_more_slowly(redis_
         async with driving(dying, tmp_path) as driver:
             await driver.scale(1)
             (failing,) = await driver.until([Phase.FAILING])
-            assert failing.detail == "exited with status 3"
+            assert failing.detail.startswith("exited with status 3 (see ")
             await becomes(lambda: len((tmp_path / "starts").read_text().split()) == 3)
 
     asyncio.run(scenario())

@@ -26,7 +26,7 @@ from workerpool_operator.reconcile import SHORTEST_PAUSE_SECONDS, TICK_SECONDS, 
 from workerpool_operator.status import ConditionType
 from workerpool_routing import WorkerPool, wire
 from workerpool_routing.ledger import State
-from workerpool_routing.wire import PRESENCE_LIFE_MS, Capacity, Policy
+from workerpool_routing.wire import CAPACITY_LIFE_MS, PRESENCE_LIFE_MS, Capacity, Policy
 
 pytestmark = pytest.mark.contract
 
@@ -39,6 +39,7 @@ class Place:
         self.changes: list[tuple[str, dict[str, int]]] = []
         self.busy: frozenset[str] = frozenset()
         self.broken: set[str] = set()
+        self.hanging: set[str] = set()
 
     async def observe(self, pool: Pool) -> Mapping[str, TierReplicas]:
         ordered = self.ordered.get(pool.id, {})
@@ -47,6 +48,8 @@ class Place:
     async def scale(self, pool: Pool, replicas: Mapping[str, int], busy: frozenset[str]) -> None:
         if pool.id in self.broken:
             raise ConnectionResetError("the place is out of order")
+        if pool.id in self.hanging:
+            await asyncio.Event().wait()
         self.busy = busy
         if self.ordered.get(pool.id) != dict(replicas):
             self.ordered[pool.id] = dict(replicas)
@@ -207,7 +210,7 @@ def test_without_redis_no_count_changes_and_it_recovers_by_itself(how: int, monk
                 assert system.place.changes == [(pool.id, {"gpu": 2, "cpu": 0})]
                 assert [tier.waiting for tier in system.reports[-1].status.tiers] == [None, None]
                 warnings = [event.reason for report in system.reports for event in report.events if event.warning]
-                assert warnings == ["BrokerUnreadable"] * 2  # BrokerReachable and Ready, once each
+                assert warnings == ["BrokerUnreadable"]
 
                 os.kill(server.pid, signal.SIGCONT)
                 monkeypatch.setattr(redis_server, "_free_port", lambda: server.port)
@@ -338,6 +341,62 @@ def test_a_silent_worker_is_taken_for_lost_only_after_redis_answered_for_a_prese
                 assert system.place.ordered[pool.id]["cpu"] == 1
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("setting", ["maxmemory", "min-replicas-to-write"])
+def test_a_worker_whose_presence_redis_refuses_keeps_its_job(redis_url: str, pool: Pool, setting: str) -> None:
+    async def scenario() -> None:
+        async with running(pool) as system:
+            await system.after()
+            assert await asyncio.to_thread(submit, pool) == "gpu"
+            with consumer(pool, "gpu") as connection, Redis.from_url(redis_url) as client:
+                held = claim(redis_url, pool, connection, "gpu", "w.1")
+                report(redis_url, pool, "gpu", "w.1", busy=1, age_ms=PRESENCE_LIFE_MS)
+                client.config_set(setting, "1")
+                try:
+                    await system.watch_for(3 * PRESENCE_LIFE_MS / 1000)
+                finally:
+                    client.config_set(setting, "0")
+                assert system.condition(pool, ConditionType.BROKER_REACHABLE) == "False"
+                told = [event.reason for report in system.reports for event in report.events if event.warning]
+                assert told == ["BrokerRefusesWrites"]
+                await system.watch_for(PRESENCE_LIFE_MS / 1000)
+                assert system.condition(pool, ConditionType.BROKER_REACHABLE) == "True"
+                assert seeds.job(redis_url, pool, held.task_id).owner == "w.1"
+                await system.after(1)
+                assert seeds.job(redis_url, pool, held.task_id).attempt == 2
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("what", ["another broker", "the place of another pool", "the place of the pool itself"])
+def test_what_hangs_delays_neither_reaping_nor_what_is_published(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    life = 2_500
+    monkeypatch.setattr(reaping, "PRESENCE_LIFE_MS", life)
+    well = make_pool(redis_url, "well")
+    report(redis_url, well, "gpu", "dead.1", age_ms=PRESENCE_LIFE_MS)
+
+    async def scenario() -> None:
+        with private_redis() as server, Redis.from_url(redis_url) as client:
+            other = make_pool(server.url, "other")
+            async with running(well, other) as system:
+                system.reconciler._clock = time.time
+                system.place.hanging = {"the place of another pool": {other.id}, "the place of the pool itself": {well.id}}.get(
+                    what, set()
+                )
+                if what == "another broker":
+                    os.kill(server.pid, signal.SIGSTOP)
+                passes = asyncio.create_task(system.reconciler.run())
+                await until(lambda: bool(caplog.messages), life / 1000 + 2)
+                assert client.pttl(well.keys.capacity) > CAPACITY_LIFE_MS - 2_000
+                os.kill(server.pid, signal.SIGCONT)
+                passes.cancel()
+                await asyncio.wait([passes])
+
+    asyncio.run(scenario())
+    assert caplog.messages == ["test/well: gpu: worker dead.1 is lost, it has not reported for too long"]
 
 
 def test_when_all_presence_expired_in_a_pause_of_redis_only_the_dead_are_reaped(

@@ -59,12 +59,13 @@ def plans(seen: Mapping[str, TierReplicas], broker: Unavailable | None = None, *
 def told(
     planned: list[TierPlan],
     broker: Unavailable | None = None,
+    refused: Unavailable | None = None,
     blind: Unavailable | None = None,
     conflict: Conflict | None = None,
     pool: Pool = POOL,
     previous: Mapping[str, Any] | None = None,
 ) -> tuple[Status, tuple[Event, ...]]:
-    return assess(pool, planned, broker, blind, conflict, previous or {}, NOON)
+    return assess(pool, planned, broker, refused, blind, conflict, previous or {}, NOON)
 
 
 def conditions(outcome: tuple[Status, tuple[Event, ...]]) -> dict[str, Condition]:
@@ -124,6 +125,15 @@ def test_a_broker_that_cannot_be_read_is_named_and_nothing_is_claimed_about_its_
         assert DOWN.why in conditions(outcome)[kind].message
     assert (outcome[0].waiting, outcome[0].in_flight) == (None, None)
     assert {(tier.waiting, tier.in_flight, tier.spilled) for tier in outcome[0].tiers} == {(None, None, None)}
+
+
+def test_a_broker_that_takes_no_writes_is_told_and_its_queues_are_still_shown() -> None:
+    outcome = told(plans(IDLE), refused=Unavailable("Redis at one:6379 refuses writes: out of memory"))
+    assert values(outcome) == HEALTHY | {"Ready": "False", "BrokerReachable": "False"}
+    reachable = conditions(outcome)["BrokerReachable"]
+    assert reachable.reason == "BrokerRefusesWrites"
+    assert reachable.message == "Redis at one:6379 refuses writes: out of memory; no worker is taken for lost meanwhile"
+    assert outcome[0].waiting == 0
 
 
 def test_workers_that_cannot_be_seen_make_what_depends_on_them_unknown() -> None:
@@ -237,11 +247,11 @@ def test_a_pool_that_is_not_touched_has_no_events_of_scaling(pool: Pool, conflic
 
 def test_a_condition_that_stays_as_it_is_gives_one_event_and_keeps_its_time() -> None:
     first, events = told(plans(IDLE, DOWN), broker=DOWN)
-    assert [event.warning for event in events] == [True, True]
-    again, events = assess(POOL, plans(IDLE, DOWN), DOWN, None, None, first.dump(), NOON + 60)
+    assert [(event.warning, event.reason) for event in events] == [(True, "BrokerUnreadable")], "Ready says nothing new"
+    again, events = assess(POOL, plans(IDLE, DOWN), DOWN, None, None, None, first.dump(), NOON + 60)
     assert events == ()
     assert again.conditions == first.conditions
-    back, events = assess(POOL, plans(IDLE), None, None, None, again.dump(), NOON + 120)
+    back, events = assess(POOL, plans(IDLE), None, None, None, None, again.dump(), NOON + 120)
     assert [event.warning for event in events] == [False, False, False, False]
     assert {c.last_transition_time for c in back.conditions if c.type in ("Ready", "BrokerReachable")} == {"2026-01-01T12:02:00Z"}
 

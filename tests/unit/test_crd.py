@@ -29,7 +29,7 @@ VERSION = CRD["spec"]["versions"][0]
 CRD_SPEC: Schema = VERSION["schema"]["openAPIV3Schema"]["properties"]["spec"]
 CRD_STATUS: Schema = VERSION["schema"]["openAPIV3Schema"]["properties"]["status"]
 
-BOUNDS = ("pattern", "minLength", "maxLength", "minimum", "maximum", "minItems", "maxItems")
+BOUNDS = ("pattern", "minLength", "maxLength", "minimum", "maximum", "minItems", "maxItems", "maxProperties")
 
 
 def plain(node: Schema, definitions: Schema) -> Schema:
@@ -42,8 +42,9 @@ def plain(node: Schema, definitions: Schema) -> Schema:
         del node["default"]
     if "properties" in node:
         node["properties"] = {to_camel(name): plain(child, definitions) for name, child in node["properties"].items()}
-    if "items" in node:
-        node["items"] = plain(node["items"], definitions)
+    for key in ("items", "additionalProperties"):
+        if isinstance(node.get(key), dict):
+            node[key] = plain(node[key], definitions)
     return node
 
 
@@ -62,16 +63,16 @@ def nodes(node: Schema, path: str) -> Iterator[tuple[str, Schema]]:
         yield from nodes(child, f"{path}.{name}")
     if "items" in node:
         yield from nodes(node["items"], f"{path}[]")
+    if isinstance(values := node.get("additionalProperties"), dict):
+        yield from nodes(values, f"{path}.*")
+
+
+OPEN = ("additionalProperties", "x-kubernetes-preserve-unknown-fields")
 
 
 def is_open(node: Schema) -> bool:
+    """Whether fields that the schema does not name are kept, as in the pod template beside what the operator reads."""
     return node.get("additionalProperties") is True or "x-kubernetes-preserve-unknown-fields" in node
-
-
-def compared(node: Schema, path: str) -> Iterator[tuple[str, Schema]]:
-    """The nodes that both sides must have; what lies in the pod template is the API server's to check."""
-    closed = [inner for inner, child in nodes(node, path) if is_open(child)]
-    return ((inner, child) for inner, child in nodes(node, path) if not inner.startswith(tuple(f"{c}." for c in closed)))
 
 
 def with_defaults(node: Schema, value: Any) -> Any:
@@ -88,8 +89,8 @@ def with_defaults(node: Schema, value: Any) -> Any:
 
 def facts(node: Schema) -> Schema:
     found = {key: node[key] for key in ("type", "enum", *BOUNDS) if key in node}
-    if node.get("type") == "object" and not is_open(node):
-        found["required"] = sorted(node.get("required", []))
+    if node.get("type") == "object":
+        found |= {"required": sorted(node.get("required", [])), "open": is_open(node)}
     if "default" in node:
         found["default"] = with_defaults(node, node["default"])
     return found
@@ -101,8 +102,8 @@ def types_only(node: Schema) -> Schema:
 
 def differences(ours: Schema, theirs: Schema, path: str, see: Callable[[Schema], Schema] = facts) -> list[str]:
     """Every disagreement between a model and the CRD, as ``path: fact: what each side says``."""
-    left = {inner: see(node) for inner, node in compared(ours, path)}
-    right = {inner: see(node) for inner, node in compared(theirs, path)}
+    left = {inner: see(node) for inner, node in nodes(ours, path)}
+    right = {inner: see(node) for inner, node in nodes(theirs, path)}
     found = [f"{inner}: only the model has it" for inner in left.keys() - right.keys()]
     found += [f"{inner}: only the CRD has it" for inner in right.keys() - left.keys()]
     for inner in left.keys() & right.keys():
@@ -150,6 +151,18 @@ MUTATIONS: dict[str, tuple[Change, str]] = {
     "type": (lambda at: at["spec.tiers[].accelerator.count"].update(type="string"), "spec.tiers[].accelerator.count: type"),
     "required": (lambda at: at["spec.broker.urlFrom"].pop("required"), "spec.broker.urlFrom: required"),
     "missing field": (lambda at: at["spec.routing.fallback"]["properties"].pop("onLoss"), "spec.routing.fallback.onLoss: only"),
+    "type in the pod template": (
+        lambda at: at["spec.tiers[].template.spec.containers[].command"].update(type="string"),
+        "spec.tiers[].template.spec.containers[].command: type",
+    ),
+    "bound in the pod template": (
+        lambda at: at["spec.tiers[].template.metadata.labels.*"].pop("maxLength"),
+        "spec.tiers[].template.metadata.labels.*: maxLength",
+    ),
+    "open map that is closed": (
+        lambda at: [at["spec.tiers[].template.spec"].pop(key, None) for key in OPEN],
+        "spec.tiers[].template.spec: open",
+    ),
     "new field": (lambda at: at["spec"]["properties"].update(scaling={"type": "object"}), "spec.scaling: only"),
 }
 
@@ -189,7 +202,7 @@ def unbounded(node: Schema) -> bool:
         case "array":
             return "maxItems" not in node
         case "object":
-            return not node.keys() & {"properties", "x-kubernetes-preserve-unknown-fields"}
+            return not node.keys() & {"properties", "maxProperties", "x-kubernetes-preserve-unknown-fields"}
         case "integer":
             return "minimum" not in node
         case _:

@@ -142,7 +142,8 @@ def test_an_entry_of_another_version_is_refused_by_name(version: str | None) -> 
 
 def claimed(**changes: Any) -> ledger.Call:
     defaults: dict[str, Any] = {
-        "attempt": 2, "tag": "tag", "owner": "w.1", "tier": "gpu", "retries": 3, "moves_on": True, "no_result": False
+        "attempt": 2, "tag": "tag", "owner": "w.1", "tier": "gpu", "retries": 3, "moves_on": True, "no_result": False,
+        "name": "c1",
     }  # fmt: skip
     return ledger.claim(KEYS, "t1", **defaults | changes)
 
@@ -150,8 +151,8 @@ def claimed(**changes: Any) -> ledger.Call:
 def test_a_claim_gives_the_script_its_arguments_in_order() -> None:
     call = claimed()
     assert call.keys == [KEYS.job("t1"), KEYS.held("w.1"), KEYS.waiting("gpu"), KEYS.unacked("gpu")]
-    assert call.args == ["t1", 2, "tag", "w.1", "gpu", 3, ledger.LOSSES_ALLOWED, JOB_LIFE_SECONDS, 1, 0]
-    assert claimed(moves_on=False, no_result=True).args[-2:] == [0, 1]
+    assert call.args == ["t1", 2, "tag", "w.1", "gpu", 3, ledger.LOSSES_ALLOWED, JOB_LIFE_SECONDS, 1, 0, "c1"]
+    assert claimed(moves_on=False, no_result=True).args[-3:-1] == [0, 1]
 
 
 def test_a_job_that_cannot_move_on_survives_one_loss_and_not_two() -> None:

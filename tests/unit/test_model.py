@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workerpool_operator.deployment import build
+from workerpool_operator.local.launch import launch
 from workerpool_operator.model import Mode, Problem, WorkerPoolSpec, parse_spec
+from workerpool_operator.ports import Pool
 
 pytestmark = pytest.mark.unit
 
@@ -80,11 +83,45 @@ def test_a_full_pool_is_read_in_every_field() -> None:
 def test_a_null_is_the_same_as_a_field_that_is_not_there() -> None:
     nulls = copy.deepcopy(SMALLEST) | {"mode": None, "routing": {"tasks": None, "fallback": {"onLoss": None}}}
     nulls["broker"]["urlFrom"] = nulls["tiers"][0]["accelerator"] = nulls["tiers"][0]["replicas"] = None
+    pod(nulls)["terminationGracePeriodSeconds"] = worker(nulls)["args"] = worker(nulls)["resources"] = None
     assert parsed(nulls) == parsed(SMALLEST)
 
 
 def test_a_tier_whose_fallback_is_off_needs_no_tier_without_an_accelerator() -> None:
     parsed(SMALLEST | {"tiers": [GPU], "routing": {"fallback": {"onFailure": False, "onLoss": False}}})
+
+
+IN_TIER = "spec.tiers[0]"
+IN_POD = f"{IN_TIER}.template.spec"
+IN_WORKER = f"{IN_POD}.containers[0]"
+
+
+def pod(raw: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = raw["tiers"][0]["template"]["spec"]
+    return found
+
+
+def worker(raw: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = pod(raw)["containers"][0]
+    return found
+
+
+def test_a_template_is_kept_with_everything_that_the_operator_does_not_read() -> None:
+    variable = {"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}
+    container = {"name": "worker", "image": "media:1", "env": [variable], "resources": {"limits": {"cpu": 0.5}, "claims": []}}
+    template = {
+        "metadata": {"labels": {"team": "media"}, "annotations": {"a": "b"}},
+        "spec": {"containers": [container, {"name": "proxy", "ports": [{"containerPort": 1}]}], "nodeSelector": {"gpu": "yes"}},
+    }
+    raw = copy.deepcopy(SMALLEST)
+    raw["tiers"][0]["template"] = template
+    assert parsed(raw).tiers[0].template == template
+
+
+def test_a_field_of_the_template_in_pythons_spelling_is_none_of_the_operators() -> None:
+    raw = copy.deepcopy(SMALLEST)
+    pod(raw)["termination_grace_period_seconds"] = worker(raw)["working_dir"] = "x"
+    assert parsed(raw).tiers[0].template == raw["tiers"][0]["template"]
 
 
 Change = Callable[[dict[str, Any]], object]
@@ -168,27 +205,64 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
         "1",
     ),
     "no template": (lambda s: s["tiers"][0].pop("template"), "spec.tiers[0].template", "required"),
-    "empty template": (lambda s: s["tiers"][0].update(template={}), "spec.tiers[0].template", "list of containers"),
-    "template with a bare list": (
-        lambda s: s["tiers"][0].update(template={"spec": []}),
-        "spec.tiers[0].template",
-        "list of containers",
-    ),
-    "containers in words": (
-        lambda s: s["tiers"][0].update(template={"spec": {"containers": ["worker"]}}),
-        "spec.tiers[0].template",
-        "list of containers",
-    ),
-    "no container": (
-        lambda s: s["tiers"][0].update(template={"spec": {"containers": []}}),
-        "spec.tiers[0].template",
-        'a container named "worker"',
-    ),
+    "null template": (lambda s: s["tiers"][0].update(template=None), f"{IN_TIER}.template", "required"),
+    "empty template": (lambda s: s["tiers"][0].update(template={}), f"{IN_TIER}.template.spec", "required"),
+    "template with a bare list": (lambda s: s["tiers"][0].update(template={"spec": []}), IN_POD, "map"),
+    "containers in words": (lambda s: pod(s).update(containers=["worker"]), f"{IN_POD}.containers[0]", "map"),
+    "no container": (lambda s: pod(s).update(containers=[]), f"{IN_POD}.containers", "at least 1"),
     "no worker container": (
-        lambda s: s["tiers"][0].update(template={"spec": {"containers": [{"name": "w"}, {}]}}),
-        "spec.tiers[0].template",
-        'a container named "worker"',
+        lambda s: pod(s).update(containers=[{"name": "w"}]),
+        f"{IN_POD}.containers",
+        'one container must be named "worker"',
     ),
+    "container without a name": (lambda s: pod(s)["containers"].append({}), f"{IN_POD}.containers[1].name", "required"),
+    "grace in words": (
+        lambda s: pod(s).update(terminationGracePeriodSeconds="x"),
+        f"{IN_POD}.terminationGracePeriodSeconds",
+        "integer",
+    ),
+    "no grace": (
+        lambda s: pod(s).update(terminationGracePeriodSeconds=0),
+        f"{IN_POD}.terminationGracePeriodSeconds",
+        "equal to 1",
+    ),
+    "label as a number": (
+        lambda s: s["tiers"][0]["template"].update(metadata={"labels": {"version": 1}}),
+        f"{IN_TIER}.template.metadata.labels.version",
+        "needs quotes",
+    ),
+    "labels in a list": (
+        lambda s: s["tiers"][0]["template"].update(metadata={"labels": ["a"]}),
+        f"{IN_TIER}.template.metadata.labels",
+        "map",
+    ),
+    "command in one string": (lambda s: worker(s).update(command="celery"), f"{IN_WORKER}.command", "must be a list"),
+    "args as a number": (lambda s: worker(s).update(args=5), f"{IN_WORKER}.args", "must be a list"),
+    "argument as a number": (lambda s: worker(s).update(args=["-c", 5]), f"{IN_WORKER}.args[1]", "needs quotes"),
+    "argument with a NUL": (lambda s: worker(s).update(args=["a\0"]), f"{IN_WORKER}.args[0]", "pattern"),
+    "environment as a map": (lambda s: worker(s).update(env={"A": "b"}), f"{IN_WORKER}.env", "must be a list"),
+    "variable as text": (lambda s: worker(s).update(env=["A=b"]), f"{IN_WORKER}.env[0]", "must be a map"),
+    "variable without a name": (lambda s: worker(s).update(env=[{"value": "1"}]), f"{IN_WORKER}.env[0].name", "required"),
+    "variable with an empty name": (lambda s: worker(s).update(env=[{"name": ""}]), f"{IN_WORKER}.env[0].name", "at least 1"),
+    "variable named with =": (
+        lambda s: worker(s).update(env=[{"name": "A"}, {"name": "B=C"}]),
+        f"{IN_WORKER}.env[1].name",
+        "pattern",
+    ),
+    "variable named with a NUL": (lambda s: worker(s).update(env=[{"name": "A\0"}]), f"{IN_WORKER}.env[0].name", "pattern"),
+    "value as a number": (
+        lambda s: worker(s).update(env=[{"name": "A", "value": 1}]),
+        f"{IN_WORKER}.env[0].value",
+        "needs quotes",
+    ),
+    "value with a NUL": (
+        lambda s: worker(s).update(env=[{"name": "A", "value": "\0"}]),
+        f"{IN_WORKER}.env[0].value",
+        "pattern",
+    ),
+    "resources in a list": (lambda s: worker(s).update(resources=[]), f"{IN_WORKER}.resources", "must be a map"),
+    "limits in words": (lambda s: worker(s).update(resources={"limits": "2"}), f"{IN_WORKER}.resources.limits", "must be a map"),
+    "directory as a number": (lambda s: worker(s).update(workingDir=3), f"{IN_WORKER}.workingDir", "needs quotes"),
     "wish in words": (
         lambda s: s.update(routing={"tasks": [{"name": "t", "accelerated": "yes"}]}),
         "spec.routing.tasks[0].accelerated",
@@ -224,6 +298,7 @@ def test_what_is_wrong_is_refused_with_the_name_of_its_field(what: str) -> None:
     problems = parse_spec(raw)
     assert isinstance(problems, list)
     assert [(problem.field, message in problem.message) for problem in problems] == [(field, True)], problems
+    assert not problems[0].message.startswith("Value error"), "words of the parser, not of the user"
 
 
 def test_everything_that_is_wrong_is_told_at_once() -> None:
@@ -233,7 +308,17 @@ def test_everything_that_is_wrong_is_told_at_once() -> None:
     assert [problem.field for problem in problems] == fields
 
 
-@pytest.mark.parametrize(("value", "shown"), [(0, "0"), ("x y", "'x y'"), (False, "False"), ([1], ""), ({"a": 1}, "")], ids=repr)
+def test_a_list_that_is_too_short_is_told_beside_what_is_wrong_elsewhere() -> None:
+    problems = parse_spec(SMALLEST | {"app": "a b", "tiers": []})
+    assert isinstance(problems, list)
+    assert [problem.field for problem in problems] == ["spec.app", "spec.tiers"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0, "0"), ("x y", "'x y'"), (False, "False"), ([1], ""), ({"a": 1}, ""), ("-" * 300, f"'{'-' * 79}…")],
+    ids=repr,
+)
 def test_a_problem_shows_a_value_that_fits_in_a_line(value: Any, shown: str) -> None:
     problems = parse_spec(SMALLEST | {"app": value})
     assert isinstance(problems, list)
@@ -270,18 +355,36 @@ PLACES: list[Callable[[dict[str, Any], Any], object]] = [
     lambda s, v: s["tiers"].append(v),
     lambda s, v: s["tiers"][0].update(template=v),
     lambda s, v: s["tiers"][0].update(replicas=v),
+    lambda s, v: s["tiers"][0]["template"].update(metadata=v),
+    lambda s, v: s["tiers"][0]["template"].update(metadata={"labels": v}),
+    lambda s, v: pod(s).update(containers=[worker(s), v]),
+    lambda s, v: pod(s).update(terminationGracePeriodSeconds=v),
+    lambda s, v: worker(s).update(command=v),
+    lambda s, v: worker(s).update(args=v),
+    lambda s, v: worker(s).update(env=v),
+    lambda s, v: worker(s).update(env=[{"name": v}]),
+    lambda s, v: worker(s).update(env=[{"name": "A", "value": v}]),
+    lambda s, v: worker(s).update(env=[{"name": "A", "valueFrom": v}]),
+    lambda s, v: worker(s).update(resources=v),
+    lambda s, v: worker(s).update(resources={"limits": v, "requests": v}),
+    lambda s, v: worker(s).update(workingDir=v),
 ]
 
 
-@settings(max_examples=150)
+@settings(max_examples=400)
 @given(st.sampled_from(PLACES), values)
-def test_no_value_anywhere_raises_and_each_is_accepted_or_told(put: Callable[[dict[str, Any], Any], object], value: Any) -> None:
+def test_a_value_anywhere_is_told_or_can_be_run(put: Callable[[dict[str, Any], Any], object], value: Any) -> None:
     raw = copy.deepcopy(SMALLEST)
     put(raw, value)
     outcome = parse_spec(raw)
     if isinstance(outcome, list):
         assert outcome
         assert all(problem.field.startswith("spec") and problem.message for problem in outcome)
+        return
+    pool = Pool("ml", "media", "u", 1, 0.0, outcome)
+    for tier in outcome.tiers:
+        build(pool, tier)
+        launch(pool, tier, "w")
 
 
 @settings(max_examples=50)

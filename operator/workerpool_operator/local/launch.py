@@ -75,23 +75,10 @@ def unsupported(spec: WorkerPoolSpec) -> list[Problem]:
 
 
 def _container_problems(path: str, worker: Mapping[str, Any]) -> Iterator[Problem]:
-    for field in ("command", "args"):
-        parts = worker.get(field) or []
-        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-            yield Problem(field=f"{path}.{field}", message="must be a list of strings", value=repr(parts))
     if worker.get("envFrom"):
         yield Problem(field=f"{path}.envFrom", message="needs a cluster; here, name the variables under env")
     for index, variable in enumerate(worker.get("env") or ()):
-        if problem := _variable_problem(f"{path}.env[{index}]", variable):
-            yield problem
-
-
-def _variable_problem(path: str, variable: Mapping[str, Any]) -> Problem | None:
-    name, value = variable.get("name"), variable.get("value") or ""
-    if not isinstance(name, str) or not name:
-        return Problem(field=f"{path}.name", message="a variable needs a name")
-    if not isinstance(value, str):
-        return Problem(field=f"{path}.value", message="must be a string: put it in quotes", value=repr(value))
-    if "valueFrom" in variable and name not in os.environ:
-        return Problem(field=f"{path}.valueFrom", message=f"needs a cluster; here, export {name} before you start")
-    return None
+        name = variable["name"]
+        if "valueFrom" in variable and name not in os.environ:
+            message = f"needs a cluster; here, export {name} before you start"
+            yield Problem(field=f"{path}.env[{index}].valueFrom", message=message)

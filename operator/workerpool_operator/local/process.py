@@ -29,18 +29,18 @@ class Log:
     """A worker's log file, and what the current run of the worker has written to it."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._begin = self._read = 0
 
     def begin(self) -> IO[bytes]:
         """The file for the output of a new run."""
-        file = self._path.open("ab")
+        file = self.path.open("ab")
         self._begin = self._read = file.tell()
         return file
 
     def says_ready(self) -> bool:
         """Whether Celery has said so in the lines that came since the last call."""
-        with self._path.open("rb") as file:
+        with self.path.open("rb") as file:
             file.seek(self._read)
             lines = file.read().rpartition(b"\n")[0]
         self._read += len(lines)
@@ -48,7 +48,7 @@ class Log:
 
     def last_words(self) -> str:
         """The last line that says something, an exception's before any other; empty without one."""
-        with self._path.open("rb") as file:
+        with self.path.open("rb") as file:
             end = file.seek(0, 2)
             file.seek(max(self._begin, end - _LAST_BYTES))
             return last_words(file.read().decode(errors="replace"))
@@ -117,7 +117,8 @@ class LocalWorker:
                     backoff = FIRST_BACKOFF_SECONDS
                 self._turn(Phase.FAILING, died_of)
                 await asyncio.sleep(backoff)
-                self._turn(Phase.STARTING, died_of)
+                if ready_seconds:
+                    self._turn(Phase.STARTING, died_of)
                 backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
         finally:
             self._wake.set()
@@ -169,7 +170,7 @@ class LocalWorker:
         code = process.returncode
         if code is not None and code < 0:
             return f"killed by {signal.Signals(-code).name}"
-        return self._log.last_words() or f"exited with status {code}"
+        return f"{self._log.last_words() or f'exited with status {code}'} (see {self._log.path})"
 
     def _terminate(self, process: asyncio.subprocess.Process) -> None:
         with suppress(ProcessLookupError):

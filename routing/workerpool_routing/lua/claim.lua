@@ -1,7 +1,8 @@
 -- One delivery asks to run its job.
 --
 -- KEYS: job, held:<owner>, waiting:<tier>, unacked hash. ARGV: task id, attempt, delivery tag, owner, tier, retries,
--- losses allowed, job life, 1 when a loss moves the job on to another tier, 1 when a finishing attempt is known to have no result.
+-- losses allowed, job life, 1 when a loss moves the job on to another tier, 1 when a finishing attempt is known to have no result,
+-- a name for this request.
 -- Returns: run | unknown | ended | stale | lost | finishing | poison | corrupt.
 local id, attempt, tag, owner, tier = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[5]
 local retries, losses_allowed, life = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
@@ -9,7 +10,7 @@ local moves_on, no_result = ARGV[9] == '1', ARGV[10] == '1'
 local kind = redis.call('TYPE', KEYS[1]).ok
 if kind == 'none' then return 'unknown' end
 if kind ~= 'hash' then return 'corrupt' end
-local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'retries', 'losses', 'required', 'tag', 'runs')
+local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'retries', 'losses', 'required', 'tag', 'runs', 'claim')
 local state = job[1]
 
 if state == 'done' or state == 'failed' or state == 'expired' then return 'ended' end
@@ -17,6 +18,9 @@ local known = state == 'admitted' or state == 'claimed' or state == 'finishing'
 local numbers = tonumber(job[2]) and tonumber(job[3] or 0) and tonumber(job[4] or 0) and tonumber(job[7] or 0)
 if not known or not numbers then return 'corrupt' end
 if tonumber(job[2]) ~= attempt then return 'stale' end
+
+-- The answer was lost on its way, and the client asks again.
+if state == 'claimed' and job[8] == ARGV[11] then return 'run' end
 
 -- A retry that the task's author asked for overtakes the attempt that asked: it is a new delivery, but nothing was lost.
 local asked = tonumber(job[3] or 0)
@@ -35,7 +39,8 @@ end
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 redis.call('HSET', KEYS[1], 'state', 'claimed', 'tag', tag, 'owner', owner, 'tier', tier, 'retries', retries,
-  'stays', moves_on and '0' or '1', 'claimed_at', now)
+  'stays', moves_on and '0' or '1', 'claim', ARGV[11],
+  'claimed_at', now)
 redis.call('HDEL', KEYS[1], 'message', 'missing_at')
 redis.call('EXPIRE', KEYS[1], life)
 redis.call('SADD', KEYS[2], id)

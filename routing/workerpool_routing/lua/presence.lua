@@ -25,7 +25,7 @@ for _, slot in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now - life * 
   local owner = string.match(slot, '^(.*)/%d+$')
   local gone = redis.call('HGET', KEYS[1], owner)
   if gone then
-    redis.call('INCRBY', KEYS[4], -(cjson.decode(gone).scheduled or 0))
+    redis.call('DECRBY', KEYS[4], cjson.decode(gone).scheduled or 0)
     redis.call('HDEL', KEYS[1], owner)
   end
 end

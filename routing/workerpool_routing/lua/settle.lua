@@ -2,9 +2,15 @@
 --
 -- KEYS: job, held:<owner>, waiting:<tier>, unacked hash, unacked index, service:<tier>, then every spilled:<tier>.
 -- ARGV: task id, attempt, delivery tag and owner ('' before a claim), from, to, life, how it ended, error, retries asked for.
--- Returns 1 when it moved, 0 when another attempt owns the job now.
+-- Returns 1 when it moved, or had moved and only the answer was lost; -1 when the ledger no longer knows the job (Redis came back
+-- without it): nobody else can have it; 0 when another attempt owns the job now.
 local id, tag, owner, from, to = ARGV[1], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'tag', 'owner', 'runs', 'claimed_at', 'task')
+if not job[1] then
+  redis.call('SREM', KEYS[2], id)
+  return -1
+end
+if job[1] == to and job[2] == ARGV[2] and (job[3] or '') == tag and (job[4] or '') == owner then return 1 end
 if job[1] ~= from or job[2] ~= ARGV[2] or (job[3] or '') ~= tag or (job[4] or '') ~= owner then return 0 end
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)

@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from celery import Celery, signals
 
+from workerpool_routing.connection import Connection
 from workerpool_routing.errors import NotConfigured, PoolUnavailable
 from workerpool_routing.wire import (
     ENV_GRACE,
@@ -45,7 +46,9 @@ def install(pool: WorkerPool, app: Celery, environ: Mapping[str, str]) -> None:
         raise NotConfigured(f"{', '.join(missing)}: the environment of a worker names its tier but lacks this")
     tier, worker = environ[ENV_TIER], environ[ENV_WORKER]
     _configure(app, pool.name, tier)
-    life = WorkerLife(pool, tier, os.environ.setdefault(_OWNER, f"{worker}.{uuid4().hex[:6]}"))
+    owner = os.environ.setdefault(_OWNER, f"{worker}.{uuid4().hex[:6]}")
+    child = WorkerLife(pool, tier, owner, Connection(app, patient=True))
+    life = WorkerLife(pool, tier, owner, Connection(app, patient=False))
     transport.use(life)
     probes = Probes(Path(environ[ENV_PROBES]) if environ.get(ENV_PROBES) else None)
     reporter = PresenceReporter(life, worker=worker, queue=environ[ENV_QUEUE], probes=probes)
@@ -53,7 +56,7 @@ def install(pool: WorkerPool, app: Celery, environ: Mapping[str, str]) -> None:
 
     def start_fencing(**_: Any) -> None:
         for task in app.tasks.values():
-            fence(task, life)
+            fence(task, child, life)
 
     def start_main(sender: Any, **_: Any) -> None:
         refuse_what_cannot_be_kept(life, sender)
@@ -122,10 +125,10 @@ def _configure(app: Celery, pool: str, tier: str) -> None:
 def refuse_what_cannot_be_kept(life: WorkerLife, controller: Any) -> None:
     """Look at what the worker was started with; end it with one line, or put right what can be."""
     try:
-        policy = life.pool.policy
+        policy = life.policy
     except PoolUnavailable:
         policy = None  # Celery waits for its broker, and the tier is checked by whoever reads the presence
-    if policy and policy.tier(life.tier) is None:
+    if policy and policy.tiers and policy.tier(life.tier) is None:
         tiers = ", ".join(tier.name for tier in policy.tiers)
         _refuse(f"{ENV_TIER}={life.tier!r}: pool {life.pool.name} has the tiers {tiers}")
     if controller.prefetch_multiplier != 1:

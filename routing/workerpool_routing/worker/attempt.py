@@ -6,11 +6,14 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from workerpool_routing import ledger
+from workerpool_routing.connection import Connection, unavailable_when_down
 from workerpool_routing.ledger import Claim, Job, Move, State
+from workerpool_routing.policy import PolicySource
 from workerpool_routing.wire import HEADER, Keyspace, Policy
 
 if TYPE_CHECKING:
@@ -28,17 +31,27 @@ class Outcome(Enum):
 
     MOVED = "moved to another run"
     FINAL = "final"
-    RELEASED = "given back by a cold shutdown, to be delivered again"
+    RELEASED = "claimed by nobody: it had not begun, has asked for a retry, or was given back by a cold shutdown"
     NOT_OURS = "another attempt counts by now"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class WorkerLife:
-    """This worker, from its start to its end: the owner of its attempts. Children of the pool share it by fork."""
+    """This worker, from its start to its end: the owner of its attempts.
+
+    Attributes:
+        pool: the pool.
+        tier: the tier that this worker belongs to.
+        owner: its name on the ledger.
+        connection: to the ledger. A child of the pool waits for Redis; the main process must go on consuming and reporting.
+        timer: of Celery's consumer, once the worker is ready; for what the main process has to ask again.
+    """
 
     pool: WorkerPool
     tier: str
     owner: str
+    connection: Connection
+    timer: Any = None
 
     @property
     def keys(self) -> Keyspace:
@@ -47,7 +60,11 @@ class WorkerLife:
     @property
     def policy(self) -> Policy:
         """What is known of the pool; without any, a policy that falls back to nothing."""
-        return self.pool.policy or Policy(())
+        return self._source.get() or Policy(())
+
+    @cached_property
+    def _source(self) -> PolicySource:
+        return PolicySource(self.connection, self.keys, self.pool.given)
 
     def attempt(
         self, task_id: str, headers: Mapping[str, Any] | None, delivery_tag: str, retries: int, *, may_move: bool = True
@@ -57,12 +74,18 @@ class WorkerLife:
         return Attempt(self, task_id, number, delivery_tag, retries, may_move) if isinstance(number, int) else None
 
     def job(self, task_id: str) -> Job | None:
-        return self.pool.job(task_id)
+        """The ledger's entry."""
+        with unavailable_when_down():
+            return Job.load(task_id, self.connection.client.hgetall(self.keys.job(task_id)))
+
+    def call_later(self, seconds: float, function: Callable[[], object]) -> None:
+        """Run something in the main process later."""
+        self.timer.call_after(seconds, function)
 
     def set_aside(self, task_id: str, *, reason: str, message: str, tag: str = "") -> None:
         """Keep for people what nobody can read, and count it."""
         logger.error("set aside task_id=%s in key %s: %s", task_id, self.keys.aside, reason)
-        self.pool.connection.run("aside", ledger.aside(self.keys, self.tier, task_id, tag=tag, reason=reason, message=message))
+        self.connection.run("aside", ledger.aside(self.keys, self.tier, task_id, tag=tag, reason=reason, message=message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +131,9 @@ class Attempt:
         moves_on = bool(self.may_move and tier and tier.accelerated and life.policy.plain_tier() and life.policy.fallback_on_loss)
         call = ledger.claim(
             life.keys, self.task_id, attempt=self.number, tag=self.tag, owner=life.owner, tier=life.tier, retries=self.retries,
-            moves_on=moves_on, no_result=no_result,
+            moves_on=moves_on, no_result=no_result, name=str(uuid4()),
         )  # fmt: skip
-        return Claim(life.pool.connection.run("claim", call))
+        return Claim(life.connection.run("claim", call))
 
     def settle(self, before: State, after: State, *, how: str = "", error: str = "", retries: int | None = None) -> bool:
         """Enter the next state; False when another attempt counts by now."""
@@ -128,7 +151,7 @@ class Attempt:
             life.keys, life.policy, self.task_id, attempt=self.number, tag=tag, owner=owner, tier=life.tier, before=before,
             after=after, how=how, error=error, retries=retries,
         )  # fmt: skip
-        return bool(life.pool.connection.run("settle", call))
+        return bool(life.connection.run("settle", call))
 
     def end(self, follows: Callable[[Policy, Job], Move | None], how: str, error: str = "") -> Outcome:
         """Act on a failure or a loss as the rule says (:func:`ledger.after_failure`, :func:`ledger.after_loss`)."""
@@ -168,9 +191,9 @@ class Attempt:
         call = ledger.move(
             self.life.keys, job, to, held_as=self.tag, raw=raw, delivery_tag=str(uuid4()), how=how, error=error, counts=counts
         )
-        return bool(self.life.pool.connection.run("move", call))
+        return bool(self.life.connection.run("move", call))
 
     def _raw(self) -> str | None:
         """This delivery as Kombu keeps it in flight."""
-        raw: str | None = self.life.pool.connection.client.hget(self.life.keys.unacked(self.life.tier), self.tag)
+        raw: str | None = self.life.connection.client.hget(self.life.keys.unacked(self.life.tier), self.tag)
         return raw

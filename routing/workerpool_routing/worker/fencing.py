@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from signal import SIGTERM
 from typing import TYPE_CHECKING, Any
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
@@ -14,6 +16,7 @@ from celery.backends.base import DisabledBackend
 from celery.exceptions import Ignore, Reject, Retry, WorkerShutdown, WorkerTerminate
 from celery.utils.imports import symbol_by_name
 from celery.worker.state import task_ready
+from redis import RedisError
 
 from workerpool_routing import ledger
 from workerpool_routing.errors import JobLost, PoolUnavailable, TaskExited
@@ -24,10 +27,22 @@ from workerpool_routing.worker.attempt import Attempt, Outcome, WorkerLife
 logger = logging.getLogger("workerpool_routing.worker")
 
 
-def fence(task: Task, life: WorkerLife) -> None:
+RETRY_SECONDS = 2.0
+"""How soon the main process asks again when the ledger did not answer; the worker works on meanwhile."""
+
+_ENTERED = "workerpool_entered"
+"""Set on a request whose attempt has been claimed: a task may call itself."""
+
+
+def fence(task: Task, child: WorkerLife, main: WorkerLife) -> None:
     """Put the fence around a registered task, whatever base class its author gave it.
 
     Celery's own tasks are left alone, and so is one whose author has set ``fenced = False``.
+
+    Args:
+        task: the task.
+        child: this worker's life as the pool's children act in it.
+        main: the same for the main process.
     """
     if task.name.startswith("celery.") or isinstance(task, FencedTask) or not getattr(task, "fenced", True):
         return
@@ -35,8 +50,8 @@ def fence(task: Task, life: WorkerLife) -> None:
         logger.warning("%s: acks_late=False is not used: a job acknowledged early could be lost with its worker", task.name)
     own_request = symbol_by_name(task.Request)
     own = type(task)
-    request = type("FencedRequest", (FencedRequest, own_request), {"life": life})
-    task.__class__ = type(own.__name__, (FencedTask, own), {"__module__": own.__module__, "life": life, "Request": request})
+    request = type("FencedRequest", (FencedRequest, own_request), {"life": main})
+    task.__class__ = type(own.__name__, (FencedTask, own), {"__module__": own.__module__, "life": child, "Request": request})
     task.acks_late = True
 
 
@@ -71,9 +86,10 @@ class FencedTask(Task):
     fallback_on_loss: bool = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        attempt = self._attempt()
+        attempt = None if getattr(self.request, _ENTERED, False) else self._attempt()
         if attempt is None:
             return super().__call__(*args, **kwargs)
+        setattr(self.request, _ENTERED, True)
         with _back_to_the_queue_without_redis():
             answer = attempt.claim(self._stored_result)
         match answer:
@@ -90,14 +106,14 @@ class FencedTask(Task):
         try:
             result = super().__call__(*args, **kwargs)
         except Retry:
-            attempt.settle(State.CLAIMED, State.ADMITTED, how="retry", retries=attempt.retries + 1)
+            self._close(State.CLAIMED, State.ADMITTED, how="retry", retries=attempt.retries + 1)
             raise
         except Reject as rejected:
             after = State.ADMITTED if rejected.requeue else State.FAILED
-            attempt.settle(State.CLAIMED, after, how="rejected")
+            self._close(State.CLAIMED, after, how="rejected")
             raise
         except Ignore:
-            attempt.settle(State.CLAIMED, State.DONE, how="ignored")
+            self._close(State.CLAIMED, State.DONE, how="ignored")
             raise
         except (WorkerShutdown, WorkerTerminate):  # the solo pool: the worker itself is told to end
             raise
@@ -150,21 +166,21 @@ class FencedTask(Task):
 
     def on_success(self, retval: Any, task_id: str, args: Any, kwargs: Any) -> None:
         """Close the ledger entry: Celery has stored the result."""
-        self._close(State.DONE)
+        self._close(State.FINISHING, State.DONE)
         super().on_success(retval, task_id, args, kwargs)
 
     def on_failure(self, exc: Exception, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
         """Close the ledger entry: Celery has stored the failure."""
-        self._close(State.FAILED)
+        self._close(State.FINISHING, State.FAILED)
         super().on_failure(exc, task_id, args, kwargs, einfo)
 
-    def _close(self, after: State) -> None:
+    def _close(self, before: State, after: State, *, how: str = "", retries: int | None = None) -> None:
         attempt = self._attempt()
         try:
             if attempt:
-                attempt.settle(State.FINISHING, after)
+                attempt.settle(before, after, how=how, retries=retries)
         except PoolUnavailable as unavailable:
-            # The result is stored: an error here would turn it into another one.
+            # What the attempt came to stands in Celery already: an error here would turn it into another outcome.
             logger.warning("not closed task_id=%s task=%s: %s", self.request.id, self.name, unavailable)
 
     def _attempt(self) -> Attempt | None:
@@ -197,7 +213,8 @@ class FencedRequest:
         if attempt and isinstance(error, TimeLimitExceeded):
             return None  # on_timeout has dealt with it
         lost = isinstance(error, WorkerLostError | SystemExit) and not return_ok
-        if attempt and lost and self._dealt_with(attempt, ledger.after_loss, "lost", error):
+        again = partial(self.on_failure, exc_info, send_failed_event, return_ok)
+        if attempt and lost and self._dealt_with(attempt, ledger.after_loss, "lost", error, again):
             return None
         return super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc]
 
@@ -208,17 +225,19 @@ class FencedRequest:
             super().on_timeout(soft, timeout)  # type: ignore[misc]
             return
         error = TimeLimitExceeded(timeout)
-        if self._dealt_with(attempt, self.task.rule_after(error), "over its hard time limit", error):
+        again = partial(self.on_timeout, soft, timeout)
+        if self._dealt_with(attempt, self.task.rule_after(error), "over its hard time limit", error, again):
             return
         super().on_timeout(soft, timeout)  # type: ignore[misc]
-        attempt.settle(State.FINISHING, State.FAILED)
+        self._settle_soon(partial(attempt.settle, State.FINISHING, State.FAILED))
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         """Close the ledger entry of a job that expired, was revoked before it started, or terminated while it ran."""
         super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
         if attempt := self._attempt():
-            with suppress(PoolUnavailable):
-                _ = attempt.settle_unclaimed(State.EXPIRED) or attempt.settle(State.CLAIMED, State.EXPIRED, how=reason)
+            self._settle_soon(
+                lambda: attempt.settle_unclaimed(State.EXPIRED) or attempt.settle(State.CLAIMED, State.EXPIRED, how=reason)
+            )
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
         """A cold shutdown cuts the task off: its job goes back first, and that is not a failed attempt."""
@@ -230,7 +249,7 @@ class FencedRequest:
         task_ready(self)
         self._already_cancelled = True
         with suppress(NotImplementedError):  # solo and threads: what runs cannot be stopped, and no longer counts
-            pool.terminate_job(self.worker_pid, signal or "TERM")
+            pool.terminate_job(self.worker_pid, signal or SIGTERM)
 
     def give_back(self) -> bool:
         """Put the job at the head of its queue, uncounted; False when it does not run here (any more)."""
@@ -241,17 +260,36 @@ class FencedRequest:
         return True
 
     def _dealt_with(
-        self, attempt: Attempt, follows: Callable[[Policy, Job], Move | None], how: str, error: BaseException
+        self,
+        attempt: Attempt,
+        follows: Callable[[Policy, Job], Move | None],
+        how: str,
+        error: BaseException,
+        again: Callable[[], object],
     ) -> bool:
-        outcome = attempt.end(follows, how, repr(error))
-        if outcome is Outcome.RELEASED and not self.acknowledged and attempt.claim(str) is Claim.RUN:
-            # The child died before it could claim: that was a start too, or a job that kills at once would never end.
+        """Whether nothing is left for Celery to do; without the ledger the question is asked again later."""
+        task_ready(self)
+        try:
             outcome = attempt.end(follows, how, repr(error))
+            if outcome is Outcome.RELEASED and not self.acknowledged and attempt.claim(str) is Claim.RUN:
+                # The child died before it could claim: that was a start too, or a job that kills at once would never end.
+                outcome = attempt.end(follows, how, repr(error))
+        except (PoolUnavailable, RedisError) as unavailable:
+            logger.warning("undecided task_id=%s, asked again in %.0f s: %s", self.id, RETRY_SECONDS, unavailable)
+            self.life.call_later(RETRY_SECONDS, again)
+            return True
         if outcome is Outcome.FINAL:
             return False
-        task_ready(self)
         self.acknowledge()
         return True
+
+    def _settle_soon(self, settle: Callable[[], object]) -> None:
+        """Close the ledger entry, now or as soon as Redis answers."""
+        try:
+            settle()
+        except (PoolUnavailable, RedisError) as unavailable:
+            logger.warning("not closed task_id=%s, asked again in %.0f s: %s", self.id, RETRY_SECONDS, unavailable)
+            self.life.call_later(RETRY_SECONDS, partial(self._settle_soon, settle))
 
     def _attempt(self) -> Attempt | None:
         message = self._message

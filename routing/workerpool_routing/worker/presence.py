@@ -14,6 +14,7 @@ from typing import Any
 from celery.worker import state
 
 from workerpool_routing import ledger
+from workerpool_routing.connection import unavailable_when_down
 from workerpool_routing.errors import PoolUnavailable
 from workerpool_routing.wire import PRESENCE_PERIOD_SECONDS
 from workerpool_routing.worker.attempt import WorkerLife
@@ -41,6 +42,7 @@ class PresenceReporter:
         """Begin, when the worker is ready to consume; ``sender`` is Celery's consumer."""
         self._consumer = sender
         self._probes.watch(sender)
+        self._life.timer = sender.timer
         if self._thread is None:
             self._thread = Thread(target=self._run, name="workerpool-presence", daemon=True)
             self._thread.start()
@@ -63,7 +65,7 @@ class PresenceReporter:
         try:
             for tag in self._held_tags():
                 give_back(life, tag)
-            life.pool.connection.run("leave", ledger.leave(life.keys, life.tier, life.owner))
+            life.connection.run("leave", ledger.leave(life.keys, life.tier, life.owner))
         except PoolUnavailable:
             logger.warning("could not sign off: this worker will be taken for lost, and what it held delivered again")
 
@@ -75,7 +77,8 @@ class PresenceReporter:
                     marked = self._report()
                     due = PRESENCE_PERIOD_SECONDS
                 else:
-                    marked = bool(self._life.pool.connection.client.sismember(self._life.keys.drain, self._worker))
+                    with unavailable_when_down():
+                        marked = bool(self._life.connection.client.sismember(self._life.keys.drain, self._worker))
                 if marked != self._draining:
                     self._draining = marked
                     self._consumer.call_soon(self._apply_mark)
@@ -100,7 +103,7 @@ class PresenceReporter:
             "scheduled": len(state.scheduled_requests),
             "draining": self._draining,
         }
-        return bool(life.pool.connection.run("presence", ledger.report(life.keys, presence, self._held_tags())))
+        return bool(life.connection.run("presence", ledger.report(life.keys, presence, self._held_tags())))
 
     def _apply_mark(self) -> None:
         """Stop or resume consuming; runs in the worker's own loop."""

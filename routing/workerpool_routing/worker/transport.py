@@ -8,6 +8,7 @@ nothing back: what runs goes on running and is renewed, the rest is found by its
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from json import JSONDecodeError
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -18,6 +19,8 @@ from kombu.transport import virtual
 from kombu.utils.json import dumps
 
 from workerpool_routing import ledger
+from workerpool_routing.connection import unavailable_when_down
+from workerpool_routing.errors import PoolUnavailable
 
 if TYPE_CHECKING:
     from workerpool_routing.worker.attempt import WorkerLife
@@ -38,17 +41,19 @@ class QoS(_OfThisWorker, kombu_redis.QoS):  # type: ignore[misc,unused-ignore]
         """Record a message that was just received."""
         delivery = message.delivery_info
         value = dumps([message._raw, delivery["exchange"], delivery["routing_key"]])  # noqa: SLF001 as Kombu stores it
-        life = self.life
-        life.pool.connection.run("hold", ledger.hold(life.keys, life.tier, tag=delivery_tag, value=value))
+        call = ledger.hold(self.life.keys, self.life.tier, tag=delivery_tag, value=value)
+        with self.channel.conn_or_acquire() as client:  # the channel's own: Celery knows what to do when it breaks
+            client.eval(ledger.script("hold"), len(call.keys), *call.keys, *call.args)
         virtual.QoS.append(self, message, delivery_tag)
 
     def restore_visible(self, *_: Any, **__: Any) -> None:
         """Deliver again what nobody has renewed for the visibility time-out: the last resort where no operator runs."""
         life = self.life
-        client, index = life.pool.connection.client, life.keys.unacked_index(life.tier)
-        seconds, _ = client.time()
-        for tag in client.zrangebyscore(index, "-inf", seconds - self.visibility_timeout, 0, OVERDUE_AT_ONCE):
-            give_back(life, tag)
+        client, index = life.connection.client, life.keys.unacked_index(life.tier)
+        with suppress(PoolUnavailable), unavailable_when_down():
+            seconds, _ = client.time()
+            for tag in client.zrangebyscore(index, "-inf", seconds - self.visibility_timeout, 0, OVERDUE_AT_ONCE):
+                give_back(life, tag)
 
     def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
         """Put one message back: a rejected one at the end of the line, as Kombu does; any other at its head."""
@@ -59,12 +64,13 @@ class QoS(_OfThisWorker, kombu_redis.QoS):  # type: ignore[misc,unused-ignore]
 
 
 def give_back(life: WorkerLife, tag: str) -> None:
-    """Put a message that is in flight back at the head of its queue, unless it is gone or was given back already."""
-    raw = life.pool.connection.client.hget(life.keys.unacked(life.tier), tag)
-    if raw is None:
-        life.pool.connection.client.zrem(life.keys.unacked_index(life.tier), tag)
-        return
-    life.pool.connection.run("requeue", ledger.requeue(life.keys, life.tier, tag=tag, raw=raw, delivery_tag=str(uuid4())))
+    """Put a message that is in flight back at the head of its queue, unless it is gone by now; raises PoolUnavailable."""
+    with unavailable_when_down():
+        raw = life.connection.client.hget(life.keys.unacked(life.tier), tag)
+        if raw is None:
+            life.connection.client.zrem(life.keys.unacked_index(life.tier), tag)
+            return
+    life.connection.run("requeue", ledger.requeue(life.keys, life.tier, tag=tag, raw=raw, delivery_tag=str(uuid4())))
 
 
 class Channel(_OfThisWorker, kombu_redis.Channel):  # type: ignore[misc,unused-ignore]
