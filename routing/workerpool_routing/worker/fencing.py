@@ -50,8 +50,10 @@ def fence(task: Task, child: WorkerLife, main: WorkerLife) -> None:
         logger.warning("%s: acks_late=False is not used: a job acknowledged early could be lost with its worker", task.name)
     own_request = symbol_by_name(task.Request)
     own = type(task)
+    rules = {name: getattr(task, name, True) for name in ("fallback_on_failure", "fallback_on_loss")}
     request = type("FencedRequest", (FencedRequest, own_request), {"life": main})
-    task.__class__ = type(own.__name__, (FencedTask, own), {"__module__": own.__module__, "life": child, "Request": request})
+    names = {"__module__": own.__module__, "life": child, "Request": request, **rules}
+    task.__class__ = type(own.__name__, (FencedTask, own), names)
     task.acks_late = True
 
 
@@ -82,8 +84,8 @@ class FencedTask(Task):
 
     abstract = True
     life: WorkerLife
-    fallback_on_failure: bool | tuple[type[Exception], ...] = True
-    fallback_on_loss: bool = True
+    fallback_on_failure: bool | tuple[type[Exception], ...]
+    fallback_on_loss: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         attempt = None if getattr(self.request, _ENTERED, False) else self._attempt()
