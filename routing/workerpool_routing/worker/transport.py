@@ -46,6 +46,26 @@ class QoS(_OfThisWorker, kombu_redis.QoS):  # type: ignore[misc,unused-ignore]
             client.eval(ledger.script("hold"), len(call.keys), *call.keys, *call.args)
         virtual.QoS.append(self, message, delivery_tag)
 
+    def ack(self, delivery_tag: str) -> None:
+        """Forget a message; one that came over a connection that is gone, too: Kombu would end the worker there."""
+        if not self.channel.closed:
+            super().ack(delivery_tag)
+            return
+        life = self.life
+        with suppress(PoolUnavailable), unavailable_when_down():
+            life.connection.client.hdel(life.keys.unacked(life.tier), delivery_tag)
+            life.connection.client.zrem(life.keys.unacked_index(life.tier), delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        """Put a message back, or forget it; likewise."""
+        if not self.channel.closed:
+            super().reject(delivery_tag, requeue)
+        elif requeue:
+            with suppress(PoolUnavailable):  # then nobody renews it, and it is found by its age
+                give_back(self.life, delivery_tag)
+        else:
+            self.ack(delivery_tag)
+
     def restore_visible(self, *_: Any, **__: Any) -> None:
         """Deliver again what nobody has renewed for the visibility time-out: the last resort where no operator runs."""
         life = self.life
