@@ -107,7 +107,7 @@ async def _overtaken(client: Any, pool: Pool, tier: TierPolicy) -> Mapping[str, 
         job = await _job(client, pool, tier.name, task_id)
         if job is None or job.state.ended:
             await client.zrem(waiting, task_id)
-        elif job.state is State.ADMITTED and job.message:
+        elif job.state is not State.CLAIMED and job.message:
             line = pool.keys.queue_list(tier.queue, priority_of(json.loads(job.message)))
             if line not in heads:
                 heads[line] = await _head_queued_at(client, waiting, line)

@@ -334,8 +334,11 @@ def requeue(keys: Keyspace, tier: str, *, tag: str, raw: str, delivery_tag: str)
     message, _, queue = json.loads(raw)
     properties = {**message["properties"], "delivery_tag": delivery_tag}
     renewed = {**message, "properties": properties, "headers": {**(message.get("headers") or {}), "redelivered": True}}
-    list_name = keys.queue_list(queue, priority_of(message))
-    return Call([keys.unacked(tier), keys.unacked_index(tier), list_name], [tag, json.dumps(renewed)])
+    list_name, task_id = keys.queue_list(queue, priority_of(message)), str((message.get("headers") or {}).get("id"))
+    return Call(
+        [keys.unacked(tier), keys.unacked_index(tier), list_name, keys.job(task_id), keys.waiting(tier)],
+        [tag, json.dumps(renewed), queue, task_id],
+    )
 
 
 def republish(keys: Keyspace, job: Job, tier: TierPolicy, *, delivery_tag: str) -> Call:

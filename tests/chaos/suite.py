@@ -63,6 +63,8 @@ class Scene:
     workers: list[Worker] = field(default_factory=list)
     sweeps: list[Any] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    """When workers or children were killed or stopped, by Redis's clock, in seconds."""
 
     @property
     def url(self) -> str:
@@ -80,15 +82,25 @@ class Scene:
     def of(self, tier: str) -> Worker:
         return random.choice([w for w in self.workers if w.tier == tier and w.process.poll() is None])
 
-    def replace(self, worker: Worker) -> None:
+    def note_loss(self) -> None:
+        with self.server.client() as client:
+            seconds, micros = client.time()
+        self.losses.append(seconds + micros / 1e6)
+
+    def replace(self, worker: Worker, slots: int = 1) -> None:
+        self.note_loss()
         worker.kill()
         self.workers.remove(worker)
-        self.start(worker.tier)
+        self.start(worker.tier, slots)
+
+    def kill(self) -> None:
+        for worker in self.workers:
+            worker.kill()
 
     def open(self) -> set[str]:
         """The jobs without an outcome."""
         with self.server.client() as client:
-            return set(self.ids) - client.hgetall("outcomes").keys()
+            return set(self.ids) - set(client.hgetall("outcomes"))
 
     def drain(self, patience: float) -> set[str]:
         """Wait until nothing changes any more for that long; the jobs that have no outcome."""
@@ -99,6 +111,10 @@ class Scene:
             if now != before:
                 changed, before = time.monotonic(), now
         return before
+
+    def since_loss(self, began: int, again: int) -> float:
+        """Seconds from the death in between to the next start."""
+        return min(again / 1000 - at for at in [*self.losses, began / 1000] if began / 1000 <= at <= again / 1000)
 
     def judge(self, fault: str, times: int, lost: set[str], forgotten: int = 0) -> Row:
         with self.server.client() as client:
@@ -111,7 +127,7 @@ class Scene:
                 given_back = sum(run.how in ("given back", "done") for run in runs[:-1])
                 starts = entry.starts if entry else {}
                 overstarted += starts.get("gpu", 0) > 1 + given_back or starts.get("cpu", 0) > 2 + given_back
-                recovery += [(b.began - a.ended) / 1000 for a, b in pairwise(runs) if a.ended]
+                recovery += [self.since_loss(a.began, b.began) for a, b in pairwise(runs) if a.how == "lost"]
         return Row(fault, times, len(self.ids), len(lost), doubled, overstarted, forgotten, recovery)
 
 
@@ -123,7 +139,7 @@ def scene(stack: ExitStack, *, plain: bool = False, keeps: bool = True, gpus: in
     line = Line(server.port)
     stack.callback(line.close)
     made = Scene(server, log, line, plain)
-    stack.callback(lambda: [worker.kill() for worker in made.workers])
+    stack.callback(made.kill)
     for _ in range(gpus):
         made.start("gpu", slots)
     if not plain:
@@ -142,10 +158,7 @@ def flood(jobs: int, kills: int, *, plain: bool) -> Row:
             time.sleep(random.uniform(0.5, 1.5))
             if len(stage.open()) < 200:
                 stage.publish(1_000)
-            worker = stage.of("gpu")
-            worker.kill()
-            stage.workers.remove(worker)
-            stage.start("gpu", 2)
+            stage.replace(stage.of("gpu"), 2)
         lost = stage.drain(20)
         if plain:  # what Kombu would deliver again after its hour is not lost
             with stage.server.client() as client:
@@ -164,6 +177,7 @@ Fault = Callable[[Scene], None]
 
 
 def child_killed(stage: Scene) -> None:
+    stage.note_loss()
     for pid in stage.of("gpu").children():
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -175,6 +189,7 @@ def worker_killed(stage: Scene) -> None:
 
 def worker_stopped(stage: Scene) -> None:
     worker = stage.of("gpu")
+    stage.note_loss()
     worker.signal(signal.SIGSTOP)
     time.sleep(14)
     worker.signal(signal.SIGCONT)

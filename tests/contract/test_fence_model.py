@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -107,9 +107,13 @@ def admit(url: str) -> World:
     return World(url, pool, client)
 
 
-def while_one_is(*steps: str) -> Any:
+def while_one_is(*steps: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A rule that applies while somebody has come that far."""
-    return precondition(lambda fence: fence._pick(0, *steps) is not None)
+
+    def applies(fence: Fence) -> bool:
+        return fence._pick(0, *steps) is not None
+
+    return precondition(applies)
 
 
 class Fence(RuleBasedStateMachine):
@@ -130,9 +134,9 @@ class Fence(RuleBasedStateMachine):
         for _ in range(12):
             self._salvage()
             for tier in TIERS:
-                if delivery := self._take(tier):
+                if taken := self._take(tier):
                     for step in (self._hold, self._claim, self._finish, self._close):
-                        step(delivery)
+                        step(taken)
             if self.world.job().state.ended:
                 break
         assert self.world.job().state.ended, self.world.places()
@@ -180,6 +184,14 @@ class Fence(RuleBasedStateMachine):
             else:
                 Fence.reached.add("dropped")
                 self._ack(delivery)
+
+    def _raise(self, delivery: Delivery) -> None:
+        outcome = delivery.attempt.end(ledger.after_failure, "failed", "boom")
+        Fence.reached.add(f"raised {outcome.name}")
+        if outcome is Outcome.FINAL:
+            self._store(delivery, "failure")
+        else:
+            self._ack(delivery)
 
     def _store(self, delivery: Delivery, what: str) -> None:
         self.world.stored.append(what)
@@ -251,27 +263,35 @@ class Fence(RuleBasedStateMachine):
             self._die(delivery)
 
     @while_one_is("running")
-    @rule(n=st.integers(0, 3), finishing=st.booleans())
-    def an_attempt_is_cut_off_and_delivered_again(self, n: int, finishing: bool) -> None:
-        """A death, a take-over, and the next worker, in one go: what would be reached too seldom by chance."""
-        delivery = self._pick(n, "running")
-        assert delivery
-        if finishing and not delivery.lost and delivery.attempt.settle(State.CLAIMED, State.FINISHING, how="done"):
-            self.world.interruptions += 1
-        self._die(delivery)
+    @rule(times=st.integers(1, 3), finishing=st.booleans())
+    def an_attempt_is_cut_off_and_delivered_again(self, times: int, finishing: bool) -> None:
+        """Deaths, take-overs, and the next worker, in one go: what would be reached too seldom by chance."""
+        for _ in range(times):
+            delivery = self._pick(0, "running")
+            if delivery is None:
+                return
+            if finishing and not delivery.lost and delivery.attempt.settle(State.CLAIMED, State.FINISHING, how="done"):
+                self.world.interruptions += 1
+                Fence.reached.add("interrupted")
+            self._die(delivery)
+            self._salvage()
+            self.a_worker_takes_a_message(2)
+
+    @while_one_is("running")
+    @rule(raises=st.booleans())
+    def a_zombie_is_taken_over_and_then_ends(self, raises: bool) -> None:
+        """Likewise."""
+        zombie = self._pick(0, "running")
+        assert zombie
+        zombie.lost = True
         self._salvage()
-        self.a_worker_takes_a_message(2)
+        self._raise(zombie) if raises else self._finish(zombie)
 
     @while_one_is("running")
     @rule(n=st.integers(0, 3))
     def an_attempt_raises(self, n: int) -> None:
         if delivery := self._pick(n, "running"):
-            outcome = delivery.attempt.end(ledger.after_failure, "failed", "boom")
-            Fence.reached.add(f"raised {outcome.name}")
-            if outcome is Outcome.FINAL:
-                self._store(delivery, "failure")
-            else:
-                self._ack(delivery)
+            self._raise(delivery)
 
     @while_one_is("running")
     @rule(n=st.integers(0, 3))
@@ -329,16 +349,25 @@ def test_in_any_order_a_job_has_one_outcome_and_is_never_lost(
     caplog.set_level(logging.ERROR, "workerpool_routing.worker")
     monkeypatch.setattr(ledger, "MISSING_MS", 0)
     Fence.url, Fence.reached = url, set()
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Fence,
         settings=settings(
-            max_examples=40,
-            stateful_step_count=25,
+            derandomize=True,
+            max_examples=80,
+            stateful_step_count=40,
             deadline=None,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         ),
     )
     # A model that never gets anywhere would hold too.
-    assert {f"claim {c}" for c in Claim if c not in (Claim.UNKNOWN, Claim.CORRUPT)} <= Fence.reached
-    assert {"raised MOVED", "raised FINAL", "raised NOT_OURS", "dropped", "ended done", "ended failed"} <= Fence.reached
+    assert {f"claim {c}" for c in Claim if c not in (Claim.UNKNOWN, Claim.CORRUPT, Claim.FINISHING)} <= Fence.reached
+    assert {
+        "raised MOVED",
+        "raised FINAL",
+        "raised NOT_OURS",
+        "dropped",
+        "interrupted",
+        "ended done",
+        "ended failed",
+    } <= Fence.reached

@@ -1,4 +1,4 @@
-"""What a worker does beside its attempts: canvases, other pools, drains, farewells, messages with a future ETA, probes, refusals."""
+"""What a worker does beside its attempts: canvases, other pools, drains, farewells, future ETAs, probes, refusals."""
 
 from __future__ import annotations
 
