@@ -19,6 +19,7 @@ from importlib.resources import files
 from workerpool_routing.decide import Reason
 from workerpool_routing.wire import (
     ENDED_JOB_LIFE_SECONDS,
+    HEADER,
     JOB_LIFE_SECONDS,
     SCHEMA_VERSION,
     Keyspace,
@@ -334,10 +335,11 @@ def requeue(keys: Keyspace, tier: str, *, tag: str, raw: str, delivery_tag: str)
     message, _, queue = json.loads(raw)
     properties = {**message["properties"], "delivery_tag": delivery_tag}
     renewed = {**message, "properties": properties, "headers": {**(message.get("headers") or {}), "redelivered": True}}
-    list_name, task_id = keys.queue_list(queue, priority_of(message)), str((message.get("headers") or {}).get("id"))
+    list_name, headers = keys.queue_list(queue, priority_of(message)), message.get("headers") or {}
+    task_id, attempt = str(headers.get("id")), (headers.get(HEADER) or {}).get("attempt", "")
     return Call(
         [keys.unacked(tier), keys.unacked_index(tier), list_name, keys.job(task_id), keys.waiting(tier)],
-        [tag, json.dumps(renewed), queue, task_id],
+        [tag, json.dumps(renewed), queue, task_id, attempt],
     )
 
 
