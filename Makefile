@@ -1,18 +1,24 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test check generate lock
+.PHONY: help demo test chaos chaos-long check generate lock
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Run the whole system on this machine; ARGS="--json FILE" also writes what happened
 	@$(BIN)/python -m examples.media.demo $(ARGS)
 
 test: $(READY) ## Run every level of test that this machine can run (the first run builds a control plane: about 13 min)
 	@$(BIN)/python -m tests.levels test
+
+chaos: $(READY) ## Kill everything that can be killed and count every job, 5 times each; ends with a table (CHAOS_SEED=N repeats)
+	@$(BIN)/python -m tests.chaos.suite full
+
+chaos-long: $(READY) ## The same 20 times each, with 90,000 jobs
+	@$(BIN)/python -m tests.chaos.suite long
 
 check: $(READY) ## Run what has to pass before a commit: format, lint, types, imports, generated files, unit tests
 	@$(BIN)/python -m tests.levels check

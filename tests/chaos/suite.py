@@ -100,7 +100,10 @@ class Scene:
     def open(self) -> set[str]:
         """The jobs without an outcome."""
         with self.server.client() as client:
-            return set(self.ids) - set(client.hgetall("outcomes"))
+            uncounted = [*set(self.ids) - set(client.hkeys("outcomes"))]
+            # A child may die between storing its result and counting it.
+            results = client.mget([f"celery-task-meta-{task_id}" for task_id in uncounted]) if uncounted else []
+            return {task_id for task_id, result in zip(uncounted, results, strict=True) if not result}
 
     def drain(self, patience: float) -> set[str]:
         """Wait until nothing changes any more for that long; the jobs that have no outcome."""
