@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,15 +39,13 @@ class RedisBroker:
     def __init__(self, wake: asyncio.Event) -> None:
         self._wake = wake
         self._clients: dict[str, Any] = {}
+        self._told: set[tuple[str, str]] = set()
         self._listeners: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     async def read(self, url: str, pools: Sequence[Pool]) -> Mapping[str, BrokerReading | Unavailable] | Unavailable:
         """Read all pools of one server in one pipeline."""
         try:
             client = self._client(url)
-        except ValueError:  # what it says may quote a part of the password
-            return Unavailable("the broker's URL cannot be read; a password with any of :/?#[]@ in it has to be percent-encoded")
-        try:
             for prefix in {pool.keys.prefix for pool in pools}:
                 self._listen(url, prefix)
             async with client.pipeline(transaction=False) as pipe:
@@ -53,10 +53,19 @@ class RedisBroker:
                 pipe.info("server")
                 for pool in pools:
                     _ask(pipe, pool)
-                (seconds, micros), server, *answers = await pipe.execute()
+                asked = [" ".join(map(str, command)) for command, _ in pipe.command_stack]
+                clock, server, *answers = await pipe.execute(raise_on_error=False)
+            for answer in (clock, server):
+                if isinstance(answer, redis.RedisError):
+                    return Unavailable(_why(url, answer))
+            seconds, micros = clock
             now = Milliseconds(seconds * 1000 + micros // 1000)
-            rest = iter(answers)
-            return {pool.id: _reading(pool, rest, server["run_id"], now) for pool in pools}
+            database = int(client.connection_pool.connection_kwargs.get("db") or 0)
+            rest = (
+                Unavailable(f"{command}: {_said(answer)}") if isinstance(answer, redis.RedisError) else answer
+                for command, answer in zip(asked[2:], answers, strict=True)
+            )
+            return {pool.id: _reading(pool, rest, server["run_id"], database, now) for pool in pools}
         except (redis.RedisError, OSError) as error:
             return Unavailable(_why(url, error))
 
@@ -73,11 +82,23 @@ class RedisBroker:
         refusal = next((answer for answer in answers if isinstance(answer, redis.RedisError)), None)
         return Unavailable(f"Redis at {_place(url)} refuses writes: {_said(refusal)}") if refusal else None
 
+    async def holds_jobs(self, url: str, pool: Pool, tier: str, queue: str) -> bool | Unavailable:
+        """Whether a tier that the pool no longer has holds messages; those that another tier takes as well do not count."""
+        served = any(other.queue == queue for other in pool.spec.tiers)
+        try:
+            async with self._client(url).pipeline(transaction=False) as pipe:
+                pipe.hlen(pool.keys.unacked(tier))
+                for name in () if served else pool.keys.queue_lists(queue):
+                    pipe.llen(name)
+                return any(await pipe.execute())
+        except (redis.RedisError, OSError) as error:
+            return Unavailable(_why(url, error))
+
     async def take_over(self, url: str, pool: Pool, tier: str, owner: str) -> list[str]:
         """Give every job that a lost worker held to whoever the ledger says; return a sentence for each."""
         sentences: list[str] = []
         with _logged(pool):
-            sentences += await salvage.take_over(self._client(url), pool, tier, owner)
+            sentences += await salvage.take_over(self._client(url), pool, tier, owner, partial(self._say_once, pool))
         return sentences
 
     async def sweep(self, url: str, pool: Pool) -> list[str]:
@@ -86,6 +107,14 @@ class RedisBroker:
         with _logged(pool):
             sentences += await salvage.sweep(self._client(url), pool)
         return sentences
+
+    async def keep_only(self, pools: Sequence[tuple[str, Pool]]) -> None:
+        """End the subscriptions and connections that none of these needs."""
+        for unheard in self._listeners.keys() - {(url, pool.keys.prefix) for url, pool in pools}:
+            self._listeners.pop(unheard).cancel()
+        unused = [self._clients.pop(url) for url in self._clients.keys() - {url for url, _ in pools}]
+        for client in unused:
+            await client.aclose()
 
     async def forget(self, url: str, pool: Pool) -> None:
         """Remove what was published for a pool that is gone."""
@@ -100,20 +129,18 @@ class RedisBroker:
         for client in self._clients.values():
             await client.aclose()
 
+    def _say_once(self, pool: Pool, task_id: str, error: Exception) -> None:
+        if (pool.id, task_id) not in self._told:
+            self._told.add((pool.id, task_id))
+            logger.warning("%s: job %s of a lost worker is not taken over: %r", pool.id, task_id, error)
+
     def _client(self, url: str) -> Any:
         if url not in self._clients:
-            self._clients[url] = redis.asyncio.Redis.from_url(
-                url,
-                decode_responses=True,
-                socket_timeout=TIMEOUT_SECONDS,
-                socket_connect_timeout=TIMEOUT_SECONDS,
-                # A connection that broke since the last pass is made again at once; an answer is waited for only once.
-                retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-            )
+            self._clients[url] = _connect(url)
         return self._clients[url]
 
     def _listen(self, url: str, prefix: str) -> None:
-        if (url, prefix) not in self._listeners:
+        if (url, prefix) not in self._listeners or self._listeners[url, prefix].done():
             self._listeners[url, prefix] = asyncio.create_task(self._follow(url, prefix))
 
     async def _follow(self, url: str, prefix: str) -> None:
@@ -133,6 +160,27 @@ class RedisBroker:
             await asyncio.sleep(RESUBSCRIBE_SECONDS)
 
 
+class _UnreadableUrl(redis.RedisError):
+    """What redis-py says of such a URL may quote a part of the password: this says nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__("the broker's URL cannot be read; a password with any of :/?#[]@ in it has to be percent-encoded")
+
+
+def _connect(url: str) -> Any:
+    try:
+        return redis.asyncio.Redis.from_url(
+            url,
+            decode_responses=True,
+            socket_timeout=TIMEOUT_SECONDS,
+            socket_connect_timeout=TIMEOUT_SECONDS,
+            # A connection that broke since the last pass is made again at once; an answer is waited for only once.
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+        )
+    except ValueError:
+        raise _UnreadableUrl from None
+
+
 def _ask(pipe: Any, pool: Pool) -> None:
     """Queue the commands whose answers :func:`_reading` takes in the same order."""
     keys = pool.keys
@@ -146,25 +194,25 @@ def _ask(pipe: Any, pool: Pool) -> None:
         pipe.hgetall(keys.presence(tier.name))
 
 
-def _reading(pool: Pool, answers: Iterator[Any], run_id: str, now: Milliseconds) -> BrokerReading | Unavailable:
+def _reading(pool: Pool, answers: Iterator[Any], run_id: str, database: int, now: Milliseconds) -> BrokerReading | Unavailable:
     """Take this pool's answers, all of them, then make sense of them."""
     routes = next(answers)
-    answered = {
-        tier.name: [sum(next(answers) for _ in pool.keys.priority_steps), *(next(answers) for _ in range(4))]
-        for tier in pool.spec.tiers
-    }
+    answered = {tier.name: [next(answers) for _ in range(len(pool.keys.priority_steps) + 4)] for tier in pool.spec.tiers}
+    for answer in (routes, *chain.from_iterable(answered.values())):
+        if isinstance(answer, Unavailable):
+            return Unavailable(f"what Redis holds of the pool cannot be read: {answer.why}")
     try:
         tiers = {name: _queue(answer, now) for name, answer in answered.items()}
-        return BrokerReading(tiers, run_id, now, {route: int(count) for route, count in routes.items()})
+        return BrokerReading(tiers, run_id, now, {route: int(count) for route, count in routes.items()}, database)
     except (VersionMismatch, ValueError, TypeError) as error:
         return Unavailable(f"what Redis holds of the pool cannot be read: {error}")
 
 
-def _queue(answer: Sequence[Any], now: Milliseconds) -> QueueReading:
-    waiting, held, scheduled, spilled, presence = answer
+def _queue(answers: Sequence[Any], now: Milliseconds) -> QueueReading:
+    *waiting, held, scheduled, spilled, presence = answers
     reports = [Presence.load(raw) for raw in presence.values()]
     return QueueReading(
-        waiting,
+        sum(waiting),
         max(0, held - int(scheduled or 0)),
         spilled,
         workers=tuple(report for report in reports if report.alive(now)),
@@ -176,7 +224,7 @@ def _queue(answer: Sequence[Any], now: Milliseconds) -> QueueReading:
 def _logged(pool: Pool) -> Iterator[None]:
     try:
         yield
-    except (redis.RedisError, OSError, VersionMismatch) as error:
+    except (redis.RedisError, OSError) as error:
         logger.warning("%s: %s", pool.id, error)
 
 
@@ -191,6 +239,8 @@ def _said(error: Exception) -> str:
 
 def _why(url: str, error: Exception) -> str:
     """What is wrong with the broker, in words, without the password that its URL may hold."""
+    if isinstance(error, _UnreadableUrl):
+        return str(error)
     place, said = _place(url), _said(error)
     if isinstance(error, redis.AuthenticationError):
         return f"Redis at {place} refuses the user or the password: {said}"

@@ -176,7 +176,10 @@ async def _dev(pool: Pool, directory: Path, broker_url: str | None) -> None:
                 f"in the API: CELERY_BROKER_URL={url}, WorkerPool({pool.id!r}, app)",
             ):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
-            await asyncio.Event().wait()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                console.print("stopping: workers finish what they have; Ctrl-C again cuts them off", highlight=False)
 
 
 def _read(file: Path) -> Pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from workerpool_operator import scaling
@@ -12,6 +13,7 @@ from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Pool
 from workerpool_operator.sharing import Conflict
 from workerpool_operator.status import Condition, ConditionType, Event, Status, TierStatus, flips, stamp, summary, total
+from workerpool_routing.wire import PRESENCE_LIFE_MS
 
 _ASIDE = {
     Mode.ACTIVE: "the operator acts",
@@ -42,10 +44,12 @@ def assess(
         previous: the status of the pass before, as stored.
         now: wall-clock seconds.
     """
+    if pool.spec.mode is Mode.ADVISORY:
+        plans = [replace(plan, decision=_advised(plan.decision)) for plan in plans]
     tiers = tuple(_tier(plan) for plan in plans)
     found = [
         _broker(broker, refused),
-        _capacity(plans, workers),
+        _capacity(pool, plans, workers, now),
         _spilling(plans, broker, workers),
         _limited(plans, broker, workers),
         _shared(conflict),
@@ -65,6 +69,10 @@ def assess(
 
 
 _Fields = tuple[ConditionType, str, str, str]
+
+
+def _advised(decision: scaling.Decision) -> scaling.Decision:
+    return replace(decision, message=decision.message.replace(", ordered", ", would order"))
 
 
 def _tier(plan: TierPlan) -> TierStatus:
@@ -107,7 +115,7 @@ def _broker(unavailable: Unavailable | None, refused: Unavailable | None) -> _Fi
     return kind, "True", "Answering", "the queues are read every second"
 
 
-def _capacity(plans: Sequence[TierPlan], workers: Unavailable | None) -> _Fields:
+def _capacity(pool: Pool, plans: Sequence[TierPlan], workers: Unavailable | None, now: float) -> _Fields:
     kind = ConditionType.CAPACITY_AVAILABLE
     if workers:
         return kind, "Unknown", "WorkersUnreadable", workers.why
@@ -115,7 +123,16 @@ def _capacity(plans: Sequence[TierPlan], workers: Unavailable | None) -> _Fields
         stuck = [_details(plan, phase) for plan in plans if plan.workers.count(phase)]
         if stuck:
             return kind, "False", reason, "; ".join(stuck)
+    if silent := [plan.tier.name for plan in plans if _silent(plan, now)]:
+        message = f"{', '.join(silent)}: workers are ready but none reports: the app lacks WorkerPool({pool.id!r}, app)"
+        return kind, "Unknown", "WorkersSilent", f"{message}, so nothing is known of free slots and nothing falls back"
     return kind, "True", "AsOrdered", "every worker that was ordered runs or starts"
+
+
+def _silent(plan: TierPlan, now: float) -> bool:
+    """Whether workers have been ready for a while and the library in them, if there is one, has never reported."""
+    since = min((r.ready_at for r in plan.workers.replicas if r.phase is Phase.READY and r.ready_at is not None), default=now)
+    return plan.queue is not None and not plan.queue.workers and now - since > PRESENCE_LIFE_MS / 1000
 
 
 def _details(plan: TierPlan, phase: Phase) -> str:
@@ -162,13 +179,16 @@ def _paused(mode: Mode) -> _Fields:
 
 
 def _scaled(pool: Pool, plans: Sequence[TierPlan], previous: Mapping[str, Any], *, held: bool) -> list[Event]:
-    """One Event for each count that was decided anew; while it cannot be written, the decision stays the same."""
+    """One Event for each count that was decided anew; none until the last one was written, however often the need changes."""
     if held or pool.spec.mode is not Mode.ACTIVE:
         return []
+    set_aside = {c.get("type") for c in previous.get("conditions", ()) if c.get("status") == "True"}
     decided = {tier.get("name"): tier.get("desired") for tier in previous.get("tiers", ())}
+    if set_aside & {ConditionType.PAUSED, ConditionType.QUEUE_SHARED}:
+        decided = {}  # what was only advised was never written
     events = []
     for plan in plans:
         name, before, after = plan.tier.name, plan.workers.desired, plan.decision.replicas
-        if after not in (before, decided.get(name)):
+        if after != before == decided.get(name, before):
             events.append(Event(False, plan.decision.reason, f"{name}: {before} → {after}: {plan.decision.message}"))
     return events

@@ -20,6 +20,7 @@ from workerpool_operator.kube.seen import SELECTOR, Cache, Refused, Seen
 from workerpool_operator.kube.urls import KubeUrls
 from workerpool_operator.kube.workers import KubeWorkers
 from workerpool_operator.model import API_VERSION, GROUP, PLURAL, VERSION
+from workerpool_operator.observation import Unavailable
 from workerpool_operator.ports import Pool
 from workerpool_operator.reconcile import Reconciler
 
@@ -30,7 +31,7 @@ RETRY_SECONDS = 2.0
 
 LAST_PASS_SECONDS = 3.0
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class CannotStart(Exception):
@@ -45,7 +46,8 @@ def run(namespaces: Sequence[str], *, health_port: int) -> None:
         health_port: where ``/healthz`` is served.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("kopf").setLevel(logging.WARNING)
+    for chatty in ("kopf", "aiohttp.access"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         asyncio.run(_serve(namespaces, health_port))
     except CannotStart as error:
@@ -60,7 +62,7 @@ async def _serve(namespaces: Sequence[str], health_port: int) -> None:
     try:
         _check_port(health_port)
         await _wait_for_resource(api)
-        _LOG.info("serving the WorkerPools of %s at %s", ", ".join(namespaces) or "all namespaces", api.host)
+        logger.info("serving the WorkerPools of %s at %s", ", ".join(namespaces) or "all namespaces", api.host)
         await Operator(api, namespaces).run(health_port)
     finally:
         await api.close()
@@ -85,7 +87,7 @@ async def _wait_for_resource(api: Api) -> None:
                 raise CannotStart(f"{api.host} knows no WorkerPools; kubectl apply -f crds/workerpool.yaml") from error
             if not error.passing:
                 raise CannotStart(f"{api.host} refuses: {error}") from error
-            _LOG.warning("waiting for %s: %s", api.host, error)
+            logger.warning("waiting for %s: %s", api.host, error)
             await asyncio.sleep(RETRY_SECONDS)
 
 
@@ -100,7 +102,7 @@ class Operator:
         self._seen = Seen()
         self._urls = KubeUrls(api)
         self._broker = RedisBroker(self._wake)
-        self._workers = KubeWorkers(api, self._seen)
+        self._workers = KubeWorkers(api, self._seen, self._holds_jobs)
         self._reporter = KubeReporter(api)
         self._reconciler = Reconciler(
             urls=self._urls, broker=self._broker, workers=self._workers, reporter=self._reporter, wake=self._wake
@@ -164,11 +166,14 @@ class Operator:
             try:
                 await self._seen.relist(self._api, self._namespaces)
             except ApiError as error:
-                _LOG.warning("listing failed: %s", error)
+                logger.warning("listing failed: %s", error)
             else:
                 known = {(pool.namespace, pool.name) for pool in self._reconciler.pools.values()}
                 for namespace, name in known.union(key for key, _ in self._seen.pools.items()):
-                    await self._reflect(namespace, name)
+                    try:
+                        await self._reflect(namespace, name)
+                    except Exception:
+                        logger.exception("%s/%s: not taken in, the next listing tries again", namespace, name)
             await asyncio.sleep(RELIST_SECONDS if self._seen.complete else RETRY_SECONDS)
 
     async def _reflect(self, namespace: str, name: str) -> None:
@@ -184,6 +189,10 @@ class Operator:
         elif isinstance(stored, Refused):
             await self._reporter.refuse(stored)
 
+    async def _holds_jobs(self, pool: Pool, tier: str, queue: str) -> bool | Unavailable:
+        url = await self._urls.broker_url(pool)
+        return url if isinstance(url, Unavailable) else await self._broker.holds_jobs(url, pool, tier, queue)
+
     async def _forget(self, pool: Pool) -> None:
         """Clear up after a deleted WorkerPool; its Deployments go by their owner references."""
         self._workers.forget(pool)
@@ -194,7 +203,7 @@ class Operator:
             await asyncio.sleep(LAST_PASS_SECONDS)
             await self._broker.forget(url, pool)
         else:
-            _LOG.warning("%s is deleted, what it published stays in Redis: %s", pool.id, url.why)
+            logger.warning("%s is deleted, what it published stays in Redis: %s", pool.id, url.why)
 
 
 def _take_in(cache: Cache[Any], event: kopf.RawEvent) -> None:

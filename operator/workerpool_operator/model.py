@@ -300,6 +300,8 @@ def _only_follows(detail: Any, details: Sequence[Any]) -> bool:
 
 _LINE = 80
 _IN_WORDS_OF_YAML = {
+    "missing": "must be given",
+    "extra_forbidden": "is no field here; check its spelling and its place",
     "model_type": "must be a map",
     "dict_type": "must be a map",
     "list_type": "must be a list",

@@ -47,12 +47,14 @@ class BrokerReading:
         run_id: identity of the Redis process; another one means that it restarted.
         time: Redis's own clock.
         routes: decisions so far, by ``tier:reason``.
+        database: the number of the database; with the process it tells the broker from all others, however its URL is spelled.
     """
 
     tiers: Mapping[str, QueueReading]
     run_id: str
     time: Milliseconds
     routes: Mapping[str, int] = field(default_factory=dict)
+    database: int = 0
 
 
 class Phase(StrEnum):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from workerpool_operator import scaling
-from workerpool_operator.model import Tier, WorkerPoolSpec
+from workerpool_operator.model import Mode, Tier, WorkerPoolSpec
 from workerpool_operator.observation import BrokerReading, Phase, QueueReading, TierReplicas, Unavailable
 from workerpool_operator.ports import Pool
 from workerpool_routing.wire import Capacity, Policy, TaskPolicy, TierCapacity, TierPolicy
+
+_PAUSED = "mode: Paused: nothing is decided, the count is what was seen"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ def plan(
     memory: Mapping[str, scaling.Memory],
     now: float,
 ) -> list[TierPlan]:
-    """Decide for every tier.
+    """Decide for every tier; for a paused pool what runs is all there is to say.
 
     Args:
         pool: the pool.
@@ -51,10 +53,13 @@ def plan(
         observed: scaling.Demand | scaling.Unread
         if queue is None:
             assert isinstance(reading, Unavailable)
-            observed = scaling.Unread(live.desired, reading)
+            # The minimum needs no reading: a Deployment that is not there is created with it.
+            observed = scaling.Unread(max(live.desired, tier.replicas.min), reading)
         else:
             observed = scaling.Demand(queue.waiting, queue.in_flight, queue.spilled, live.desired, live.start_seconds)
         decision = scaling.decide(bounds, observed, memory.get(tier.name, scaling.Memory()), now)
+        if pool.spec.mode is Mode.PAUSED:
+            decision = replace(decision, replicas=live.desired, reason=scaling.Reason.PAUSED, message=_PAUSED)
         plans.append(TierPlan(tier, queue, live, decision))
     return plans
 

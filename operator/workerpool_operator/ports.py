@@ -66,6 +66,9 @@ class Broker(Protocol):
     async def sweep(self, url: str, pool: Pool) -> list[str]:
         """Find jobs that no worker holds any more and that no lost worker accounts for; return a sentence for each."""
 
+    async def keep_only(self, pools: Sequence[tuple[str, Pool]]) -> None:
+        """Let go of every broker but those of these URLs and pools."""
+
     async def forget(self, url: str, pool: Pool) -> None:
         """Remove what was published for a pool that is gone."""
 

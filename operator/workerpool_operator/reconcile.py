@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping
 from functools import partial
 from typing import Any
 
@@ -66,6 +66,8 @@ class Reconciler:
         self._memory: dict[str, dict[str, scaling.Memory]] = {}
         self._status: dict[str, Mapping[str, Any]] = {}
         self._reaper = Reaper(broker, lambda: self._clock())
+        self._places: dict[str, tuple[str, Hashable]] = {}
+        self._held: dict[str, Conflict] = {}
         self._readings: dict[tuple[str, int], BrokerReading | Unavailable] = {}
         self._underway: dict[tuple[str, str], asyncio.Task[None]] = {}
 
@@ -100,9 +102,11 @@ class Reconciler:
         for pool, url in zip(pools, found, strict=True):
             if isinstance(url, Unavailable):
                 self._readings[_version(pool)] = url
+        needed = [(urls[pool.id], pool) for pool in pools if pool.id in urls]
+        self._begin(("keep only", ""), "connections", partial(self._broker.keep_only, needed))
         await self._read(pools, urls, patience)
         readings, self._readings = self._readings, {}
-        held = sharing.conflicts(pools, urls)
+        held = self._conflicts(pools, urls, readings)
         for pool in pools:
             if reading := readings.get(_version(pool)):
                 tend = partial(self._tend, pool, urls.get(pool.id, ""), reading, held.get(pool.id))
@@ -123,6 +127,23 @@ class Reconciler:
         answer = await self._broker.read(url, pools)
         for pool in pools:
             self._readings[_version(pool)] = answer if isinstance(answer, Unavailable) else answer[pool.id]
+
+    def _conflicts(
+        self, pools: list[Pool], urls: Mapping[str, str], readings: Mapping[tuple[str, int], BrokerReading | Unavailable]
+    ) -> Mapping[str, Conflict]:
+        """Who is held; what cannot be read just now is where it was."""
+        servers: dict[str | None, Hashable] = {}
+        for pool in pools:
+            if isinstance(seen := readings.get(_version(pool)), BrokerReading):
+                servers[urls.get(pool.id)] = (seen.run_id, seen.database)
+        for pool in pools:
+            url = urls.get(pool.id)
+            if url is not None and (url in servers or self._places.get(pool.uid, ("",))[0] != url):
+                self._places[pool.uid] = (url, servers.get(url, url))
+        places = {pool.id: self._places[pool.uid][1] for pool in pools if pool.uid in self._places}
+        sure = {pool.id for pool in pools if urls.get(pool.id) in servers}
+        self._held = sharing.conflicts(pools, places, sure, self._held)
+        return self._held
 
     def _begin(self, lane: tuple[str, str], name: str, work: Callable[[], Awaitable[None]]) -> None:
         """Start it, unless the same of an earlier pass is still under way."""
@@ -191,7 +212,7 @@ class Reconciler:
 
     def _forget_all_but(self, uids: set[str]) -> None:
         self._reaper.forget_all_but(uids)
-        for kept in (self._memory, self._status):
+        for kept in (self._memory, self._status, self._places):
             for uid in kept.keys() - uids:
                 del kept[uid]
 

@@ -7,7 +7,7 @@ second finds nothing left to do. The cost is that of what looks wrong: messages 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from uuid import uuid4
 
@@ -17,7 +17,7 @@ from workerpool_operator import planning
 from workerpool_operator.ports import Pool
 from workerpool_routing import ledger
 from workerpool_routing.ledger import CorruptEntry, Job, State
-from workerpool_routing.wire import PRESENCE_LIFE_MS, TierPolicy, priority_of
+from workerpool_routing.wire import PRESENCE_LIFE_MS, TierPolicy, VersionMismatch, priority_of
 
 UNRENEWED_SECONDS = PRESENCE_LIFE_MS / 1000 + 1
 """A worker renews every second what it holds: what is older than this is held by nobody."""
@@ -33,14 +33,26 @@ AT_ONCE = 200
 _CHUNK = 1_000
 
 
-async def take_over(client: Any, pool: Pool, tier: str, owner: str) -> list[str]:
-    """Give every job that a lost worker held to whoever the ledger says; return a sentence for each."""
-    sentences = []
+async def take_over(client: Any, pool: Pool, tier: str, owner: str, refused: Callable[[str, Exception], None]) -> list[str]:
+    """Give every job that a lost worker held to whoever the ledger says; return a sentence for each.
+
+    ``refused`` is told of each that could not be given. While one of them is of another schema version, the worker is left to
+    whoever knows that version and finds the job by its owner.
+    """
+    sentences, foreign = [], False
     for task_id in sorted(await client.smembers(pool.keys.held(owner))):
-        job = await _job(client, pool, tier, task_id)
-        # One that is finishing may have stored its result: it is delivered again, and whoever gets it looks first.
-        if job and job.owner == owner and job.state is State.CLAIMED:
-            sentences += await _move(client, pool, job)
+        try:
+            job = await _job(client, pool, tier, task_id)
+            # One that is finishing may have stored its result: it is delivered again, and whoever gets it looks first.
+            if job and job.owner == owner and job.state is State.CLAIMED:
+                sentences += await _move(client, pool, job)
+        except VersionMismatch as error:
+            foreign = True
+            refused(task_id, error)
+        except (redis.ResponseError, LookupError, TypeError, ValueError) as error:
+            refused(task_id, error)
+    if foreign:
+        return sentences
     await _run(client, "leave", ledger.leave(pool.keys, tier, owner))
     return [*sentences, f"{tier}: worker {owner} is lost, it has not reported for too long"]
 
@@ -68,7 +80,10 @@ async def _unrenewed(client: Any, pool: Pool, tier: TierPolicy) -> list[str]:
         except (ValueError, KeyError, TypeError, IndexError) as error:
             sentences.append(await _aside(client, pool, tier.name, tag, tag=tag, reason=f"no Celery message: {error!r}", raw=raw))
             continue
-        job = await _job(client, pool, tier.name, task_id)
+        try:
+            job = await _job(client, pool, tier.name, task_id)
+        except VersionMismatch:  # left to those who know it
+            continue
         if job and job.state is State.CLAIMED and job.tag == tag:
             sentences += await _move(client, pool, job)
         elif await _run(client, "requeue", requeue):
@@ -104,7 +119,10 @@ async def _overtaken(client: Any, pool: Pool, tier: TierPolicy) -> Mapping[str, 
     heads: dict[str, float] = {}
     overtaken = {}
     for task_id, queued_at in oldest:
-        job = await _job(client, pool, tier.name, task_id)
+        try:
+            job = await _job(client, pool, tier.name, task_id)
+        except VersionMismatch:
+            continue
         if job is None or job.state.ended:
             await client.zrem(waiting, task_id)
         elif job.state is not State.CLAIMED and job.message:

@@ -37,6 +37,7 @@ class Reason(StrEnum):
     AS_NEEDED = "AsNeeded"
     AT_MAXIMUM = "AtMaximum"
     AT_MINIMUM = "AtMinimum"
+    PAUSED = "Paused"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 from workerpool_operator.ports import Pool
@@ -16,22 +16,33 @@ class Conflict:
     owner: str
 
 
-def conflicts(pools: Iterable[Pool], urls: Mapping[str, str]) -> dict[str, Conflict]:
+def conflicts(
+    pools: Iterable[Pool], places: Mapping[str, Hashable], sure: Collection[str], before: Mapping[str, Conflict]
+) -> dict[str, Conflict]:
     """The pools that have to wait, by id, each with the first queue that it may not serve.
 
     Args:
         pools: all pools.
-        urls: the broker URL of each, by id; a pool whose URL is unknown owns nothing and is not held.
+        places: what tells the broker of each from all others, as last known, by id; a pool of which nothing was ever known owns
+            nothing.
+        sure: the pools whose place was read just now. Until it and its owner are among them a pool that was held stays held.
+        before: the last answer.
     """
-    owners: dict[tuple[str, str], str] = {}
+    by_age = sorted(pools, key=lambda pool: (pool.created_at, pool.id))
+    ids = {pool.id for pool in by_age}
+    owners: dict[tuple[Hashable, str], str] = {}
     held: dict[str, Conflict] = {}
-    for pool in sorted(pools, key=lambda pool: (pool.created_at, pool.id)):
-        if pool.id not in urls:
-            continue
-        queues = [(urls[pool.id], pool.spec.broker.global_key_prefix + tier.queue) for tier in pool.spec.tiers]
-        taken = next(((tier.queue, owners[q]) for tier, q in zip(pool.spec.tiers, queues, strict=True) if q in owners), None)
-        if taken:
-            held[pool.id] = Conflict(*taken)
+    for pool in by_age:
+        keys = {}
+        if pool.id in places:
+            prefix = pool.spec.broker.global_key_prefix
+            keys = {tier.queue: (places[pool.id], prefix + tier.queue) for tier in pool.spec.tiers}
+        conflict = next((Conflict(queue, owners[key]) for queue, key in keys.items() if key in owners), None)
+        last = before.get(pool.id)
+        if conflict is None and last and last.owner in ids and not {pool.id, last.owner} <= set(sure):
+            conflict = last
+        if conflict:
+            held[pool.id] = conflict
         else:
-            owners.update(dict.fromkeys(queues, pool.id))
+            owners.update(dict.fromkeys(keys.values(), pool.id))
     return held

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from kubernetes.aio import config
@@ -50,7 +51,7 @@ class Process:
     def __init__(self, api: CountingApi, namespace: str) -> None:
         self.api, self.namespace, self.now = api, namespace, 0.0
         self.seen = Seen()
-        self.workers = KubeWorkers(api, self.seen, lambda: self.now)
+        self.workers = KubeWorkers(api, self.seen, AsyncMock(return_value=False), lambda: self.now)
 
     async def look(self) -> Pool:
         spent, self.api.requests = self.api.requests, 0

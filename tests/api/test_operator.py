@@ -368,6 +368,19 @@ def test_a_tier_that_is_taken_out_of_the_pool_takes_its_deployment_along(ml: Nam
     ml.eventually(lambda: ml.replicas() == {"media-cpu": 1})
 
 
+def test_a_tier_that_is_taken_out_of_the_pool_keeps_its_workers_until_its_jobs_are_done(ml: Namespace) -> None:
+    ml.create_pool()
+    ml.publish("gpu", 2)
+    ml.settled({"media-gpu": 2, "media-cpu": 1})
+    ml.kubectl("patch", "wp", "media", "--type=json", "--patch", '[{"op": "remove", "path": "/spec/tiers/0"}]')
+    ml.eventually(lambda: ml.get("workerpool", "media")["status"]["replicas"] == "cpu 0/1")
+    time.sleep(3)
+    assert ml.replicas() == {"media-gpu": 2, "media-cpu": 1}
+    with Redis.from_url(ml.redis_url) as redis:
+        redis.delete(ml.queue("gpu"))
+    ml.eventually(lambda: ml.replicas() == {"media-cpu": 1})
+
+
 def test_a_secret_that_is_missing_or_wrong_is_named_and_found_when_it_is_right(ml: Namespace) -> None:
     secrets = {"absent": {}, "keyless": {"uri": ml.redis_url}, "foreign": {"url": "amqp://rabbit"}}
     for name, content in secrets.items():

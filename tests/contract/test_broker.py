@@ -94,6 +94,25 @@ def test_waiting_messages_are_counted_over_all_priority_steps(redis_url: str, br
         assert [take(connection, "gpu-tasks") is not None for _ in range(11)] == [True] * 10 + [False]
 
 
+def test_a_tier_that_the_pool_no_longer_has_holds_jobs_until_they_are_taken_and_done(redis_url: str, pool: Pool) -> None:
+    def holds(tier: str, queue: str) -> bool | Unavailable:
+        return ask(lambda broker: broker.holds_jobs(redis_url, pool, tier, queue))
+
+    without = make_pool(redis_url, tiers=[{"name": "cpu", "queue": "celery", "template": seeds.TEMPLATE}])
+    assert holds("gpu", "gpu-tasks") is False
+    publish(pool, "gpu-tasks", 9)
+    publish(pool, "celery", 0)
+    was, pool = pool, without
+    assert holds("gpu", "gpu-tasks") is True
+    assert holds("old", "celery") is False, "the other tier takes them"
+    with consumer(was, "gpu") as connection:
+        message = take(connection, "gpu-tasks")
+        assert holds("gpu", "gpu-tasks") is True
+        message.ack()
+        assert holds("gpu", "gpu-tasks") is False
+    assert isinstance(ask(lambda broker: broker.holds_jobs("redis://127.0.0.1:1/0", pool, "gpu", "q")), Unavailable)
+
+
 def test_an_empty_redis_reads_as_nothing_waiting_and_nobody_there(redis_url: str, pool: Pool) -> None:
     gpu = read(redis_url, pool).tiers["gpu"]
     assert (gpu.waiting, gpu.in_flight, gpu.spilled, gpu.workers, gpu.lost) == (0, 0, 0, (), ())
@@ -182,8 +201,15 @@ def test_a_refused_password_is_told_and_not_repeated(given: str, pool: Pool) -> 
 @pytest.mark.parametrize(
     "url", [f"redis://:{PASSWORD}/1@127.0.0.1:1/0", f"redis://:a#{PASSWORD}@h:1", f"redis://h:1?password={PASSWORD}"]
 )
-def test_a_password_is_not_repeated_wherever_in_the_url_it_stands(url: str, pool: Pool) -> None:
+def test_a_password_is_not_repeated_wherever_in_the_url_it_stands(url: str, pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
     assert PASSWORD not in why_not(url, pool)
+    refused = ask(lambda broker: broker.publish(url, pool, planning.policy(pool.spec), CAPACITY))
+    assert refused
+    assert PASSWORD not in refused.why
+    assert ask(lambda broker: broker.take_over(url, pool, "gpu", "w.1")) == []
+    ask(lambda broker: broker.forget(url, pool))
+    assert len(caplog.messages) == 2
+    assert PASSWORD not in caplog.text
 
 
 def test_a_redis_that_does_not_answer_is_given_up_in_time_and_read_again_when_it_does(pool: Pool) -> None:
@@ -220,6 +246,22 @@ def test_a_presence_that_no_worker_wrote_is_not_taken_for_an_empty_queue(redis_u
     assert not isinstance(both[other.id], Unavailable), "it is the affair of its own pool"
 
 
+@pytest.mark.parametrize("kind", ["queue", "presence"])
+def test_a_key_of_the_wrong_kind_is_named_and_is_the_affair_of_its_own_pool(redis_url: str, pool: Pool, kind: str) -> None:
+    bad = make_pool(redis_url, "bad", tiers=[{"name": "gpu", "queue": "q", "template": seeds.TEMPLATE}])
+    key = "q" if kind == "queue" else bad.keys.presence("gpu")
+    with Redis.from_url(redis_url) as client:
+        client.set(key, "a string")
+    publish(pool, "gpu-tasks", 0)
+    both = ask(lambda broker: broker.read(redis_url, [bad, pool]))
+    assert not isinstance(both, Unavailable)
+    ill, well = both[bad.id], both[pool.id]
+    assert isinstance(ill, Unavailable)
+    assert f"{key}: WRONGTYPE" in ill.why
+    assert isinstance(well, BrokerReading)
+    assert well.tiers["gpu"].waiting == 1
+
+
 async def listening(url: str, *prefixes: str) -> None:
     """Return when somebody has subscribed to the wake channel of each prefix."""
     with Redis.from_url(url) as client:
@@ -247,6 +289,38 @@ def test_an_admitted_job_wakes_whoever_has_read_its_pool_also_after_a_restart_of
         await broker.close()
 
     asyncio.run(scenario())
+
+
+def test_what_no_pool_names_any_more_is_let_go(redis_url: str) -> None:
+    rotated = f"{redis_url}?client_name=rotated"
+    old, new = (make_pool(redis_url, broker={"url": redis_url, "globalKeyPrefix": prefix}) for prefix in ("old:", "new:"))
+
+    async def scenario(broker: RedisBroker) -> None:
+        with Redis.from_url(redis_url, decode_responses=True) as client:
+            await broker.read(redis_url, [old, new])
+            await broker.read(rotated, [old])
+            await listening(redis_url, "old:", "new:")
+            await broker.keep_only([(redis_url, new)])
+            async with asyncio.timeout(3):
+                while client.pubsub_channels() != [wake_channel("new:")]:  # noqa: ASYNC110 it is Redis
+                    await asyncio.sleep(0.02)
+            assert not any(connection["name"] == "rotated" for connection in client.client_list())
+            assert not isinstance(await broker.read(redis_url, [new]), Unavailable)
+
+    ask(scenario)
+
+
+def test_a_subscription_that_ended_is_made_again_by_the_next_reading(redis_url: str, pool: Pool) -> None:
+    async def scenario(broker: RedisBroker) -> None:
+        await broker.read(redis_url, [pool])
+        await listening(redis_url, "")
+        [listener] = broker._listeners.values()
+        listener.cancel()
+        await asyncio.wait([listener])
+        await broker.read(redis_url, [pool])
+        await listening(redis_url, "")
+
+    ask(scenario)
 
 
 def test_what_is_published_can_be_read_and_capacity_expires(redis_url: str, pool: Pool) -> None:
@@ -365,6 +439,42 @@ def test_a_job_whose_result_may_be_stored_is_not_started_anew(redis_url: str, po
         assert seeds.job(redis_url, pool, held.task_id).state is State.FINISHING
         # Kombu delivers it again, and whoever gets it looks for the result first.
         assert read(redis_url, pool).tiers["gpu"].in_flight == 1
+
+
+@pytest.mark.parametrize("damage", ["a field is gone", "a field is no number", "not a hash", "another version", "the message"])
+def test_a_job_that_cannot_be_read_is_named_once_and_the_others_of_its_worker_are_taken_over(
+    redis_url: str, pool: Pool, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    open_for_jobs(redis_url, pool)
+    with consumer(pool, "gpu") as connection, Redis.from_url(redis_url, decode_responses=True) as client:
+        held = []
+        for _ in range(3):
+            submit(pool)
+            held.append(claim(redis_url, pool, connection, "gpu", "w.1"))
+        report(redis_url, pool, "gpu", "w.1", age_ms=PRESENCE_LIFE_MS)
+        broken, *sound = sorted(held, key=lambda one: one.task_id)
+        entry = pool.keys.job(broken.task_id)
+        match damage:
+            case "a field is gone":
+                client.hdel(entry, "task")
+            case "a field is no number":
+                client.hset(entry, "attempt", "one")
+            case "not a hash":
+                client.set(entry, "x")
+            case "another version":
+                client.hset(entry, "version", "2")
+            case _:
+                client.hset(pool.keys.unacked("gpu"), broken.message.delivery_tag, "[]")
+
+        async def twice(broker: RedisBroker) -> None:
+            for _ in range(2):
+                await broker.take_over(redis_url, pool, "gpu", "w.1")
+
+        ask(twice)
+        assert {seeds.job(redis_url, pool, one.task_id).attempt for one in sound} == {2}
+        assert [broken.task_id in message for message in caplog.messages] == [True]
+        gone = damage != "another version"
+        assert (read(redis_url, pool).tiers["gpu"].lost == ()) == gone, "whoever knows the version finds the worker"
 
 
 def test_a_job_of_another_schema_version_is_not_touched(redis_url: str, pool: Pool) -> None:

@@ -116,6 +116,10 @@ def while_one_is(*steps: str) -> Callable[[Callable[..., None]], Callable[..., N
     return precondition(applies)
 
 
+def _never(task_id: str, error: Exception) -> None:
+    raise AssertionError(task_id) from error
+
+
 class Fence(RuleBasedStateMachine):
     """Every step that a worker, a reaper or a sweep can take, in any order."""
 
@@ -225,7 +229,7 @@ class Fence(RuleBasedStateMachine):
         async def once() -> None:
             client = aioredis.Redis.from_url(world.url, decode_responses=True)
             for tier, owner in owners:
-                await salvage.take_over(client, world.pool, tier, owner)
+                await salvage.take_over(client, world.pool, tier, owner, _never)
             for _ in range(2):  # what is missing must be missing twice
                 await salvage.sweep(client, world.pool)
             await client.aclose()

@@ -28,6 +28,8 @@ def serve(url: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     """The service as a fresh process would import it."""
     monkeypatch.setenv("CELERY_BROKER_URL", url)
     monkeypatch.setenv("MEDIA_DIR", str(directory))
+    # Celery hands the tasks of every import to every later app, and these are imported again and again.
+    monkeypatch.setattr("celery._state._on_app_finalizers", set())
     for module in ("examples.media.tasks", "examples.media.api"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     service = importlib.import_module("examples.media.api")

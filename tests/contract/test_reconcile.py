@@ -20,7 +20,7 @@ from workerpool_operator import planning, reaping
 from workerpool_operator.broker import RedisBroker
 from workerpool_operator.local import redis_server
 from workerpool_operator.local.redis_server import private_redis
-from workerpool_operator.observation import TierReplicas
+from workerpool_operator.observation import TierReplicas, Unavailable
 from workerpool_operator.ports import Pool, Report
 from workerpool_operator.reconcile import SHORTEST_PAUSE_SECONDS, TICK_SECONDS, Reconciler
 from workerpool_operator.status import ConditionType
@@ -62,6 +62,7 @@ class System:
     def __init__(self, *pools: Pool) -> None:
         self.now = 1_000.0
         self.reports: list[Report] = []
+        self.unknown: set[str] = set()
         self.place = Place()
         self.wake = asyncio.Event()
         self.broker = RedisBroker(self.wake)
@@ -70,8 +71,8 @@ class System:
         )
         self.reconciler.pools = {pool.id: pool for pool in pools}
 
-    async def broker_url(self, pool: Pool) -> str:
-        return str(pool.spec.broker.url)
+    async def broker_url(self, pool: Pool) -> str | Unavailable:
+        return Unavailable("no Secret") if pool.id in self.unknown else str(pool.spec.broker.url)
 
     async def report(self, report: Report) -> None:
         self.reports.append(report)
@@ -223,8 +224,20 @@ def test_without_redis_no_count_changes_and_it_recovers_by_itself(how: int, monk
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("mode", ["Advisory", "Paused"])
-def test_a_pool_that_is_set_aside_is_only_looked_at(redis_url: str, mode: str) -> None:
+def test_without_redis_a_tier_that_is_not_there_is_created_with_its_minimum() -> None:
+    pool = bounded("redis://127.0.0.1:1/0", min=2, max=3)
+
+    async def scenario() -> None:
+        async with running(pool) as system:
+            await system.after()
+            await system.after()
+            assert system.place.changes == [(pool.id, {"cpu": 2})]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("mode", "desired"), [("Advisory", 1), ("Paused", 0)])
+def test_a_pool_that_is_set_aside_is_only_looked_at(redis_url: str, mode: str, desired: int) -> None:
     pool = make_pool(redis_url, mode=mode)
     publish(pool, "gpu-tasks", 0)
     report(redis_url, pool, "gpu", "lost.1", age_ms=PRESENCE_LIFE_MS)
@@ -234,7 +247,7 @@ def test_a_pool_that_is_set_aside_is_only_looked_at(redis_url: str, mode: str) -
             await system.watch_for(12)
             assert system.place.changes == []
             (gpu, _) = system.reports[-1].status.tiers
-            assert (gpu.desired, gpu.waiting) == (1, 1)
+            assert (gpu.desired, gpu.waiting) == (desired, 1)
             assert system.condition(pool, ConditionType.PAUSED) == "True"
 
     asyncio.run(scenario())
@@ -262,6 +275,62 @@ def test_of_two_pools_on_one_queue_the_younger_is_held(redis_url: str) -> None:
     asyncio.run(scenario())
     with Redis.from_url(redis_url) as client:
         assert client.exists(younger.keys.policy) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("127.0.0.1", "localhost"), ("redis://", "redis://default@"), ("/0", ""), ("/0", "?db=0")]
+)
+def test_one_queue_is_one_queue_however_its_url_is_spelled(redis_url: str, old: str, new: str) -> None:
+    older, younger = make_pool(redis_url, "a", created_at=1.0), make_pool(redis_url.replace(old, new), "b", created_at=2.0)
+    assert older.spec.broker.url != younger.spec.broker.url
+
+    async def scenario() -> None:
+        async with running(younger, older) as system:
+            await system.after()
+            assert [system.condition(p, ConditionType.QUEUE_SHARED) for p in (older, younger)] == ["False", "True"]
+            assert system.place.ordered.keys() == {older.id}
+
+    asyncio.run(scenario())
+
+
+def test_another_database_of_one_redis_has_queues_of_its_own(redis_url: str) -> None:
+    pools = make_pool(redis_url, "a"), make_pool(redis_url.replace("/0", "/1"), "b")
+
+    async def scenario() -> None:
+        async with running(*pools) as system:
+            await system.after()
+            assert [system.condition(pool, ConditionType.QUEUE_SHARED) for pool in pools] == ["False", "False"]
+
+    asyncio.run(scenario())
+
+
+def test_a_pool_whose_secret_cannot_be_read_keeps_its_queues(redis_url: str) -> None:
+    older, younger = make_pool(redis_url, "a", created_at=1.0), make_pool(redis_url, "b", created_at=2.0)
+    newest = make_pool(redis_url, "c", created_at=3.0)
+
+    async def scenario() -> None:
+        async with running(younger, older) as system:
+            await system.after()
+            system.unknown = {older.id}
+            system.reconciler.pools[newest.id] = newest
+            await system.watch_for(3)
+            assert system.condition(older, ConditionType.BROKER_REACHABLE) == "False"
+            assert [system.condition(p, ConditionType.QUEUE_SHARED) for p in (younger, newest)] == ["True", "True"]
+            assert system.place.ordered.keys() == {older.id}
+
+    asyncio.run(scenario())
+
+
+def test_a_pool_that_moves_to_another_url_leaves_no_connection_behind(redis_url: str, pool: Pool) -> None:
+    async def scenario() -> None:
+        async with running(pool) as system:
+            await system.after()
+            url = f"{redis_url}?client_name=rotated"
+            system.reconciler.pools[pool.id] = make_pool(url)
+            await system.after()
+            assert system.broker._clients.keys() == {url}
+
+    asyncio.run(scenario())
 
 
 def two_pools(url: str) -> tuple[Pool, Pool]:

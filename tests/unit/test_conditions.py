@@ -15,8 +15,8 @@ from workerpool_operator.observation import BrokerReading, Phase, QueueReading, 
 from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Pool
 from workerpool_operator.sharing import Conflict
-from workerpool_operator.status import Condition, Event, Status
-from workerpool_routing.wire import Milliseconds
+from workerpool_operator.status import Condition, ConditionType, Event, Status
+from workerpool_routing.wire import Milliseconds, Presence
 
 pytestmark = pytest.mark.unit
 
@@ -51,9 +51,11 @@ def workers(desired: int, *phases: Phase, detail: str = "") -> TierReplicas:
 IDLE = {"gpu": workers(0), "cpu": workers(1, Phase.READY)}
 
 
-def plans(seen: Mapping[str, TierReplicas], broker: Unavailable | None = None, **queues: QueueReading) -> list[TierPlan]:
+def plans(
+    seen: Mapping[str, TierReplicas], broker: Unavailable | None = None, *, pool: Pool = POOL, **queues: QueueReading
+) -> list[TierPlan]:
     tiers = {"gpu": QueueReading(0, 0, 0), "cpu": QueueReading(0, 0, 0), **queues}
-    return planning.plan(POOL, broker or BrokerReading(tiers, "r1", Milliseconds(0)), seen, {}, 0.0)
+    return planning.plan(pool, broker or BrokerReading(tiers, "r1", Milliseconds(0)), seen, {}, 0.0)
 
 
 def told(
@@ -231,18 +233,52 @@ def test_a_change_of_replicas_is_an_event_with_its_reason_and_numbers() -> None:
     assert events == (Event(False, "BacklogExceedsCapacity", "gpu: 0 → 3: 3 waiting + 0 in flight need 3, ordered 3"),)
 
 
+def test_scaling_that_is_refused_is_one_event_however_the_backlog_grows() -> None:
+    seen, previous, told_so_far = IDLE, dict[str, Any](), list[Event]()
+    for waiting in range(1, 8):
+        status, events = told(plans(seen, gpu=QueueReading(waiting, 0, 0)), previous=previous)
+        previous = status.dump()
+        told_so_far += events
+    assert [event.message.partition(":")[2] for event in told_so_far] == [" 0 → 1: 1 waiting + 0 in flight need 1, ordered 1"]
+    # It is written at last, and the next count is news again.
+    seen = IDLE | {"gpu": workers(previous["tiers"][0]["desired"])}
+    _, events = told(plans(seen, gpu=QueueReading(9, 0, 0)), previous=previous)
+    assert [event.message.partition(": ")[0] for event in events] == ["gpu"]
+
+
 @pytest.mark.parametrize(
     ("pool", "conflict"),
-    [
-        pytest.param(in_mode(Mode.ADVISORY), None, id="Advisory"),
-        pytest.param(in_mode(Mode.PAUSED), None, id="Paused"),
-        pytest.param(POOL, TAKEN, id="held"),
-    ],
+    [pytest.param(in_mode(Mode.ADVISORY), None, id="Advisory"), pytest.param(POOL, TAKEN, id="held")],
 )
 def test_a_pool_that_is_not_touched_has_no_events_of_scaling(pool: Pool, conflict: Conflict | None) -> None:
-    outcome = told(plans(IDLE, gpu=QueueReading(3, 0, 0)), pool=pool, conflict=conflict)
+    outcome = told(plans(IDLE, pool=pool, gpu=QueueReading(3, 0, 0)), pool=pool, conflict=conflict)
     assert [event for event in outcome[1] if "→" in event.message] == []
     assert outcome[0].tiers[0].desired == 3, "what it would do is still shown"
+
+
+@pytest.mark.parametrize(("pool", "conflict"), [(in_mode(Mode.ADVISORY), None), (POOL, TAKEN)], ids=["Advisory", "held"])
+def test_what_was_only_advised_is_an_event_when_it_is_done(pool: Pool, conflict: Conflict | None) -> None:
+    advised, _ = told(plans(IDLE, pool=pool, gpu=QueueReading(3, 0, 0)), pool=pool, conflict=conflict)
+    _, events = told(plans(IDLE, gpu=QueueReading(3, 0, 0)), previous=advised.dump())
+    assert [event.message.partition(": 3 ")[0] for event in events if "→" in event.message] == ["gpu: 0 → 3"]
+
+
+def test_an_advisory_pool_says_what_it_would_order() -> None:
+    pool = in_mode(Mode.ADVISORY)
+    status, _ = told(plans(IDLE, pool=pool, gpu=QueueReading(3, 0, 0), cpu=QueueReading(9, 0, 0)), pool=pool)
+    assert [(tier.desired, tier.reason) for tier in status.tiers] == [(3, "BacklogExceedsCapacity"), (4, "AtMaximum")]
+    assert status.tiers[0].message == "3 waiting + 0 in flight need 3, would order 3"
+    limited = next(condition for condition in status.conditions if condition.type == "ScalingLimited")
+    assert limited.message == "cpu: 9 waiting + 0 in flight need 9, would order 4; the maximum limits it"
+
+
+def test_a_paused_pool_shows_what_runs_and_no_decision() -> None:
+    pool = in_mode(Mode.PAUSED)
+    outcome = told(plans(IDLE, pool=pool, gpu=QueueReading(3, 0, 0), cpu=QueueReading(9, 0, 0)), pool=pool)
+    assert [(tier.desired, tier.waiting, tier.reason) for tier in outcome[0].tiers] == [(0, 3, "Paused"), (1, 9, "Paused")]
+    assert {tier.message for tier in outcome[0].tiers} == {"mode: Paused: nothing is decided, the count is what was seen"}
+    assert values(outcome)["ScalingLimited"] == "False"
+    assert outcome[1] == ()
 
 
 def test_a_condition_that_stays_as_it_is_gives_one_event_and_keeps_its_time() -> None:
@@ -264,3 +300,18 @@ def test_the_status_of_a_tier_shows_what_was_seen_and_what_was_decided() -> None
     assert (tier.waiting, tier.in_flight, tier.spilled) == (4, 1, 2)
     assert (tier.reason, tier.message) == ("BacklogExceedsCapacity", "4 waiting + 1 in flight + 2 spilled need 7, ordered 7")
     assert (status.waiting, status.in_flight, status.replicas) == (5, 4, "gpu 1/7, cpu 1/4")
+
+
+@pytest.mark.parametrize(
+    ("ready_for", "reporting", "expected"),
+    [(9, False, "WorkersSilent"), (7, False, "AsOrdered"), (9, True, "AsOrdered")],
+)
+def test_workers_that_are_ready_and_never_report_are_told_with_the_line_that_they_lack(
+    ready_for: float, reporting: bool, expected: str
+) -> None:
+    ready = TierReplicas(1, (Replica("w0", Phase.READY, 0.0, ready_at=NOON - ready_for),))
+    report = Presence("w0.1", "w0", "cpu", "celery", 1, 0, Milliseconds(0), Milliseconds(0))
+    queue = QueueReading(0, 0, 0, workers=(report,) if reporting else ())
+    capacity = conditions(told(plans({"gpu": workers(0), "cpu": ready}, cpu=queue)))[ConditionType.CAPACITY_AVAILABLE]
+    assert capacity.reason == expected
+    assert ("WorkerPool('ml/media', app)" in capacity.message) == (expected == "WorkersSilent")

@@ -128,6 +128,11 @@ def test_an_unread_broker_leaves_every_tier_where_it_is() -> None:
     assert {(plan.queue, plan.spilled) for plan in plans.values()} == {(None, None)}
 
 
+def test_an_unread_broker_leaves_no_tier_below_its_minimum() -> None:
+    plans = plan(OUTAGE, gpu=replicas(0), cpu=replicas(0))
+    assert {name: plan.decision.replicas for name, plan in plans.items()} == {"gpu": 0, "cpu": 1}
+
+
 @pytest.mark.parametrize(
     ("present", "seen", "waiting", "expected"),
     [

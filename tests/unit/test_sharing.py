@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable, Mapping
 from itertools import permutations
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workerpool_operator import sharing
 from workerpool_operator.model import parse_spec
 from workerpool_operator.ports import Pool
-from workerpool_operator.sharing import Conflict, conflicts
+from workerpool_operator.sharing import Conflict
 
 pytestmark = pytest.mark.unit
 
@@ -28,6 +30,11 @@ def pool(name: str, created_at: float, *queues: str, prefix: str = "", namespace
     )
     assert not isinstance(spec, list), spec
     return Pool(namespace, name, name, 1, created_at, spec)
+
+
+def conflicts(pools: Iterable[Pool], places: Mapping[str, Hashable]) -> dict[str, Conflict]:
+    """Who is held when every place was read just now, and nothing was known before."""
+    return sharing.conflicts(pools, places, places.keys(), {})
 
 
 def on(url: str, *pools: Pool) -> dict[str, str]:
@@ -65,6 +72,17 @@ def test_a_key_prefix_makes_another_queue_unless_the_keys_come_out_the_same() ->
 def test_a_pool_that_is_held_keeps_no_queue_from_others() -> None:
     pools = [pool("a", 1, "q1"), pool("b", 2, "q1", "q2"), pool("c", 3, "q2")]
     assert set(conflicts(pools, on(ONE, *pools))) == {"ml/b"}
+
+
+def test_a_held_pool_stays_held_until_it_and_its_owner_were_read_again() -> None:
+    old, young = pool("a", 1, "q"), pool("b", 2, "q")
+    before = {young.id: Conflict("q", old.id)}
+    moved = {**on("the restarted one", old), **on(ONE, young)}
+    for sure in ([], [old.id], [young.id]):
+        assert sharing.conflicts([old, young], moved, sure, before) == before
+    assert sharing.conflicts([old, young], {}, [], before) == before
+    assert sharing.conflicts([old, young], moved, [old.id, young.id], before) == {}
+    assert sharing.conflicts([young], moved, [], before) == {}, "its owner is gone"
 
 
 def test_a_pool_whose_broker_is_unknown_owns_nothing_and_is_not_held() -> None:

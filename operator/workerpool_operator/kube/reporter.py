@@ -36,7 +36,6 @@ class KubeReporter:
         self._api = api
         self._clock = clock
         self._written: dict[str, _Written] = {}
-        self._told: dict[str, Sequence[Event]] = {}
 
     async def report(self, report: Report) -> None:
         """Write what changed."""
@@ -60,7 +59,6 @@ class KubeReporter:
     def forget(self, uid: str) -> None:
         """Drop what is remembered of a resource that is gone."""
         self._written.pop(uid, None)
-        self._told.pop(uid, None)
 
     def _previous(self, subject: Pool | Refused) -> Mapping[str, Any]:
         written = self._written.get(subject.uid)
@@ -71,11 +69,8 @@ class KubeReporter:
         written = self._written.get(subject.uid)
         if worth_writing(status, previous, now - written.at if written else float("inf")):
             await self._write_status(subject, status, previous, now)
-        # Two conditions may flip for one cause; what could not be done is decided anew each pass: both are told once.
-        for event in dict.fromkeys(events):
-            if event not in self._told.get(subject.uid, ()):
-                await self._write_event(subject, event, now)
-        self._told[subject.uid] = events
+        for event in events:
+            await self._write_event(subject, event, now)
 
     async def _write_status(self, subject: Pool | Refused, status: Status, previous: Mapping[str, Any], now: float) -> None:
         new = status.dump()

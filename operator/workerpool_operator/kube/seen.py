@@ -14,6 +14,7 @@ from workerpool_operator.kube.api import Api, path_to
 from workerpool_operator.model import API_VERSION, PLURAL, Problem, parse_spec
 from workerpool_operator.observation import Phase, Replica
 from workerpool_operator.ports import Pool
+from workerpool_routing.wire import ENV_QUEUE
 
 TEMPLATE_MANAGER = "workerpool"
 """Field manager of everything in a Deployment but its replica count."""
@@ -37,6 +38,7 @@ class LiveDeployment:
         fingerprint: changes with anything that a user or another controller could change in it, except the replica count.
         replicas_in_template: the replica count still belongs to the manager of the template.
         failure: why its pods cannot be created.
+        queue: what its workers take from; empty where it cannot be told.
     """
 
     replicas: int
@@ -46,6 +48,7 @@ class LiveDeployment:
     fingerprint: str
     replicas_in_template: bool
     failure: str
+    queue: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +192,15 @@ def deployment(raw: Mapping[str, Any], _before: LiveDeployment | None = None) ->
         failure=next(
             (c.get("message", c["type"]) for c in _conditions(raw) if c["type"] == "ReplicaFailure" and c["status"] == "True"), ""
         ),
+        queue=_queue(spec),
+    )
+
+
+def _queue(spec: Mapping[str, Any]) -> str:
+    containers = spec.get("template", {}).get("spec", {}).get("containers", ())
+    variables = [variable for container in containers for variable in container.get("env") or ()]
+    return next(
+        (str(variable.get("value", "")).replace("$$", "$") for variable in variables if variable["name"] == ENV_QUEUE), ""
     )
 
 

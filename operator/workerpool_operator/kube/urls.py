@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from http import HTTPStatus
 
 from workerpool_operator.kube.api import Api, ApiError, path_to
@@ -16,16 +18,29 @@ from workerpool_operator.ports import Pool
 CACHE_SECONDS = 5.0
 """A changed Secret is seen after so long, and a missing one asked for no more often."""
 
+FORGET_SECONDS = 60.0
+"""A URL that no pool has asked for so long is dropped."""
+
+PATIENCE_SECONDS = 0.5
+"""How long a pool whose URL is not known waits for the API server."""
+
 _FIELD = "spec.broker.urlFrom"
 
 
+@dataclass(slots=True)
+class _Known:
+    url: str | Unavailable
+    asked_at: float
+    asking: asyncio.Task[None] | None = None
+
+
 class KubeUrls:
-    """The ``Urls`` port on Kubernetes."""
+    """The ``Urls`` port on Kubernetes. A URL that was read holds until the API server has another answer about its Secret."""
 
     def __init__(self, api: Api, clock: Callable[[], float] = time.monotonic) -> None:
         self._api = api
         self._clock = clock
-        self._cache: dict[tuple[str, SecretKeyRef], tuple[float, str | Unavailable]] = {}
+        self._known: dict[tuple[str, SecretKeyRef], _Known] = {}
 
     async def broker_url(self, pool: Pool) -> str | Unavailable:
         """The URL, or what is wrong with the Secret and what to do."""
@@ -34,12 +49,25 @@ class KubeUrls:
             return broker.url or ""
         reference = broker.url_from.secret_key_ref
         now = self._clock()
-        self._cache = {key: entry for key, entry in self._cache.items() if now - entry[0] < CACHE_SECONDS}
-        if (pool.namespace, reference) not in self._cache:
-            self._cache[pool.namespace, reference] = (now, await self._read(pool.namespace, reference))
-        return self._cache[pool.namespace, reference][1]
+        self._known = {key: known for key, known in self._known.items() if now - known.asked_at < FORGET_SECONDS}
+        unread = Unavailable(f"{_FIELD}: Secret {pool.namespace}/{reference.name} is still being read")
+        known = self._known.setdefault((pool.namespace, reference), _Known(unread, now - CACHE_SECONDS))
+        if now - known.asked_at >= CACHE_SECONDS and (known.asking is None or known.asking.done()):
+            known.asked_at = now
+            known.asking = asyncio.create_task(self._ask(known, pool.namespace, reference))
+        if isinstance(known.url, Unavailable) and known.asking:
+            await asyncio.wait([known.asking], timeout=PATIENCE_SECONDS)
+        return known.url
+
+    async def _ask(self, known: _Known, namespace: str, reference: SecretKeyRef) -> None:
+        try:
+            known.url = await self._read(namespace, reference)
+        except ApiError as error:
+            if isinstance(known.url, Unavailable):
+                known.url = Unavailable(f"{_FIELD}: Secret {namespace}/{reference.name} could not be read: {error}")
 
     async def _read(self, namespace: str, reference: SecretKeyRef) -> str | Unavailable:
+        """The API server's answer; raises :class:`ApiError` where it has none about this Secret."""
         secret = f"Secret {namespace}/{reference.name}"
         try:
             answer = await self._api.get(path_to("v1", namespace, "secrets", reference.name))
@@ -50,7 +78,7 @@ class KubeUrls:
                 case HTTPStatus.FORBIDDEN:
                     return Unavailable(f"{_FIELD}: the operator may not read {secret}; allow it to get this Secret")
                 case _:
-                    return Unavailable(f"{_FIELD}: {secret} could not be read: {error}")
+                    raise
         data = answer.get("data") or {}
         if reference.key not in data:
             there = ", ".join(sorted(data)) or "none"

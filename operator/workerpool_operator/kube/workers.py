@@ -44,8 +44,8 @@ BUSY_COST = "1000"
 _LOG = logging.getLogger(__name__)
 
 
-class _Taken(Exception):
-    """The Deployment's name is taken by something that is not this pool's."""
+class _Hindered(Exception):
+    """What has to be done must not be done, or cannot, although the API server would take it."""
 
     passing = False
     retry_after = 0.0
@@ -68,11 +68,25 @@ _Part: TypeAlias = tuple[str, str]
 
 
 class KubeWorkers:
-    """The ``Workers`` port on Kubernetes."""
+    """The ``Workers`` port on Kubernetes.
 
-    def __init__(self, api: Api, seen: Seen, clock: Callable[[], float] = time.time) -> None:
+    Args:
+        api: the API server.
+        seen: what the watches have shown.
+        holds_jobs: whether the tier of that name and queue still holds jobs, for tiers that a pool no longer has.
+        clock: wall-clock seconds.
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        seen: Seen,
+        holds_jobs: Callable[[Pool, str, str], Awaitable[bool | Unavailable]],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._api = api
         self._seen = seen
+        self._holds_jobs = holds_jobs
         self._clock = clock
         # What was applied, and what the API server made of it: as long as both stand there is nothing to repair.
         self._settled: dict[_Part, tuple[str, str]] = {}
@@ -128,7 +142,7 @@ class KubeWorkers:
             return
         try:
             await step()
-        except (ApiError, _Taken) as error:
+        except (ApiError, _Hindered) as error:
             tries = before.tries + 1 if before else 1
             pause = max(min(2.0 ** (tries - 1), LONGEST_PAUSE_SECONDS), error.retry_after)
             self._troubles[part] = _Trouble(
@@ -152,7 +166,7 @@ class KubeWorkers:
             if live.deleting:
                 return
             if not _owned(live, pool, tier):
-                raise _Taken(_taken(name, live))
+                raise _Hindered(_taken(name, live))
         settled = await self._settle(pool, tier, live, wanted)
         if settled.replicas == wanted or (seen is None and live is not None):
             # The count was decided without having seen this Deployment: the next pass decides anew.
@@ -162,13 +176,23 @@ class KubeWorkers:
         await self._write_scale(pool, name, settled, wanted)
 
     async def _sweep(self, pool: Pool) -> None:
-        """Delete the Deployments of tiers that the pool no longer has; their workers get their grace period."""
+        """Delete the Deployments of tiers that the pool no longer has; until they hold no job they stay as they are."""
         kept = {name_of(pool, tier) for tier in pool.spec.tiers}
+        staying = []
         for (namespace, name), live in self._seen.deployments.items():
             owned = namespace == pool.namespace and live.owner is not None and live.owner[2] == pool.uid
-            if owned and name not in kept and not live.deleting:
+            if not owned or name in kept or live.deleting:
+                continue
+            holds = await self._holds_jobs(pool, live.labels.get(TIER_LABEL, ""), live.queue)
+            if isinstance(holds, Unavailable):
+                staying.append(f"Deployment {name} stays: its tier is no longer in the {KIND}, and {holds.why}")
+            elif holds:
+                staying.append(f"Deployment {name} stays until its jobs are done: its tier is no longer in the {KIND}")
+            else:
                 await self._api.delete(_path(pool, name))
                 _LOG.info("%s: deleted Deployment %s, its tier is no longer in the WorkerPool", pool.id, name)
+        if staying:
+            raise _Hindered("; ".join(staying))
         self._swept[pool.uid] = pool.generation
 
     async def _look_up(self, pool: Pool, name: str) -> LiveDeployment | None:

@@ -1,0 +1,99 @@
+"""The broker URL out of a Secret, while the API server answers, refuses, fails and hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from workerpool_operator.kube.api import ApiError
+from workerpool_operator.kube.urls import CACHE_SECONDS, KubeUrls
+from workerpool_operator.model import parse_spec
+from workerpool_operator.observation import Unavailable
+from workerpool_operator.ports import Pool
+
+pytestmark = pytest.mark.unit
+
+SPEC = parse_spec(
+    {
+        "app": "media.tasks",
+        "broker": {"urlFrom": {"secretKeyRef": {"name": "redis", "key": "url"}}},
+        "tiers": [{"name": "cpu", "queue": "celery", "template": {"spec": {"containers": [{"name": "worker"}]}}}],
+    }
+)
+assert not isinstance(SPEC, list)
+POOL = Pool("ml", "media", "uid", 1, 0.0, SPEC)
+URL = "redis://:secret@one/0"
+
+
+class Secrets:
+    """An API server that knows one Secret, fails as told, or does not answer at all."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+        self.error: ApiError | None = None
+        self.answers = asyncio.Event()
+        self.answers.set()
+        self.url = URL
+        self.urls = KubeUrls(self, lambda: self.now)  # type: ignore[arg-type]
+
+    async def get(self, path: str) -> Mapping[str, Any]:
+        assert path == "/api/v1/namespaces/ml/secrets/redis"
+        await self.answers.wait()
+        if self.error:
+            raise self.error
+        return {"data": {"url": base64.b64encode(self.url.encode()).decode()}}
+
+    async def later(self) -> str | Unavailable:
+        """What is known when the cache is over, and the answer of this time has come in."""
+        self.now += CACHE_SECONDS
+        await self.urls.broker_url(POOL)
+        await asyncio.sleep(0.01)
+        return await self.urls.broker_url(POOL)
+
+
+@pytest.mark.parametrize(
+    "error", [ApiError(0, "no answer"), ApiError(503, "overloaded"), ApiError(401, "token expired")], ids=str
+)
+def test_a_secret_that_cannot_be_read_for_a_moment_changes_nothing(error: ApiError) -> None:
+    async def scenario() -> None:
+        secrets = Secrets()
+        assert await secrets.urls.broker_url(POOL) == URL
+        secrets.error = error
+        assert await secrets.later() == URL
+        secrets.error, secrets.url = None, "redis://two/0"
+        assert await secrets.later() == "redis://two/0"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("status", "words"), [(404, "does not exist"), (403, "may not read")])
+def test_a_secret_that_is_gone_or_forbidden_is_told(status: int, words: str) -> None:
+    async def scenario() -> None:
+        secrets = Secrets()
+        assert await secrets.urls.broker_url(POOL) == URL
+        secrets.error = ApiError(status, "no")
+        answer = await secrets.later()
+        assert isinstance(answer, Unavailable)
+        assert words in answer.why
+
+    asyncio.run(scenario())
+
+
+def test_an_api_server_that_hangs_is_waited_for_half_a_second_and_not_at_all_where_the_url_is_known() -> None:
+    async def scenario() -> None:
+        secrets = Secrets()
+        secrets.answers.clear()
+        async with asyncio.timeout(0.8):
+            assert isinstance(await secrets.urls.broker_url(POOL), Unavailable)
+        secrets.answers.set()
+        assert await secrets.urls.broker_url(POOL) == URL
+        secrets.answers.clear()
+        async with asyncio.timeout(0.2):
+            assert await secrets.later() == URL
+        secrets.answers.set()
+
+    asyncio.run(scenario())
