@@ -6,7 +6,6 @@ import random
 import time
 
 import pytest
-
 from tests.chaos.suite import run
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(240)]

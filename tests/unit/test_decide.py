@@ -174,6 +174,8 @@ def test_an_open_choice_is_asked_with_the_keys_of_both_tiers() -> None:
         "unacked": KEYS.unacked("gpu"),
         "slots": KEYS.slots("gpu"),
         "spilled": KEYS.spilled("gpu"),
+        "waiting": KEYS.waiting("gpu"),
+        "scheduled": KEYS.scheduled("gpu"),
     }  # fmt: skip
     assert asked["job"] == {"key": KEYS.job("t1"), "id": "t1", "task": "media.t", "required": 0}
     assert (asked["capacity"], asked["routes"], asked["wake"]) == (KEYS.capacity, KEYS.routes, "prod-workerpool:wake")

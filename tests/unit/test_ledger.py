@@ -12,7 +12,7 @@ import pytest
 
 from workerpool_routing import ledger
 from workerpool_routing.decide import Reason
-from workerpool_routing.ledger import Claim, Job, Move, State, after_failure, after_loss
+from workerpool_routing.ledger import Claim, CorruptEntry, Job, Move, State, after_failure, after_loss
 from workerpool_routing.wire import (
     ENDED_JOB_LIFE_SECONDS,
     HEADER,
@@ -249,6 +249,10 @@ def test_the_scripts_know_the_states_by_their_names() -> None:
         ("claim", claimed()),
         ("move", moved(Move(CPU, 2, Reason.ATTEMPT_LOST))),
         ("leave", ledger.leave(KEYS, "gpu", "w.1")),
+        ("hold", ledger.hold(KEYS, "gpu", tag="a", value="b")),
+        ("requeue", ledger.requeue(KEYS, "gpu", tag="a", raw=RAW, delivery_tag="fresh")),
+        ("republish", ledger.republish(KEYS, replace(JOB, message=json.dumps(json.loads(RAW)[0])), GPU, delivery_tag="fresh")),
+        ("aside", ledger.aside(KEYS, "gpu", "t1", tag="a", reason="b", message="c")),
         (
             "settle",
             ledger.settle(
@@ -261,3 +265,29 @@ def test_a_script_reads_exactly_the_keys_and_arguments_that_it_is_given(name: st
     text = ledger.script(name)
     for array, given in (("KEYS", call.keys), ("ARGV", call.args)):
         assert {int(n) for n in re.findall(rf"{array}\[(\d+)\]", text)} == set(range(1, len(given) + 1))
+
+
+def test_every_start_is_read_with_its_end_and_its_error() -> None:
+    runs = {"runs": "2", "run:1": '{"attempt":1,"tier":"gpu","owner":"w.1","began":1,"ended":2,"how":"failed","error":"E()"}',
+            "run:2": '{"attempt":2,"tier":"cpu","owner":"w.2","began":3}'}  # fmt: skip
+    job = Job.load("t1", STORED | runs)
+    assert job
+    assert [(run.tier, run.how, run.error, run.ended) for run in job.runs] == [("gpu", "failed", "E()", 2), ("cpu", "", "", None)]
+
+
+@pytest.mark.parametrize("garbage", [{"state": "nonsense"}, {"attempt": "x"}, {"reason": "Because"}, {"runs": "1", "run:1": "{"}])
+def test_an_entry_that_no_release_wrote_is_corrupt(garbage: dict[str, str]) -> None:
+    with pytest.raises(CorruptEntry, match="job t1 cannot be read"):
+        Job.load("t1", STORED | garbage)
+
+
+def test_a_job_that_its_task_keeps_where_it_is_does_not_move_on_after_a_loss() -> None:
+    assert after_loss(POLICY, replace(JOB, stays=True)) == Move(GPU, 1, Reason.ATTEMPT_LOST)
+
+
+def test_what_is_given_back_is_the_same_attempt_on_the_same_tier_and_no_loss() -> None:
+    to = ledger.again(POLICY, JOB)
+    assert to == Move(GPU, 1, Reason.FREE_SLOT)
+    call = ledger.move(KEYS, JOB, to, held_as="held", raw=RAW, delivery_tag="fresh", how="given back", counts=False)
+    assert call.args[4:8] == [1, "gpu", "FreeSlot", 0]
+    assert ledger.again(Policy((CPU,)), JOB) is None
