@@ -82,7 +82,10 @@ async def _unrenewed(client: Any, pool: Pool, tier: TierPolicy) -> list[str]:
             continue
         try:
             job = await _job(client, pool, tier.name, task_id)
-        except VersionMismatch:  # left to those who know it
+        except VersionMismatch:
+            continue
+        except CorruptEntry as error:
+            sentences.append(f"{tier.name}: job {task_id} is {error}")
             continue
         if job and job.state is State.CLAIMED and job.tag == tag:
             sentences += await _move(client, pool, job)
@@ -121,7 +124,7 @@ async def _overtaken(client: Any, pool: Pool, tier: TierPolicy) -> Mapping[str, 
     for task_id, queued_at in oldest:
         try:
             job = await _job(client, pool, tier.name, task_id)
-        except VersionMismatch:
+        except (VersionMismatch, CorruptEntry):
             continue
         if job is None or job.state.ended:
             await client.zrem(waiting, task_id)
@@ -158,7 +161,12 @@ def _ids(messages: Iterable[Any]) -> set[str]:
 
 
 async def _job(client: Any, pool: Pool, tier: str, task_id: str) -> Job | None:
-    """The ledger entry; one that nobody can read is set aside, one of another release is left to those who know it."""
+    """The ledger entry; one that nobody can read is set aside first.
+
+    Raises:
+        VersionMismatch: another release wrote it; it is left to those who know it.
+        CorruptEntry: it is set aside now.
+    """
     name = pool.keys.job(task_id)
     stored: Mapping[str, str] = {}
     try:
@@ -168,7 +176,7 @@ async def _job(client: Any, pool: Pool, tier: str, task_id: str) -> Job | None:
         tag = stored.get("tag", "")
         raw = await client.hget(pool.keys.unacked(tier), tag) if tag else None
         await _aside(client, pool, tier, task_id, tag=tag, reason=str(error), raw=raw or stored.get("message", ""))
-        return None
+        raise CorruptEntry(f"set aside in {pool.keys.aside}: {error}") from error
 
 
 async def _aside(client: Any, pool: Pool, tier: str, task_id: str, *, tag: str, reason: str, raw: str) -> str:
