@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-scaling generate lock
+.PHONY: help demo test chaos chaos-long check bench bench-scaling generate lock
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,6 +13,12 @@ demo: $(READY) ## Run the whole system on this machine; ARGS="--json FILE" also 
 
 test: $(READY) ## Run every level of test that this machine can run (the first run builds a control plane: about 13 min)
 	@$(BIN)/python -m tests.levels test
+
+chaos: $(READY) ## Kill everything that can be killed and count every job, 5 times each; ends with a table (CHAOS_SEED=N repeats)
+	@$(BIN)/python -m tests.chaos.suite full
+
+chaos-long: $(READY) ## The same 20 times each, with 90,000 jobs
+	@$(BIN)/python -m tests.chaos.suite long
 
 check: $(READY) ## Run what has to pass before a commit: format, lint, types, imports, generated files, unit tests
 	@$(BIN)/python -m tests.levels check

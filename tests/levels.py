@@ -124,6 +124,7 @@ UNIT = Level("unit", need_nothing)
 LEVELS = (
     UNIT,
     Level("contract", need_redis),
+    Level("chaos", need_redis, ("--capture=no",)),
     Level("api", need_control_plane),
     Level("demo", need_redis, ("--capture=no",)),
     Level("simulation", need_nothing),

@@ -6,21 +6,19 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 from urllib.parse import urlsplit
-from uuid import uuid4
 
 import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from workerpool_operator import planning
+from workerpool_operator import salvage
 from workerpool_operator.observation import BrokerReading, QueueReading, Served, Unavailable
 from workerpool_operator.ports import Pool
-from workerpool_routing import ledger
-from workerpool_routing.ledger import Job, State
 from workerpool_routing.wire import CAPACITY_LIFE_MS, Capacity, Milliseconds, Policy, Presence, VersionMismatch, wake_channel
 
 logger = logging.getLogger("workerpool_operator.broker")
@@ -98,21 +96,16 @@ class RedisBroker:
 
     async def take_over(self, url: str, pool: Pool, tier: str, owner: str) -> list[str]:
         """Give every job that a lost worker held to whoever the ledger says; return a sentence for each."""
-        sentences, foreign = [], False
+        sentences: list[str] = []
         with _logged(pool):
-            client = self._client(url)
-            for task_id in sorted(await client.smembers(pool.keys.held(owner))):
-                try:
-                    sentences += await self._take_job(client, pool, task_id, owner)
-                except VersionMismatch as error:
-                    # Whoever knows that version finds it by its owner.
-                    foreign = True
-                    self._say_once(pool, task_id, error)
-                except (redis.ResponseError, LookupError, TypeError, ValueError) as error:
-                    self._say_once(pool, task_id, error)
-            if not foreign:
-                await self._run(client, "leave", ledger.leave(pool.keys, tier, owner))
-                sentences.append(f"{tier}: worker {owner} is lost, it has not reported for too long")
+            sentences += await salvage.take_over(self._client(url), pool, tier, owner, partial(self._say_once, pool))
+        return sentences
+
+    async def sweep(self, url: str, pool: Pool) -> list[str]:
+        """Find jobs that no worker holds any more and that no lost worker accounts for; return a sentence for each."""
+        sentences: list[str] = []
+        with _logged(pool):
+            sentences += await salvage.sweep(self._client(url), pool)
         return sentences
 
     async def keep_only(self, pools: Sequence[tuple[str, Pool]]) -> None:
@@ -140,26 +133,6 @@ class RedisBroker:
         if (pool.id, task_id) not in self._told:
             self._told.add((pool.id, task_id))
             logger.warning("%s: job %s of a lost worker is not taken over: %r", pool.id, task_id, error)
-
-    async def _take_job(self, client: Any, pool: Pool, task_id: str, owner: str) -> list[str]:
-        job = Job.load(task_id, await client.hgetall(pool.keys.job(task_id)))
-        # One that is finishing may have stored its result: Kombu delivers it again, and whoever gets it looks first.
-        if job is None or job.owner != owner or job.state is not State.CLAIMED:
-            return []
-        return await self._move(client, pool, job)
-
-    async def _move(self, client: Any, pool: Pool, job: Job) -> list[str]:
-        to = ledger.after_loss(planning.policy(pool.spec), job)
-        raw = await client.hget(pool.keys.unacked(job.tier), job.tag)
-        if to is None or raw is None:
-            return []
-        call = ledger.move(pool.keys, job, to, held_as=job.tag, raw=raw, delivery_tag=str(uuid4()))
-        if not await self._run(client, "move", call):
-            return []
-        return [f"job {job.task_id} of lost worker {job.owner} goes from {job.tier} to {to.tier.name}, attempt {to.attempt}"]
-
-    async def _run(self, client: Any, name: str, call: ledger.Call) -> Any:
-        return await client.register_script(ledger.script(name))(keys=call.keys, args=call.args)
 
     def _client(self, url: str) -> Any:
         if url not in self._clients:
@@ -216,6 +189,7 @@ def _ask(pipe: Any, pool: Pool) -> None:
         for name in keys.queue_lists(tier.queue):
             pipe.llen(name)
         pipe.hlen(keys.unacked(tier.name))
+        pipe.get(keys.scheduled(tier.name))
         pipe.zcard(keys.spilled(tier.name))
         pipe.hgetall(keys.presence(tier.name))
         pipe.hgetall(keys.served(tier.name))
@@ -224,7 +198,7 @@ def _ask(pipe: Any, pool: Pool) -> None:
 def _reading(pool: Pool, answers: Iterator[Any], run_id: str, database: int, now: Milliseconds) -> BrokerReading | Unavailable:
     """Take this pool's answers, all of them, then make sense of them."""
     routes = next(answers)
-    answered = {tier.name: [next(answers) for _ in range(len(pool.keys.priority_steps) + 4)] for tier in pool.spec.tiers}
+    answered = {tier.name: [next(answers) for _ in range(len(pool.keys.priority_steps) + 5)] for tier in pool.spec.tiers}
     for answer in (routes, *chain.from_iterable(answered.values())):
         if isinstance(answer, Unavailable):
             return Unavailable(f"what Redis holds of the pool cannot be read: {answer.why}")
@@ -236,11 +210,11 @@ def _reading(pool: Pool, answers: Iterator[Any], run_id: str, database: int, now
 
 
 def _queue(answers: Sequence[Any], now: Milliseconds) -> QueueReading:
-    *waiting, in_flight, spilled, presence, served = answers
+    *waiting, held, scheduled, spilled, presence, served = answers
     reports = [Presence.load(raw) for raw in presence.values()]
     return QueueReading(
         sum(waiting),
-        in_flight,
+        max(0, held - int(scheduled or 0)),
         spilled,
         workers=tuple(report for report in reports if report.alive(now)),
         lost=tuple(report.owner for report in reports if not report.alive(now)),

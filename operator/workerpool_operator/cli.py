@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
 import click
+import redis
 from kombu.utils.url import sanitize_url
 from rich.console import Console
 
 from workerpool_operator import dev as dev_mode
 from workerpool_operator import manifest
+from workerpool_operator.broker import RedisBroker
 from workerpool_operator.live import LiveView
 from workerpool_operator.local.redis_server import RedisServerError
 from workerpool_operator.model import Scaling
+from workerpool_operator.observation import Unavailable
 from workerpool_operator.ports import Pool
+from workerpool_operator.reaper import Reaper
+from workerpool_operator.reconcile import TICK_SECONDS
+from workerpool_routing.ledger import Job, State
 
 _OUTPUT = click.Path(dir_okay=False, writable=True, path_type=Path)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -132,6 +140,80 @@ def simulate(
         command.simulate(request, Console(), json_file, plot_file)
     except (command.CannotSimulate, OSError) as error:
         _fail(str(error))
+
+
+@main.command()
+@click.option("--file", "-f", "file", type=_FILE, required=True, help="A YAML file with one WorkerPool.")
+@click.option("--broker-url", metavar="URL", help="Use this Redis in place of the file's.")
+def sweep(file: Path, broker_url: str | None) -> None:
+    """Take over jobs from lost workers and find lost messages, where no operator runs. Ctrl-C ends it.
+
+    Every step is safe beside an operator, or a second sweep.
+    """
+    pool = _read(file)
+    url = broker_url or pool.spec.broker.url
+    if url is None:
+        _fail("spec.broker.urlFrom: needs a cluster; give --broker-url")
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    with suppress(KeyboardInterrupt):
+        asyncio.run(_sweep(pool, url))
+
+
+async def _sweep(pool: Pool, url: str) -> None:
+    broker = RedisBroker(asyncio.Event())
+    reaper = Reaper(broker)
+    click.echo(f"sweeping {pool.id} at {sanitize_url(url)}")
+    down = ""
+    while True:
+        answer = await broker.read(url, [pool])
+        reading = answer if isinstance(answer, Unavailable) else answer[pool.id]
+        reaper.saw(pool, reading)
+        if isinstance(reading, Unavailable):
+            if reading.why != down:
+                click.echo(reading.why, err=True)
+            down = reading.why
+        else:
+            down = ""
+            await reaper.reap(pool, url, reading)
+        await asyncio.sleep(TICK_SECONDS)
+
+
+@main.command()
+@click.argument("task_id")
+@click.option("--file", "-f", "file", type=_FILE, required=True, help="A YAML file with one WorkerPool.")
+@click.option("--broker-url", metavar="URL", help="Use this Redis in place of the file's.")
+def job(task_id: str, file: Path, broker_url: str | None) -> None:
+    """Say what became of one job: where it was admitted and why, every start, and how each ended."""
+    pool = _read(file)
+    url = broker_url or pool.spec.broker.url
+    if url is None:
+        _fail("spec.broker.urlFrom: needs a cluster; give --broker-url")
+    try:
+        with redis.Redis.from_url(url, decode_responses=True, socket_timeout=2, socket_connect_timeout=2) as client:
+            found = Job.load(task_id, client.hgetall(pool.keys.job(task_id)))
+    except (redis.RedisError, ValueError) as error:
+        _fail(f"{sanitize_url(url)}: {error}")
+    if found is None:
+        _fail(f"{task_id}: pool {pool.id} has no entry of it (any more)")
+    for line in told(found):
+        click.echo(line)
+
+
+def told(job: Job) -> list[str]:
+    """The life of a job, a line for each thing that happened."""
+
+    def at(time: int) -> str:
+        return datetime.fromtimestamp(time / 1000, UTC).isoformat(sep=" ", timespec="milliseconds")[:-6]
+
+    lines = [f"{job.task_id}  {job.task}  {job.state}, attempt {job.attempt}, on {job.tier} because {job.reason}"]
+    if admitted := job.times.get(State.ADMITTED):
+        lines.append(f"{at(admitted)}  admitted, wanted {job.wanted}{', required' if job.required else ''}")
+    for run in job.runs:
+        lines.append(f"{at(run.began)}  attempt {run.attempt} starts on {run.tier}, {run.owner}")
+        if run.ended:
+            lines.append(f"{at(run.ended)}  {run.how}{': ' + run.error if run.error else ''}")
+    ended = max((time for state, time in job.times.items() if state.ended), default=None)
+    return [*lines, f"{at(ended)}  {job.state}"] if ended and job.state.ended else lines
 
 
 async def _dev(pool: Pool, directory: Path, broker_url: str | None) -> None:

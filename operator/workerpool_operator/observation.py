@@ -37,7 +37,7 @@ class QueueReading:
 
     Attributes:
         waiting: messages in the tier's queue, over all priority steps.
-        in_flight: messages that the tier's workers hold unacknowledged.
+        in_flight: messages that the tier's workers hold unacknowledged, without those of a future ETA.
         spilled: jobs that wanted this tier and wait or run elsewhere.
         workers: the last report of each live worker.
         lost: owners that reported once and then fell silent, not yet taken over.

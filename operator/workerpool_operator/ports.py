@@ -63,6 +63,9 @@ class Broker(Protocol):
     async def take_over(self, url: str, pool: Pool, tier: str, worker: str) -> list[str]:
         """Give every job that a lost worker held to whoever the ledger says; return a sentence for each."""
 
+    async def sweep(self, url: str, pool: Pool) -> list[str]:
+        """Find jobs that no worker holds any more and that no lost worker accounts for; return a sentence for each."""
+
     async def keep_only(self, pools: Sequence[tuple[str, Pool]]) -> None:
         """Let go of every broker but those of these URLs and pools."""
 

@@ -15,11 +15,12 @@ from collections.abc import Awaitable, Callable, Hashable, Mapping
 from functools import partial
 from typing import Any
 
-from workerpool_operator import conditions, planning, reaping, scaling, sharing
+from workerpool_operator import conditions, planning, scaling, sharing
 from workerpool_operator.model import Mode
 from workerpool_operator.observation import BrokerReading, TierReplicas, Unavailable
 from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Broker, Pool, Report, Reporter, Urls, Workers
+from workerpool_operator.reaper import Reaper
 from workerpool_operator.sharing import Conflict
 
 logger = logging.getLogger("workerpool_operator")
@@ -64,7 +65,7 @@ class Reconciler:
         self._wake, self._clock = wake, clock
         self._memory: dict[str, dict[str, scaling.Memory]] = {}
         self._status: dict[str, Mapping[str, Any]] = {}
-        self._witnesses: dict[str, reaping.Witness | None] = {}
+        self._reaper = Reaper(broker, lambda: self._clock())
         self._places: dict[str, tuple[str, Hashable]] = {}
         self._held: dict[str, Conflict] = {}
         self._readings: dict[tuple[str, int], BrokerReading | Unavailable] = {}
@@ -200,25 +201,18 @@ class Reconciler:
     ) -> Unavailable | None:
         """Publish and reap; return why the broker took nothing, where it could be read."""
         if isinstance(reading, Unavailable):
-            self._witnesses[pool.uid] = None
+            self._reaper.saw(pool, reading)
             return None
         capacity = planning.capacity(plans) if plans else None
         refused = await self._broker.publish(url, pool, planning.policy(pool.spec), capacity)
         # A Redis that takes no write takes no presence either: workers that live fall silent there.
-        seen = reaping.witness(self._witnesses.get(pool.uid), refused or reading.run_id, self._clock())
-        self._witnesses[pool.uid] = seen
-        if reaping.may_reap(seen):
-            await self._reap(pool, url, reading)
+        self._reaper.saw(pool, refused or reading)
+        await self._reaper.reap(pool, url, reading)
         return refused
 
-    async def _reap(self, pool: Pool, url: str, reading: BrokerReading) -> None:
-        for tier, queue in reading.tiers.items():
-            for owner in queue.lost:
-                for sentence in await self._broker.take_over(url, pool, tier, owner):
-                    logger.warning("%s: %s", pool.id, sentence)
-
     def _forget_all_but(self, uids: set[str]) -> None:
-        for kept in (self._memory, self._status, self._witnesses, self._places):
+        self._reaper.forget_all_but(uids)
+        for kept in (self._memory, self._status, self._places):
             for uid in kept.keys() - uids:
                 del kept[uid]
 

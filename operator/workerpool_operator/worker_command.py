@@ -40,6 +40,7 @@ def environment(pool: Pool, tier: Tier) -> dict[str, str]:
         wire.ENV_TIER: tier.name,
         wire.ENV_QUEUE: literal(tier.queue),
         wire.ENV_CONCURRENCY: str(tier.concurrency),
+        wire.ENV_GRACE: str(grace_seconds(tier)),
     }
 
 

@@ -40,3 +40,7 @@ class NotConfigured(WorkerPoolError):
 
 class JobLost(WorkerPoolError):
     """The workers that ran this job were lost each time: it is not run again."""
+
+
+class TaskExited(WorkerPoolError):
+    """The task's own code called ``sys.exit``: a failure like any other."""

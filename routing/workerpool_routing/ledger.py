@@ -19,6 +19,7 @@ from importlib.resources import files
 from workerpool_routing.decide import Reason
 from workerpool_routing.wire import (
     ENDED_JOB_LIFE_SECONDS,
+    HEADER,
     JOB_LIFE_SECONDS,
     SCHEMA_VERSION,
     Keyspace,
@@ -33,6 +34,13 @@ from workerpool_routing.wire import (
 
 LOSSES_ALLOWED = 1
 """How often a job that cannot move on is delivered again after its worker was lost; the next loss is final."""
+
+
+ERROR_CHARACTERS = 1_000
+"""How much of an error the ledger keeps."""
+
+MISSING_MS = 4_000
+"""A message that is nowhere for this long was lost by a worker that died between taking and recording it."""
 
 
 class State(StrEnum):
@@ -61,6 +69,24 @@ class Claim(StrEnum):
     LOST = "lost"
     FINISHING = "finishing"
     POISON = "poison"
+    CORRUPT = "corrupt"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One start of a job. ``how`` it ended and its ``error`` are empty while it runs; times are Redis milliseconds."""
+
+    attempt: int
+    tier: str
+    owner: str
+    began: Milliseconds
+    ended: Milliseconds | None = None
+    how: str = ""
+    error: str = ""
+
+
+class CorruptEntry(ValueError):
+    """A ledger entry that no release wrote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +104,9 @@ class Job:
         losses: how often its worker was lost on a tier that it could not leave.
         starts: how often each tier started it.
         times: milliseconds of Redis's clock at which it entered a state.
+        runs: every start, in order (the last sixteen); the errors of all attempts are here.
+        stays: whether its task or its tier keeps it where it is when its worker is lost.
+        message: the Celery message as Kombu queues it, while nobody has claimed the job; else empty.
     """
 
     task_id: str
@@ -93,14 +122,30 @@ class Job:
     losses: int = 0
     starts: Mapping[str, int] = field(default_factory=dict)
     times: Mapping[State, Milliseconds] = field(default_factory=dict)
+    runs: Sequence[Run] = ()
+    stays: bool = False
+    message: str = ""
 
     @classmethod
     def load(cls, task_id: str, stored: Mapping[str, str]) -> Job | None:
-        """Parse the hash; None when there is no entry; raises :class:`~workerpool_routing.wire.VersionMismatch`."""
+        """Parse the hash; None when there is no entry.
+
+        Raises:
+            VersionMismatch: another release wrote it.
+            CorruptEntry: none did.
+        """
         if not stored.get("state"):
             return None
         if stored.get("version") != str(SCHEMA_VERSION):
             raise VersionMismatch(f"job {task_id} has schema version {stored.get('version')}, this side knows {SCHEMA_VERSION}")
+        try:
+            return cls._parse(task_id, stored)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptEntry(f"the ledger entry of job {task_id} cannot be read: {error!r}") from error
+
+    @classmethod
+    def _parse(cls, task_id: str, stored: Mapping[str, str]) -> Job:
+        last = int(stored.get("runs", 0))
         return cls(
             task_id=task_id,
             task=stored["task"],
@@ -115,6 +160,9 @@ class Job:
             losses=int(stored.get("losses", 0)),
             starts={key.partition(":")[2]: int(n) for key, n in stored.items() if key.startswith("starts:")},
             times={state: Milliseconds(int(stored[f"{state}_at"])) for state in State if f"{state}_at" in stored},
+            runs=tuple(Run(**json.loads(stored[f"run:{n}"])) for n in range(1, last + 1) if f"run:{n}" in stored),
+            stays=stored.get("stays") == "1",
+            message=stored.get("message", ""),
         )
 
 
@@ -137,7 +185,7 @@ def after_loss(policy: Policy, job: Job) -> Move | None:
     """What follows when a worker is gone: the plain tier, or once more on its own; None when its tier is no longer in the
     policy.
     """
-    fallback = _fallback(policy, job) if policy.fallback_on_loss else None
+    fallback = _fallback(policy, job) if policy.fallback_on_loss and not job.stays else None
     if fallback:
         return Move(fallback, job.attempt + 1, Reason.ATTEMPT_LOST)
     own = policy.tier(job.tier)
@@ -163,18 +211,9 @@ class Call:
 
 
 def claim(
-    keys: Keyspace,
-    task_id: str,
-    *,
-    attempt: int,
-    tag: str,
-    owner: str,
-    tier: str,
-    retries: int,
-    moves_on: bool,
-    no_result: bool,
+    keys: Keyspace, task_id: str, *, attempt: int, tag: str, owner: str, tier: str, retries: int, moves_on: bool, no_result: bool,
     name: str,
-) -> Call:
+) -> Call:  # fmt: skip
     """Arguments of ``claim.lua``: a delivery asks to run its job.
 
     Args:
@@ -190,43 +229,67 @@ def claim(
         name: of this request; the same again, when its answer was lost, gets the same answer.
     """
     return Call(
-        [keys.job(task_id), keys.held(owner)],
-        [
-            task_id,
-            attempt,
-            tag,
-            owner,
-            tier,
-            retries,
-            LOSSES_ALLOWED,
-            JOB_LIFE_SECONDS,
-            int(moves_on),
-            int(no_result),
-            name,
-        ],
-    )
+        [keys.job(task_id), keys.held(owner), keys.waiting(tier), keys.unacked(tier)],
+        [task_id, attempt, tag, owner, tier, retries, LOSSES_ALLOWED, JOB_LIFE_SECONDS, int(moves_on), int(no_result),
+            name],
+    )  # fmt: skip
 
 
 def settle(
-    keys: Keyspace, policy: Policy, task_id: str, *, attempt: int, tag: str, owner: str, before: State, after: State
-) -> Call:
-    """Arguments of ``settle.lua``: an attempt enters its next state, if it is still the one that counts."""
+    keys: Keyspace, policy: Policy, task_id: str, *, attempt: int, tag: str, owner: str, tier: str, before: State, after: State,
+    how: str = "", error: str = "", retries: int | None = None,
+) -> Call:  # fmt: skip
+    """Arguments of ``settle.lua``: an attempt enters its next state, if it is still the one that counts.
+
+    Args:
+        keys: the pool's.
+        policy: names all tiers.
+        task_id: the job.
+        attempt: its number.
+        tag: under which it was claimed; empty where nobody has claimed it.
+        owner: who claimed it; empty likewise.
+        tier: where it runs or waits.
+        before: the state that it must be in.
+        after: the state that it enters.
+        how: how its run ended, in a word; empty while it goes on.
+        error: what it raised, if anything.
+        retries: how many its author has asked for, where that has changed.
+    """
     life = ENDED_JOB_LIFE_SECONDS if after.ended else JOB_LIFE_SECONDS
     spilled = [keys.spilled(tier.name) for tier in policy.tiers]
-    # The script alone knows the tier of the attempt, and ends the name of the key with it.
-    return Call([keys.job(task_id), keys.held(owner), *spilled], [task_id, attempt, tag, before, after, life, keys.served("")])
+    return Call(
+        [
+            keys.job(task_id), keys.held(owner), keys.waiting(tier), keys.unacked(tier), keys.unacked_index(tier),
+            keys.service(tier), keys.served(tier), *spilled,
+        ],
+        [task_id, attempt, tag, owner, before, after, life, how, error[:ERROR_CHARACTERS], "" if retries is None else retries],
+    )  # fmt: skip
 
 
-def move(keys: Keyspace, job: Job, to: Move, *, held_as: str, raw: str, delivery_tag: str) -> Call:
+def move(
+    keys: Keyspace,
+    job: Job,
+    to: Move,
+    *,
+    held_as: str,
+    raw: str,
+    delivery_tag: str,
+    how: str,
+    error: str = "",
+    counts: bool = True,
+) -> Call:
     """Arguments of ``move.lua``: the message leaves the in-flight keys for the head of a queue.
 
     Args:
         keys: the pool's.
         job: as the caller has read it; the script refuses when that is no longer so.
-        to: from :func:`after_failure` or :func:`after_loss`.
+        to: from :func:`after_failure` or :func:`after_loss`, or :func:`again`.
         held_as: the delivery tag under which the message is in flight (of the caller's own delivery, or the lost one).
         raw: the value under that tag, as Kombu wrote it.
         delivery_tag: a fresh one.
+        how: how the run ended, in a word.
+        error: what it raised, if anything.
+        counts: False when it was nobody's failure: then another run on the same tier is not a loss.
     """
     message = json.loads(raw)[0]
     renewed = rewrite(message, queue=to.tier.queue, attempt=to.attempt, delivery_tag=delivery_tag)
@@ -238,14 +301,75 @@ def move(keys: Keyspace, job: Job, to: Move, *, held_as: str, raw: str, delivery
             keys.unacked_index(job.tier),
             keys.queue_list(to.tier.queue, priority_of(message)),
             keys.routes,
+            keys.waiting(to.tier.name),
         ],
         [
-            job.task_id, job.attempt, job.tag, held_as, to.attempt, to.tier.name, to.reason, int(to.tier.name == job.tier),
-            json.dumps(renewed), wake_channel(keys.prefix), keys.pool, JOB_LIFE_SECONDS,
+            job.task_id, job.attempt, job.tag, held_as, to.attempt, to.tier.name, to.reason,
+            int(counts and to.tier.name == job.tier), json.dumps(renewed), wake_channel(keys.prefix), keys.pool, JOB_LIFE_SECONDS,
+            to.tier.queue, how, error[:ERROR_CHARACTERS],
         ],
     )  # fmt: skip
 
 
+def again(policy: Policy, job: Job) -> Move | None:
+    """The same attempt on the same tier, for a worker that has to leave; None when the tier is no longer in the policy."""
+    own = policy.tier(job.tier)
+    return Move(own, job.attempt, job.reason) if own else None
+
+
+def hold(keys: Keyspace, tier: str, *, tag: str, value: str) -> Call:
+    """Arguments of ``hold.lua``: a worker has taken a message."""
+    return Call([keys.unacked(tier), keys.unacked_index(tier)], [tag, value])
+
+
+def requeue(keys: Keyspace, tier: str, *, tag: str, raw: str, delivery_tag: str) -> Call:
+    """Arguments of ``requeue.lua``: a message that nobody has claimed, or that is finishing, is to be delivered again.
+
+    Args:
+        keys: the pool's.
+        tier: whose workers hold it.
+        tag: under which it is in flight.
+        raw: the value under that tag, as Kombu wrote it.
+        delivery_tag: a fresh one.
+    """
+    message, _, queue = json.loads(raw)
+    properties = {**message["properties"], "delivery_tag": delivery_tag}
+    renewed = {**message, "properties": properties, "headers": {**(message.get("headers") or {}), "redelivered": True}}
+    list_name, headers = keys.queue_list(queue, priority_of(message)), message.get("headers") or {}
+    task_id, attempt = str(headers.get("id")), (headers.get(HEADER) or {}).get("attempt", "")
+    return Call(
+        [keys.unacked(tier), keys.unacked_index(tier), list_name, keys.job(task_id), keys.waiting(tier)],
+        [tag, json.dumps(renewed), queue, task_id, attempt],
+    )
+
+
+def republish(keys: Keyspace, job: Job, tier: TierPolicy, *, delivery_tag: str) -> Call:
+    """Arguments of ``republish.lua``: the job's message is nowhere."""
+    message = json.loads(job.message)
+    renewed = rewrite(message, queue=tier.queue, attempt=job.attempt, delivery_tag=delivery_tag)
+    return Call(
+        [keys.job(job.task_id), keys.queue_list(tier.queue, priority_of(message))],
+        [job.attempt, json.dumps(renewed), MISSING_MS, wake_channel(keys.prefix), keys.pool],
+    )
+
+
+def aside(keys: Keyspace, tier: str, task_id: str, *, tag: str, reason: str, message: str) -> Call:
+    """Arguments of ``aside.lua``: a message, or the entry of its job, that nobody can read."""
+    return Call(
+        [keys.job(task_id), keys.unacked(tier), keys.unacked_index(tier), keys.aside, keys.aside_count],
+        [task_id, tag, reason, message],
+    )
+
+
 def leave(keys: Keyspace, tier: str, owner: str) -> Call:
     """Arguments of ``leave.lua``: a worker life is over and nothing of it is left to take over."""
-    return Call([keys.presence(tier), keys.slots(tier), keys.held(owner)], [owner])
+    return Call([keys.presence(tier), keys.slots(tier), keys.held(owner), keys.scheduled(tier)], [owner])
+
+
+def report(keys: Keyspace, presence: Mapping[str, str | int | bool], tags: Sequence[str]) -> Call:
+    """Arguments of ``presence.lua``: a worker is there and holds these deliveries."""
+    tier = str(presence["tier"])
+    return Call(
+        [keys.presence(tier), keys.slots(tier), keys.unacked_index(tier), keys.scheduled(tier), keys.drain],
+        [json.dumps({"version": SCHEMA_VERSION, **presence}), JOB_LIFE_SECONDS, *tags],
+    )

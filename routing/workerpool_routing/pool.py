@@ -72,6 +72,10 @@ class WorkerPool:
         in_worker = os.environ.get(ENV_POOL) == name and ENV_TIER in os.environ
         self._connection = Connection(app, patient=False, timeout=timeout)
         self._store: Store | None = None
+        if ENV_TIER in os.environ:
+            from workerpool_routing.worker import expect
+
+            expect(name, os.environ)
         if in_worker:
             from workerpool_routing.worker import install  # only workers pay for it
 

@@ -23,6 +23,9 @@ key                       type    meaning
 ``service:<tier>``        hash    task → mean seconds from claim to end, an EWMA of weight 0.2; written when a job has ended
 ``sides``                 hash    task → 1 while its jobs spill because the wait is too long
 ``served:<tier>``         hash    ``jobs``, ``seconds``, ``squares``: attempts so far, their time on a slot and the squares of it
+``drain``                 set     workers (by name) that are to stop consuming; written by the operator
+``aside``                 hash    task id → JSON: a message or entry that nobody could read, and why; for people
+``aside:count``           string  how many were ever set aside
 ========================  ======  =====================================================================================
 
 An *owner* is one life of a worker process: the worker's name and a suffix of its own, so that a container that restarts under
@@ -85,6 +88,11 @@ ENV_WORKER = "WORKERPOOL_WORKER"
 ENV_QUEUE = "WORKERPOOL_QUEUE"
 ENV_CONCURRENCY = "WORKERPOOL_CONCURRENCY"
 ENV_BROKER_URL = "CELERY_BROKER_URL"
+ENV_GRACE = "WORKERPOOL_GRACE_SECONDS"
+"""From SIGTERM to SIGKILL; the worker gives back what it cannot finish a little before."""
+
+ENV_PROBES = "WORKERPOOL_PROBES"
+"""A directory for the files that probes look at: ``alive`` and ``ready``. Unset: none are written."""
 
 Milliseconds = NewType("Milliseconds", int)
 Wish = Literal[True, False, "required"]
@@ -135,6 +143,18 @@ class Keyspace:
 
     def served(self, tier: str) -> str:
         return self._own(f"served:{tier}")
+
+    @property
+    def drain(self) -> str:
+        return self._own("drain")
+
+    @property
+    def aside(self) -> str:
+        return self._own("aside")
+
+    @property
+    def aside_count(self) -> str:
+        return self._own("aside:count")
 
     def held(self, owner: str) -> str:
         return self._own(f"held:{owner}")
@@ -285,7 +305,9 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """One worker's last report. ``since`` and ``at`` are Redis milliseconds; a worker that is leaving reports no slots."""
+    """One worker's last report. ``since`` and ``at`` are Redis milliseconds; a worker that is draining or leaving reports no
+    slots. ``scheduled`` messages with a future ETA are neither busy nor in flight.
+    """
 
     owner: str
     worker: str
@@ -295,6 +317,8 @@ class Presence:
     busy: int
     since: Milliseconds
     at: Milliseconds
+    scheduled: int = 0
+    draining: bool = False
 
     def alive(self, now: Milliseconds) -> bool:
         """Whether it has reported within the presence life."""

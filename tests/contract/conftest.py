@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from importlib import import_module
+from types import ModuleType
 
 import pytest
 from redis import Redis
+from tests.contract.workers import APP
 
-from workerpool_operator.local.redis_server import private_redis
+from workerpool_operator.local.redis_server import RedisServer, private_redis
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,3 +34,25 @@ def redis_url(_redis_server_url: str) -> str:
     with Redis.from_url(_redis_server_url) as client:
         client.flushall()
     return _redis_server_url
+
+
+@pytest.fixture(scope="module")
+def redis_server() -> Iterator[RedisServer]:
+    """A Redis of the module's own, to be paused."""
+    with private_redis() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def url(redis_server: RedisServer) -> str:
+    """Where it is."""
+    return redis_server.url
+
+
+@pytest.fixture(scope="module")
+def jobs(url: str) -> Iterator[ModuleType]:
+    """The app as an API process has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CELERY_BROKER_URL", url)
+        sys.modules.pop(APP, None)
+        yield import_module(APP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ import time
 from typing import Any
 
 from celery import Celery, signals
+from celery.exceptions import Ignore, Reject
 
 from workerpool_routing import Tier, WorkerPool
 
@@ -16,8 +18,15 @@ URL = os.environ.get("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")
 TIER = os.environ.get("WORKERPOOL_TIER", "none")
 
 app = Celery("jobs", broker=URL, backend=URL)
-app.conf.update(broker_connection_retry_on_startup=True)
-pool = WorkerPool("test/jobs", app, tiers=[Tier("gpu", "gpu-jobs", accelerated=True), Tier("cpu", "cpu-jobs", accelerated=False)])
+app.conf.update(
+    broker_connection_retry_on_startup=True,
+    broker_transport_options=json.loads(os.environ.get("JOBS_TRANSPORT", "{}")),
+)
+tiers = [Tier("gpu", "gpu-jobs", accelerated=True), Tier("cpu", "cpu-jobs", accelerated=False)]
+further = [
+    Tier(name, f"{name}-jobs", accelerated=False) for name in filter(None, os.environ.get("JOBS_FURTHER_TIERS", "").split(","))
+]
+pool = WorkerPool("test/jobs", app, tiers=[*tiers, *further])
 
 
 def end(how: str) -> None:
@@ -95,3 +104,65 @@ def die_before_the_claim(task_id: str, args: Any, **_: Any) -> None:
         and app.backend.client.set(f"died:{task_id}", 1, nx=True)
     ):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task  # type: ignore[untyped-decorator]
+def add(n: int, fails: bool = False) -> int:
+    """One part of a canvas, which may fail where there is an accelerator."""
+    if fails and TIER == "gpu":
+        raise RuntimeError("no GPU memory")
+    return n + 1
+
+
+@app.task(max_retries=0)  # type: ignore[untyped-decorator]
+def add_once(n: int, fails: bool = False) -> int:
+    """The same, with no retries of its author's."""
+    return int(add(n, fails))
+
+
+@app.task  # type: ignore[untyped-decorator]
+def total(parts: list[int]) -> int:
+    """The body of a chord."""
+    return sum(parts)
+
+
+@app.task(fallback_on_failure=False)  # type: ignore[untyped-decorator]
+def settled_here(endings: dict[str, str]) -> str:
+    """A task whose failure is final wherever it is."""
+    end(endings.get(TIER, "return"))
+    return TIER
+
+
+@app.task(fallback_on_failure=(OSError,))  # type: ignore[untyped-decorator]
+def particular(how: str) -> str:
+    """A task that another tier can help after some errors only."""
+    if TIER == "gpu":
+        raise OSError("no device") if how == "device" else ValueError("bad input")
+    return TIER
+
+
+@app.task(fenced=False)  # type: ignore[untyped-decorator]
+def unfenced(endings: dict[str, str]) -> str:
+    """A task whose author wants plain Celery."""
+    end(endings.get(TIER, "return"))
+    return TIER
+
+
+@app.task(bind=True)  # type: ignore[untyped-decorator]
+def special(self: Any, how: str) -> Any:
+    """End by one of Celery's own exceptions."""
+    if how == "ignore":
+        raise Ignore
+    if how == "reject":
+        raise Reject("no", requeue=False)
+    if how == "requeue" and app.backend.client.set(f"requeued:{self.request.id}", 1, nx=True):
+        raise Reject("once more", requeue=True)
+    if how == "replace":
+        raise self.replace(add.s(41).set(queue=self.request.delivery_info["routing_key"]))
+    return how
+
+
+@app.task  # type: ignore[untyped-decorator]
+def count(key: str) -> None:
+    """Count how often it ran."""
+    app.backend.client.incr(key)

@@ -15,7 +15,7 @@ from redis import Redis
 from workerpool_operator.model import WorkerPoolSpec
 from workerpool_operator.ports import Pool
 from workerpool_routing import ledger
-from workerpool_routing.wire import JOB_LIFE_SECONDS, SCHEMA_VERSION, unacked_keys
+from workerpool_routing.wire import unacked_keys
 
 TEMPLATE = {"spec": {"containers": [{"name": "worker"}]}}
 
@@ -71,15 +71,15 @@ def take(connection: Any, queue: str) -> Any:
 
 def report(url: str, pool: Pool, tier: str, owner: str, *, busy: int = 0, age_ms: int = 0) -> None:
     """A worker's presence as the worker itself writes it, that long ago."""
-    entry = {
-        "version": SCHEMA_VERSION, "owner": owner, "worker": owner.partition(".")[0], "tier": tier, "queue": "q", "slots": 1,
+    entry: dict[str, str | int | bool] = {
+        "owner": owner, "worker": owner.partition(".")[0], "tier": tier, "queue": "q", "slots": 1,
         "busy": busy,
     }  # fmt: skip
-    keys = [pool.keys.presence(tier), pool.keys.slots(tier), pool.keys.unacked_index(tier)]
+    call, presence = ledger.report(pool.keys, entry, ()), pool.keys.presence(tier)
     with Redis.from_url(url, decode_responses=True) as client:
-        client.register_script(ledger.script("presence"))(keys=keys, args=[json.dumps(entry), JOB_LIFE_SECONDS])
-        stored = json.loads(client.hget(keys[0], owner))
-        client.hset(keys[0], owner, json.dumps({**stored, "at": stored["at"] - age_ms}))
+        client.register_script(ledger.script("presence"))(keys=call.keys, args=call.args)
+        stored = json.loads(client.hget(presence, owner))
+        client.hset(presence, owner, json.dumps({**stored, "at": stored["at"] - age_ms}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -431,7 +431,7 @@ def test_a_job_whose_result_may_be_stored_is_not_started_anew(redis_url: str, po
         held = claim(redis_url, pool, connection, "gpu", "w.1")
         call = ledger.settle(
             pool.keys, planning.policy(pool.spec), held.task_id, attempt=1, tag=held.message.delivery_tag, owner="w.1",
-            before=State.CLAIMED, after=State.FINISHING,
+            tier="gpu", before=State.CLAIMED, after=State.FINISHING,
         )  # fmt: skip
         with Redis.from_url(redis_url) as client:
             assert client.register_script(ledger.script("settle"))(keys=call.keys, args=call.args) == 1

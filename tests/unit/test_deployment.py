@@ -104,6 +104,7 @@ def test_the_environment_says_who_the_worker_is_and_wins_over_the_users() -> Non
         "WORKERPOOL_WORKER": {"fieldRef": {"fieldPath": "metadata.name"}},
         "WORKERPOOL_QUEUE": "gpu-tasks",
         "WORKERPOOL_CONCURRENCY": "2",
+        "WORKERPOOL_GRACE_SECONDS": "600",
         "CELERY_BROKER_URL": "redis://redis:6379/0",
         "LEVEL": "x",
     }

@@ -12,7 +12,7 @@ import pytest
 
 from workerpool_routing import ledger
 from workerpool_routing.decide import Reason
-from workerpool_routing.ledger import Claim, Job, Move, State, after_failure, after_loss
+from workerpool_routing.ledger import Claim, CorruptEntry, Job, Move, State, after_failure, after_loss
 from workerpool_routing.wire import (
     ENDED_JOB_LIFE_SECONDS,
     HEADER,
@@ -150,7 +150,7 @@ def claimed(**changes: Any) -> ledger.Call:
 
 def test_a_claim_gives_the_script_its_arguments_in_order() -> None:
     call = claimed()
-    assert call.keys == [KEYS.job("t1"), KEYS.held("w.1")]
+    assert call.keys == [KEYS.job("t1"), KEYS.held("w.1"), KEYS.waiting("gpu"), KEYS.unacked("gpu")]
     assert call.args == ["t1", 2, "tag", "w.1", "gpu", 3, ledger.LOSSES_ALLOWED, JOB_LIFE_SECONDS, 1, 0, "c1"]
     assert claimed(moves_on=False, no_result=True).args[-3:-1] == [0, 1]
 
@@ -161,20 +161,21 @@ def test_a_job_that_cannot_move_on_survives_one_loss_and_not_two() -> None:
 
 @pytest.mark.parametrize("after", State)
 def test_an_entry_lives_longer_while_its_job_can_still_change(after: State) -> None:
-    call = ledger.settle(KEYS, POLICY, "t1", attempt=2, tag="tag", owner="w.1", before=State.CLAIMED, after=after)
+    call = ledger.settle(KEYS, POLICY, "t1", attempt=2, tag="tag", owner="w.1", tier="gpu", before=State.CLAIMED, after=after)
     ended = after in (State.DONE, State.FAILED, State.EXPIRED)
-    assert call.args[:-1] == ["t1", 2, "tag", "claimed", after, ENDED_JOB_LIFE_SECONDS if ended else JOB_LIFE_SECONDS]
+    life = ENDED_JOB_LIFE_SECONDS if ended else JOB_LIFE_SECONDS
+    assert call.args == ["t1", 2, "tag", "w.1", "claimed", after, life, "", "", ""]
     assert ENDED_JOB_LIFE_SECONDS < JOB_LIFE_SECONDS
 
 
 def test_a_settled_job_is_struck_from_the_spills_of_every_tier() -> None:
-    call = ledger.settle(KEYS, POLICY, "t1", attempt=1, tag="tag", owner="w.1", before=State.CLAIMED, after=State.DONE)
-    assert call.keys == [KEYS.job("t1"), KEYS.held("w.1"), KEYS.spilled("gpu"), KEYS.spilled("cpu")]
-
-
-def test_the_script_that_settles_a_job_can_name_the_record_of_its_tier() -> None:
-    call = ledger.settle(KEYS, POLICY, "t1", attempt=1, tag="tag", owner="w.1", before=State.CLAIMED, after=State.DONE)
-    assert f"{call.args[-1]}gpu" == KEYS.served("gpu")
+    call = ledger.settle(
+        KEYS, POLICY, "t1", attempt=1, tag="tag", owner="w.1", tier="gpu", before=State.CLAIMED, after=State.DONE
+    )
+    assert call.keys == [
+        KEYS.job("t1"), KEYS.held("w.1"), KEYS.waiting("gpu"), KEYS.unacked("gpu"), KEYS.unacked_index("gpu"),
+        KEYS.service("gpu"), KEYS.served("gpu"), KEYS.spilled("gpu"), KEYS.spilled("cpu"),
+    ]  # fmt: skip
 
 
 RAW = json.dumps(
@@ -195,7 +196,7 @@ RAW = json.dumps(
 
 
 def moved(to: Move) -> ledger.Call:
-    return ledger.move(KEYS, JOB, to, held_as="held", raw=RAW, delivery_tag="fresh")
+    return ledger.move(KEYS, JOB, to, held_as="held", raw=RAW, delivery_tag="fresh", how="lost", error="why")
 
 
 def test_a_move_takes_the_message_from_the_tier_that_held_it_to_the_queue_of_the_next() -> None:
@@ -207,8 +208,10 @@ def test_a_move_takes_the_message_from_the_tier_that_held_it_to_the_queue_of_the
         KEYS.unacked_index("gpu"),
         KEYS.queue_list("celery", 6),
         KEYS.routes,
+        KEYS.waiting("cpu"),
     ]
-    *before, message, channel, pool, life = call.args
+    *before, message, channel, pool, life, queue, how, error = call.args
+    assert (queue, how, error) == ("celery", "lost", "why")
     assert before == ["t1", 1, "tag", "held", 2, "cpu", "AttemptLost", 0]
     assert (channel, pool, life) == (wake_channel("prod-"), "ml/media", JOB_LIFE_SECONDS)
     renewed = json.loads(str(message))
@@ -226,7 +229,7 @@ def test_a_move_on_the_same_tier_says_so_because_it_counts_as_a_loss() -> None:
 
 def test_a_worker_that_leaves_is_struck_from_presence_slots_and_claims() -> None:
     call = ledger.leave(KEYS, "gpu", "w.1")
-    assert (call.keys, call.args) == ([KEYS.presence("gpu"), KEYS.slots("gpu"), KEYS.held("w.1")], ["w.1"])
+    assert (call.keys, call.args) == ([KEYS.presence("gpu"), KEYS.slots("gpu"), KEYS.held("w.1"), KEYS.scheduled("gpu")], ["w.1"])
 
 
 def test_the_claim_script_answers_in_the_words_of_the_library() -> None:
@@ -246,10 +249,45 @@ def test_the_scripts_know_the_states_by_their_names() -> None:
         ("claim", claimed()),
         ("move", moved(Move(CPU, 2, Reason.ATTEMPT_LOST))),
         ("leave", ledger.leave(KEYS, "gpu", "w.1")),
-        ("settle", ledger.settle(KEYS, Policy(()), "t1", attempt=1, tag="", owner="w", before=State.CLAIMED, after=State.DONE)),
+        ("hold", ledger.hold(KEYS, "gpu", tag="a", value="b")),
+        ("requeue", ledger.requeue(KEYS, "gpu", tag="a", raw=RAW, delivery_tag="fresh")),
+        ("republish", ledger.republish(KEYS, replace(JOB, message=json.dumps(json.loads(RAW)[0])), GPU, delivery_tag="fresh")),
+        ("aside", ledger.aside(KEYS, "gpu", "t1", tag="a", reason="b", message="c")),
+        (
+            "settle",
+            ledger.settle(
+                KEYS, Policy(()), "t1", attempt=1, tag="", owner="w", tier="gpu", before=State.CLAIMED, after=State.DONE
+            ),
+        ),
     ],
 )
 def test_a_script_reads_exactly_the_keys_and_arguments_that_it_is_given(name: str, call: ledger.Call) -> None:
     text = ledger.script(name)
     for array, given in (("KEYS", call.keys), ("ARGV", call.args)):
         assert {int(n) for n in re.findall(rf"{array}\[(\d+)\]", text)} == set(range(1, len(given) + 1))
+
+
+def test_every_start_is_read_with_its_end_and_its_error() -> None:
+    runs = {"runs": "2", "run:1": '{"attempt":1,"tier":"gpu","owner":"w.1","began":1,"ended":2,"how":"failed","error":"E()"}',
+            "run:2": '{"attempt":2,"tier":"cpu","owner":"w.2","began":3}'}  # fmt: skip
+    job = Job.load("t1", STORED | runs)
+    assert job
+    assert [(run.tier, run.how, run.error, run.ended) for run in job.runs] == [("gpu", "failed", "E()", 2), ("cpu", "", "", None)]
+
+
+@pytest.mark.parametrize("garbage", [{"state": "nonsense"}, {"attempt": "x"}, {"reason": "Because"}, {"runs": "1", "run:1": "{"}])
+def test_an_entry_that_no_release_wrote_is_corrupt(garbage: dict[str, str]) -> None:
+    with pytest.raises(CorruptEntry, match="job t1 cannot be read"):
+        Job.load("t1", STORED | garbage)
+
+
+def test_a_job_that_its_task_keeps_where_it_is_does_not_move_on_after_a_loss() -> None:
+    assert after_loss(POLICY, replace(JOB, stays=True)) == Move(GPU, 1, Reason.ATTEMPT_LOST)
+
+
+def test_what_is_given_back_is_the_same_attempt_on_the_same_tier_and_no_loss() -> None:
+    to = ledger.again(POLICY, JOB)
+    assert to == Move(GPU, 1, Reason.FREE_SLOT)
+    call = ledger.move(KEYS, JOB, to, held_as="held", raw=RAW, delivery_tag="fresh", how="given back", counts=False)
+    assert call.args[4:8] == [1, "gpu", "FreeSlot", 0]
+    assert ledger.again(Policy((CPU,)), JOB) is None

@@ -44,6 +44,7 @@ def test_a_worker_gets_celery_with_the_tiers_queue_and_the_templates_args() -> N
         "WORKERPOOL_WORKER": "media-cpu-x7k2p",
         "WORKERPOOL_QUEUE": "a$(HOME)b",
         "WORKERPOOL_CONCURRENCY": "3",
+        "WORKERPOOL_GRACE_SECONDS": "600",
         "CELERY_BROKER_URL": "redis://127.0.0.1:1/0",
     }
 

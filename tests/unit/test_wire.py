@@ -103,7 +103,8 @@ def own_keys(keys: Keyspace) -> list[str]:
         keys.idempotent,
         keys.service,
     ]
-    return [keys.policy, keys.capacity, keys.routes, keys.sides, *(name(what) for name in named for what in ("gpu", "cpu"))]
+    own = [keys.policy, keys.capacity, keys.routes, keys.sides, keys.drain, keys.aside, keys.aside_count]
+    return [*own, *(name(what) for name in named for what in ("gpu", "cpu"))]
 
 
 def test_no_two_keys_of_any_two_pools_are_the_same() -> None:
@@ -119,10 +120,10 @@ def test_every_key_starts_with_the_prefix_and_the_pool() -> None:
 def test_every_name_of_schema_version_1_stays_as_other_releases_know_it() -> None:
     assert wire.SCHEMA_VERSION == 1
     assert [name.removeprefix("workerpool:ml/media:") for name in own_keys(KEYS)] == [
-        "policy", "capacity", "routes", "sides", "presence:gpu", "presence:cpu", "slots:gpu", "slots:cpu", "spilled:gpu",
-        "spilled:cpu", "served:gpu", "served:cpu", "held:gpu", "held:cpu", "job:gpu", "job:cpu", "unacked:gpu", "unacked:cpu",
-        "unacked:gpu:index",
-        "unacked:cpu:index", "waiting:gpu", "waiting:cpu", "scheduled:gpu", "scheduled:cpu",
+        "policy", "capacity", "routes", "sides", "drain", "aside", "aside:count",
+        "presence:gpu", "presence:cpu", "slots:gpu", "slots:cpu", "spilled:gpu", "spilled:cpu", "served:gpu", "served:cpu",
+        "held:gpu", "held:cpu", "job:gpu", "job:cpu", "unacked:gpu", "unacked:cpu", "unacked:gpu:index", "unacked:cpu:index",
+        "waiting:gpu", "waiting:cpu", "scheduled:gpu", "scheduled:cpu",
         "leases:gpu", "leases:cpu", "idempotent:gpu", "idempotent:cpu", "service:gpu", "service:cpu",
     ]  # fmt: skip
     assert wire.HEADER == "workerpool"

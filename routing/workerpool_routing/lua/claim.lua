@@ -1,23 +1,33 @@
 -- One delivery asks to run its job.
 --
--- KEYS: job, held:<owner>. ARGV: task id, attempt, delivery tag, owner, tier, retries, losses allowed, job life,
--- 1 when a loss moves the job on to another tier, 1 when a finishing attempt is known to have no result, a name for this request.
--- Returns: run | unknown | ended | stale | lost | finishing | poison.
+-- KEYS: job, held:<owner>, waiting:<tier>, unacked hash. ARGV: task id, attempt, delivery tag, owner, tier, retries,
+-- losses allowed, job life, 1 when a loss moves the job on to another tier, 1 when a finishing attempt is known to have no result,
+-- a name for this request.
+-- Returns: run | unknown | ended | stale | lost | finishing | poison | corrupt.
 local id, attempt, tag, owner, tier = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[5]
 local retries, losses_allowed, life = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
 local moves_on, no_result = ARGV[9] == '1', ARGV[10] == '1'
-local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'retries', 'losses', 'required', 'claim')
+local kind = redis.call('TYPE', KEYS[1]).ok
+if kind == 'none' then return 'unknown' end
+if kind ~= 'hash' then return 'corrupt' end
+local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'retries', 'losses', 'required', 'tag', 'runs', 'claim')
 local state = job[1]
 
-if not state then return 'unknown' end
 if state == 'done' or state == 'failed' or state == 'expired' then return 'ended' end
+local known = state == 'admitted' or state == 'claimed' or state == 'finishing'
+local numbers = tonumber(job[2]) and tonumber(job[3] or 0) and tonumber(job[4] or 0) and tonumber(job[7] or 0)
+if not known or not numbers then return 'corrupt' end
 if tonumber(job[2]) ~= attempt then return 'stale' end
 
 -- The answer was lost on its way, and the client asks again.
-if state == 'claimed' and job[6] == ARGV[11] then return 'run' end
+if state == 'claimed' and job[8] == ARGV[11] then return 'run' end
 
 -- A retry that the task's author asked for overtakes the attempt that asked: it is a new delivery, but nothing was lost.
-local retried = retries > tonumber(job[3] or 0)
+local asked = tonumber(job[3] or 0)
+if retries < asked then return 'stale' end
+local retried = retries > asked
+-- Another delivery of the same attempt, while the one that claimed is still in flight, is a copy and no loss.
+if state ~= 'admitted' and not retried and job[6] ~= tag and redis.call('HEXISTS', KEYS[4], job[6]) == 1 then return 'stale' end
 if state == 'finishing' and not retried and not no_result then return 'finishing' end
 
 local losses = tonumber(job[4] or 0)
@@ -27,11 +37,21 @@ if state ~= 'admitted' and not retried then
 end
 
 local clock = redis.call('TIME')
-redis.call('HSET', KEYS[1], 'state', 'claimed', 'tag', tag, 'owner', owner, 'tier', tier, 'retries', retries, 'claim', ARGV[11],
-  'claimed_at', clock[1] * 1000 + math.floor(clock[2] / 1000))
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+redis.call('HSET', KEYS[1], 'state', 'claimed', 'tag', tag, 'owner', owner, 'tier', tier, 'retries', retries,
+  'stays', moves_on and '0' or '1', 'claim', ARGV[11],
+  'claimed_at', now)
+redis.call('HDEL', KEYS[1], 'message', 'missing_at')
 redis.call('EXPIRE', KEYS[1], life)
 redis.call('SADD', KEYS[2], id)
 redis.call('EXPIRE', KEYS[2], life)
-if losses > losses_allowed then return 'poison' end
+redis.call('ZREM', KEYS[3], id)
+if losses > losses_allowed then
+  redis.call('HSET', KEYS[1], 'state', 'finishing')
+  return 'poison'
+end
 redis.call('HINCRBY', KEYS[1], 'starts:' .. tier, 1)
+local run = redis.call('HINCRBY', KEYS[1], 'runs', 1)
+redis.call('HSET', KEYS[1], 'run:' .. run, cjson.encode({attempt = attempt, tier = tier, owner = owner, began = now}))
+redis.call('HDEL', KEYS[1], 'run:' .. (run - 16))
 return 'run'

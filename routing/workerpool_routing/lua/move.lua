@@ -1,21 +1,32 @@
 -- Give a claimed job another run: take its message out of the in-flight keys and put the rewritten one at the head of a queue.
 -- Whoever sees the failure or the loss calls this; one caller wins, the others change nothing.
 --
--- KEYS: job, held:<owner>, unacked hash, unacked index, queue list, routes.
+-- KEYS: job, held:<owner>, unacked hash, unacked index, queue list, routes, waiting:<new tier>.
 -- ARGV: task id, attempt, delivery tag on the ledger, delivery tag in the in-flight keys, new attempt, new tier, reason,
--- 1 when it stays on its tier (which is allowed once), the message, wake channel, pool, life.
+-- 1 when it counts as a loss on a tier that it cannot leave (which is allowed once), the message, wake channel, pool, life, queue,
+-- how the run ended, error.
 -- Returns 1 when it moved, 0 when another caller, or the attempt itself, was first.
-local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'tag')
+local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'tag', 'runs', 'admitted_at')
 if job[1] ~= 'claimed' and job[1] ~= 'finishing' then return 0 end
 if job[2] ~= ARGV[2] or job[3] ~= ARGV[3] then return 0 end
 if redis.call('HDEL', KEYS[3], ARGV[4]) == 0 then return 0 end
 redis.call('ZREM', KEYS[4], ARGV[4])
 redis.call('HDEL', KEYS[1], 'tag', 'owner')
-redis.call('HSET', KEYS[1], 'state', 'admitted', 'attempt', ARGV[5], 'tier', ARGV[6], 'reason', ARGV[7])
+redis.call('HSET', KEYS[1], 'state', 'admitted', 'attempt', ARGV[5], 'tier', ARGV[6], 'reason', ARGV[7], 'message', ARGV[9],
+  'queue', ARGV[13])
 if ARGV[8] == '1' then redis.call('HINCRBY', KEYS[1], 'losses', 1) end
 redis.call('EXPIRE', KEYS[1], ARGV[12])
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local raw = job[4] and redis.call('HGET', KEYS[1], 'run:' .. job[4])
+if raw then
+  local run = cjson.decode(raw)
+  run.ended, run.how, run.error = now, ARGV[14], ARGV[15] ~= '' and ARGV[15] or nil
+  redis.call('HSET', KEYS[1], 'run:' .. job[4], cjson.encode(run))
+end
 redis.call('SREM', KEYS[2], ARGV[1])
 redis.call('RPUSH', KEYS[5], ARGV[9])
+redis.call('ZADD', KEYS[7], now, ARGV[1])
 redis.call('HINCRBY', KEYS[6], ARGV[6] .. ':' .. ARGV[7], 1)
 redis.call('PUBLISH', ARGV[10], ARGV[11])
 return 1

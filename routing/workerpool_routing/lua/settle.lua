@@ -1,32 +1,53 @@
 -- Move an attempt from one state to another, if it is still the one that the ledger knows.
 --
--- KEYS: job, held:<owner>, then every spilled:<tier>. ARGV: task id, attempt, delivery tag ('' before a claim), from, to, life,
--- the key served:<tier> without the tier.
+-- KEYS: job, held:<owner>, waiting:<tier>, unacked hash, unacked index, service:<tier>, served:<tier>, then every spilled:<tier>.
+-- ARGV: task id, attempt, delivery tag and owner ('' before a claim), from, to, life, how it ended, error, retries asked for.
 -- Returns 1 when it moved, or had moved and only the answer was lost; -1 when the ledger no longer knows the job (Redis came back
 -- without it): nobody else can have it; 0 when another attempt owns the job now.
-local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'tag', 'tier', 'claimed_at')
+local id, tag, owner, from, to = ARGV[1], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'tag', 'owner', 'runs', 'claimed_at', 'task')
 if not job[1] then
-  redis.call('SREM', KEYS[2], ARGV[1])
+  redis.call('SREM', KEYS[2], id)
   return -1
 end
-if job[1] == ARGV[5] and job[2] == ARGV[2] and job[3] == ARGV[3] then return 1 end
-if job[1] ~= ARGV[4] or job[2] ~= ARGV[2] or (job[3] or '') ~= ARGV[3] then return 0 end
+if job[1] == to and job[2] == ARGV[2] and (job[3] or '') == tag and (job[4] or '') == owner then return 1 end
+if job[1] ~= from or job[2] ~= ARGV[2] or (job[3] or '') ~= tag or (job[4] or '') ~= owner then return 0 end
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
-redis.call('HSET', KEYS[1], 'state', ARGV[5], ARGV[5] .. '_at', now)
-if ARGV[4] == 'claimed' and ARGV[5] ~= 'admitted' then
-  local served, seconds = ARGV[7] .. job[4], math.max(0, now - tonumber(job[5])) / 1000
-  redis.call('HINCRBY', served, 'jobs', 1)
-  redis.call('HINCRBYFLOAT', served, 'seconds', seconds)
-  redis.call('HINCRBYFLOAT', served, 'squares', seconds * seconds)
-  redis.call('EXPIRE', served, ARGV[6])
+redis.call('HSET', KEYS[1], 'state', to, to .. '_at', now)
+redis.call('EXPIRE', KEYS[1], ARGV[7])
+if from == 'claimed' and to ~= 'admitted' and tonumber(job[6]) then
+  local seconds = math.max(0, now - job[6]) / 1000
+  redis.call('HINCRBY', KEYS[7], 'jobs', 1)
+  redis.call('HINCRBYFLOAT', KEYS[7], 'seconds', seconds)
+  redis.call('HINCRBYFLOAT', KEYS[7], 'squares', seconds * seconds)
+  redis.call('EXPIRE', KEYS[7], ARGV[7])
 end
-redis.call('EXPIRE', KEYS[1], ARGV[6])
-if ARGV[5] == 'finishing' then return 1 end
-redis.call('SREM', KEYS[2], ARGV[1])
-if ARGV[5] == 'admitted' then
+
+local raw = job[5] and redis.call('HGET', KEYS[1], 'run:' .. job[5])
+if raw and ARGV[8] ~= '' then
+  local run = cjson.decode(raw)
+  run.ended, run.how, run.error = now, ARGV[8], ARGV[9] ~= '' and ARGV[9] or nil
+  redis.call('HSET', KEYS[1], 'run:' .. job[5], cjson.encode(run))
+end
+if to == 'finishing' then return 1 end
+
+redis.call('SREM', KEYS[2], id)
+if to == 'admitted' then
   redis.call('HDEL', KEYS[1], 'tag', 'owner')
-else
-  for i = 3, #KEYS do redis.call('ZREM', KEYS[i], ARGV[1]) end
+  if ARGV[10] ~= '' then redis.call('HSET', KEYS[1], 'retries', ARGV[10]) end
+  return 1
+end
+redis.call('ZREM', KEYS[3], id)
+redis.call('HDEL', KEYS[1], 'message', 'missing_at')
+for i = 8, #KEYS do redis.call('ZREM', KEYS[i], id) end
+-- The delivery ends with the job: a worker that lost its connection meanwhile could not acknowledge it any more.
+if tag ~= '' then
+  redis.call('HDEL', KEYS[4], tag)
+  redis.call('ZREM', KEYS[5], tag)
+end
+if to ~= 'expired' and tonumber(job[6]) and job[7] then
+  local took, before = (now - job[6]) / 1000, tonumber(redis.call('HGET', KEYS[6], job[7]))
+  redis.call('HSET', KEYS[6], job[7], string.format('%.3f', before and 0.8 * before + 0.2 * took or took))
 end
 return 1

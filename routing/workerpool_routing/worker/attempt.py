@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("workerpool_routing.worker")
 
 
+LOST_EARLIER = "lost"
+"""How the run ended that a later delivery of the same attempt finds on the ledger."""
+
+
 class Outcome(Enum):
     """What became of an attempt that failed or was lost."""
 
@@ -62,10 +66,12 @@ class WorkerLife:
     def _source(self) -> PolicySource:
         return PolicySource(self.connection, self.keys, self.pool.given)
 
-    def attempt(self, task_id: str, headers: Mapping[str, Any] | None, delivery_tag: str, retries: int) -> Attempt | None:
+    def attempt(
+        self, task_id: str, headers: Mapping[str, Any] | None, delivery_tag: str, retries: int, *, may_move: bool = True
+    ) -> Attempt | None:
         """The attempt that a message carries, None for a message that was not admitted through the pool."""
         number = ((headers or {}).get(HEADER) or {}).get("attempt")
-        return Attempt(self, task_id, number, delivery_tag, retries) if isinstance(number, int) else None
+        return Attempt(self, task_id, number, delivery_tag, retries, may_move) if isinstance(number, int) else None
 
     def job(self, task_id: str) -> Job | None:
         """The ledger's entry."""
@@ -76,12 +82,10 @@ class WorkerLife:
         """Run something in the main process later."""
         self.timer.call_after(seconds, function)
 
-    def release_all(self) -> None:
-        """Give back what a cold shutdown is about to cut off: it goes back to the queue, and that is not a lost attempt."""
-        for task_id in self.connection.client.smembers(self.keys.held(self.owner)):
-            job = self.job(task_id)
-            if job and job.owner == self.owner:
-                Attempt(self, task_id, job.attempt, job.tag, 0).settle(job.state, State.ADMITTED)
+    def set_aside(self, task_id: str, *, reason: str, message: str, tag: str = "") -> None:
+        """Keep for people what nobody can read, and count it."""
+        logger.error("set aside task_id=%s in key %s: %s", task_id, self.keys.aside, reason)
+        self.connection.run("aside", ledger.aside(self.keys, self.tier, task_id, tag=tag, reason=reason, message=message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,63 +97,103 @@ class Attempt:
     number: int
     tag: str
     retries: int
+    may_move: bool = True
+    """Whether its task lets it go to another tier when its worker is lost."""
 
-    def claim(self, result_stored: Callable[[], bool]) -> Claim:
+    def claim(self, stored_result: Callable[[], str]) -> Claim:
         """Ask to run: RUN, UNKNOWN (not on the ledger: run it as plain Celery would), POISON (fail it), or any other: drop it.
 
         Finding an earlier owner reports a loss: on an accelerated tier the job moves on to the next one. An attempt that was cut
-        off between its end and its stored result runs again.
+        off between its end and its stored result runs again; ``stored_result`` answers with its final Celery state, or "".
         """
         answer = self._claim(no_result=False)
         if answer is Claim.FINISHING:
-            if result_stored():
-                self.settle(State.FINISHING, State.DONE, tag=self._ledger_tag())
+            if stored := stored_result():
+                self._close_for_another(State.DONE if stored == "SUCCESS" else State.FAILED)
                 return Claim.ENDED
             answer = self._claim(no_result=True)
         if answer is Claim.LOST:
-            self.end(ledger.after_loss)
+            self.end(ledger.after_loss, LOST_EARLIER)
+        if answer is Claim.CORRUPT:
+            raw = self._raw()
+            self.life.set_aside(self.task_id, reason="its ledger entry cannot be read", message=raw or "", tag=self.tag)
         return answer
+
+    def _close_for_another(self, after: State) -> None:
+        """Close the entry of an attempt that stored its result and was cut off before it could say so."""
+        job = self.life.job(self.task_id)
+        if job:
+            self._settle(State.FINISHING, after, job.tag, job.owner, how=after)
 
     def _claim(self, *, no_result: bool) -> Claim:
         life = self.life
         tier = life.policy.tier(life.tier)
-        moves_on = bool(tier and tier.accelerated and life.policy.plain_tier() and life.policy.fallback_on_loss)
+        moves_on = bool(self.may_move and tier and tier.accelerated and life.policy.plain_tier() and life.policy.fallback_on_loss)
         call = ledger.claim(
             life.keys, self.task_id, attempt=self.number, tag=self.tag, owner=life.owner, tier=life.tier, retries=self.retries,
             moves_on=moves_on, no_result=no_result, name=str(uuid4()),
         )  # fmt: skip
         return Claim(life.connection.run("claim", call))
 
-    def _ledger_tag(self) -> str:
-        job = self.life.job(self.task_id)
-        return job.tag if job else ""
-
-    def settle(self, before: State, after: State, *, tag: str | None = None) -> bool:
+    def settle(self, before: State, after: State, *, how: str = "", error: str = "", retries: int | None = None) -> bool:
         """Enter the next state; False when another attempt counts by now."""
-        call = ledger.settle(
-            self.life.keys, self.life.policy, self.task_id, attempt=self.number, tag=self.tag if tag is None else tag,
-            owner=self.life.owner, before=before, after=after,
-        )  # fmt: skip
-        return bool(self.life.connection.run("settle", call))
+        return self._settle(before, after, self.tag, self.life.owner, how, error, retries)
 
-    def end(self, follows: Callable[[Policy, Job], Move | None]) -> Outcome:
+    def settle_unclaimed(self, after: State) -> bool:
+        """End a job that was never started: it expired, was revoked, or its task is not known here."""
+        return self._settle(State.ADMITTED, after, "", "")
+
+    def _settle(
+        self, before: State, after: State, tag: str, owner: str, how: str = "", error: str = "", retries: int | None = None
+    ) -> bool:
+        life = self.life
+        call = ledger.settle(
+            life.keys, life.policy, self.task_id, attempt=self.number, tag=tag, owner=owner, tier=life.tier, before=before,
+            after=after, how=how, error=error, retries=retries,
+        )  # fmt: skip
+        return bool(life.connection.run("settle", call))
+
+    def end(self, follows: Callable[[Policy, Job], Move | None], how: str, error: str = "") -> Outcome:
         """Act on a failure or a loss as the rule says (:func:`ledger.after_failure`, :func:`ledger.after_loss`)."""
         job = self.life.job(self.task_id)
         if job is None or job.attempt != self.number or job.state.ended:
             return Outcome.NOT_OURS
         if job.state is State.ADMITTED:
             return Outcome.RELEASED
+        if job.tag != self.tag and how != LOST_EARLIER:
+            return Outcome.NOT_OURS
         to = follows(self.life.policy, job)
         if to is None:
-            return Outcome.FINAL if job.tag == self.tag else Outcome.NOT_OURS
-        raw = self.life.connection.client.hget(self.life.keys.unacked(job.tier), self.tag)
-        if raw is None:
-            return Outcome.NOT_OURS
-        call = ledger.move(self.life.keys, job, to, held_as=self.tag, raw=raw, delivery_tag=str(uuid4()))
-        if not self.life.connection.run("move", call):
+            finishing = self.settle(State.CLAIMED, State.FINISHING, how=how, error=error)
+            return Outcome.FINAL if finishing else Outcome.NOT_OURS
+        if not self._move(job, to, how, error):
             return Outcome.NOT_OURS
         logger.warning(
             "moved task_id=%s task=%s from=%s to=%s attempt=%d reason=%s",
             self.task_id, job.task, job.tier, to.tier.name, to.attempt, to.reason,
         )  # fmt: skip
         return Outcome.MOVED
+
+    def release(self) -> bool:
+        """Give the job back to the head of its queue because this worker has to leave: no failure, and not counted."""
+        job = self.life.job(self.task_id)
+        if job is None or job.state is not State.CLAIMED or (job.attempt, job.tag, job.owner) != (
+            self.number, self.tag, self.life.owner,
+        ):  # fmt: skip
+            return False
+        to = ledger.again(self.life.policy, job)
+        return bool(to and self._move(job, to, "given back", counts=False))
+
+    def _move(self, job: Job, to: Move, how: str, error: str = "", *, counts: bool = True) -> bool:
+        raw = self._raw()
+        if raw is None:
+            return False
+        call = ledger.move(
+            self.life.keys, job, to, held_as=self.tag, raw=raw, delivery_tag=str(uuid4()), how=how, error=error, counts=counts
+        )
+        return bool(self.life.connection.run("move", call))
+
+    def _raw(self) -> str | None:
+        """This delivery as Kombu keeps it in flight."""
+        raw: str | None = self.life.connection.client.hget(self.life.keys.unacked(self.life.tier), self.tag)
+        return raw

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from signal import SIGTERM
 from typing import TYPE_CHECKING, Any
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Task, states
-from celery.exceptions import Ignore, Reject, Retry
+from celery.backends.base import DisabledBackend
+from celery.exceptions import Ignore, Reject, Retry, WorkerShutdown, WorkerTerminate
 from celery.utils.imports import symbol_by_name
-from celery.worker import state as worker_state
 from celery.worker.state import task_ready
 from redis import RedisError
 
 from workerpool_routing import ledger
-from workerpool_routing.errors import JobLost, PoolUnavailable
+from workerpool_routing.errors import JobLost, PoolUnavailable, TaskExited
 from workerpool_routing.ledger import Claim, Job, Move, State
 from workerpool_routing.wire import Policy
 from workerpool_routing.worker.attempt import Attempt, Outcome, WorkerLife
 
 logger = logging.getLogger("workerpool_routing.worker")
+
 
 RETRY_SECONDS = 2.0
 """How soon the main process asks again when the ledger did not answer; the worker works on meanwhile."""
@@ -33,20 +35,34 @@ _ENTERED = "workerpool_entered"
 
 
 def fence(task: Task, child: WorkerLife, main: WorkerLife) -> None:
-    """Put the fence around a registered task, whatever base class its author gave it; Celery's own tasks are left alone.
+    """Put the fence around a registered task, whatever base class its author gave it.
+
+    Celery's own tasks are left alone, and so is one whose author has set ``fenced = False``.
 
     Args:
         task: the task.
         child: this worker's life as the pool's children act in it.
         main: the same for the main process.
     """
-    if task.name.startswith("celery.") or isinstance(task, FencedTask):
+    if task.name.startswith("celery.") or isinstance(task, FencedTask) or not getattr(task, "fenced", True):
         return
+    if task.acks_late is False:
+        logger.warning("%s: acks_late=False is not used: a job acknowledged early could be lost with its worker", task.name)
     own_request = symbol_by_name(task.Request)
-    request = type("FencedRequest", (FencedRequest, own_request), {"life": main})
     own = type(task)
-    task.__class__ = type(own.__name__, (FencedTask, own), {"__module__": own.__module__, "life": child, "Request": request})
+    rules = {name: getattr(task, name, True) for name in ("fallback_on_failure", "fallback_on_loss")}
+    request = type("FencedRequest", (FencedRequest, own_request), {"life": main})
+    names = {"__module__": own.__module__, "life": child, "Request": request, **rules}
+    task.__class__ = type(own.__name__, (FencedTask, own), names)
     task.acks_late = True
+
+
+def settle_unknown(life: WorkerLife, message: Any, task: str) -> None:
+    """Close the ledger entry of a job whose task this worker does not know: Celery has stored the failure."""
+    headers = message.headers or {}
+    attempt = life.attempt(headers.get("id", ""), headers, message.delivery_tag, int(headers.get("retries") or 0))
+    if attempt and attempt.settle_unclaimed(State.FAILED):
+        logger.error("failed task_id=%s: task %s is not known on tier %s", attempt.task_id, task, life.tier)
 
 
 @contextmanager
@@ -59,10 +75,17 @@ def _back_to_the_queue_without_redis() -> Iterator[None]:
 
 
 class FencedTask(Task):
-    """Runs in the pool's child: claims before the author's code, commits after it, and falls back when it raises."""
+    """Runs in the pool's child: claims before the author's code, commits after it, and falls back when it raises.
+
+    Attributes:
+        fallback_on_failure: the task's own rule: False, or the only exceptions after which another tier may help.
+        fallback_on_loss: False keeps its jobs on their tier when a worker is lost.
+    """
 
     abstract = True
     life: WorkerLife
+    fallback_on_failure: bool | tuple[type[Exception], ...]
+    fallback_on_loss: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         attempt = None if getattr(self.request, _ENTERED, False) else self._attempt()
@@ -70,7 +93,7 @@ class FencedTask(Task):
             return super().__call__(*args, **kwargs)
         setattr(self.request, _ENTERED, True)
         with _back_to_the_queue_without_redis():
-            answer = attempt.claim(lambda: self._result_stored(attempt.task_id))
+            answer = attempt.claim(self._stored_result)
         match answer:
             case Claim.RUN:
                 return self._run(attempt, *args, **kwargs)
@@ -84,36 +107,64 @@ class FencedTask(Task):
     def _run(self, attempt: Attempt, *args: Any, **kwargs: Any) -> Any:
         try:
             result = super().__call__(*args, **kwargs)
-        except (Retry, Reject) as asked:
-            again = isinstance(asked, Retry) or asked.requeue
-            self._close(State.CLAIMED, State.ADMITTED if again else State.FAILED)
+        except Retry:
+            self._close(State.CLAIMED, State.ADMITTED, how="retry", retries=attempt.retries + 1)
+            raise
+        except Reject as rejected:
+            after = State.ADMITTED if rejected.requeue else State.FAILED
+            self._close(State.CLAIMED, after, how="rejected")
             raise
         except Ignore:
-            self._close(State.CLAIMED, State.DONE)
+            self._close(State.CLAIMED, State.DONE, how="ignored")
+            raise
+        except (WorkerShutdown, WorkerTerminate):  # the solo pool: the worker itself is told to end
             raise
         except Exception as error:
-            with _back_to_the_queue_without_redis():
-                outcome = attempt.end(ledger.after_failure)
-            if outcome is Outcome.FINAL:
+            self._failed(attempt, error)
+            raise
+        except SystemExit as error:
+            if _by_signal(error):  # terminated by the main process, which knows why
                 raise
-            if outcome is Outcome.RELEASED:
-                raise Reject(str(error), requeue=True) from error
-            raise self._dropped(attempt, f"it raised {error!r}: {outcome.value}") from error
+            self._failed(attempt, error)
+            # As it is, it would take down a child, or a whole worker that runs its tasks itself.
+            raise TaskExited(f"{self.name} asked to exit: {error!r}") from error
         with _back_to_the_queue_without_redis():
-            counts = attempt.settle(State.CLAIMED, State.FINISHING)
+            counts = attempt.settle(State.CLAIMED, State.FINISHING, how="done")
         if not counts:
             raise self._dropped(attempt, "it was taken over")
         return result
 
-    def _result_stored(self, task_id: str) -> bool:
-        try:
-            return bool(self.backend.get_state(task_id) == states.SUCCESS)
-        except NotImplementedError:  # the app keeps no results
-            return False
+    def _failed(self, attempt: Attempt, error: BaseException) -> None:
+        """Return if the failure is final; else leave the job to whoever has it now."""
+        with _back_to_the_queue_without_redis():
+            outcome = attempt.end(self.rule_after(error), "failed", repr(error))
+        if outcome is Outcome.FINAL:
+            return
+        if outcome is Outcome.RELEASED:
+            raise Reject(str(error), requeue=True) from error
+        raise self._dropped(attempt, f"it raised {error!r}: {outcome.value}") from error
+
+    def rule_after(self, error: BaseException) -> Callable[[Policy, Job], Move | None]:
+        """What follows this error: the pool's rule, or the task's own."""
+        rule = self.fallback_on_failure
+        return ledger.after_failure if rule is True or (rule and isinstance(error, rule)) else _stay
 
     def _dropped(self, attempt: Attempt, why: str) -> Ignore:
         logger.warning("dropped task_id=%s task=%s attempt=%d: %s", attempt.task_id, self.name, attempt.number, why)
         return Ignore(why)
+
+    def _stored_result(self) -> str:
+        """The final state that an attempt stored before it was cut off; its part in a chord, which comes after, is done now."""
+        request = self.request
+        if isinstance(self.backend, DisabledBackend):
+            return ""
+        meta = self.backend.get_task_meta(request.id, cache=False)
+        state = str(meta["status"])
+        if state not in states.READY_STATES:
+            return ""
+        if request.chord:
+            self.backend.on_chord_part_return(request, state, meta["result"])
+        return state
 
     def on_success(self, retval: Any, task_id: str, args: Any, kwargs: Any) -> None:
         """Close the ledger entry: Celery has stored the result."""
@@ -122,14 +173,14 @@ class FencedTask(Task):
 
     def on_failure(self, exc: Exception, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
         """Close the ledger entry: Celery has stored the failure."""
-        self._close(State.CLAIMED, State.FAILED)
+        self._close(State.FINISHING, State.FAILED)
         super().on_failure(exc, task_id, args, kwargs, einfo)
 
-    def _close(self, before: State, after: State) -> None:
+    def _close(self, before: State, after: State, *, how: str = "", retries: int | None = None) -> None:
         attempt = self._attempt()
         try:
             if attempt:
-                attempt.settle(before, after)
+                attempt.settle(before, after, how=how, retries=retries)
         except PoolUnavailable as unavailable:
             # What the attempt came to stands in Celery already: an error here would turn it into another outcome.
             logger.warning("not closed task_id=%s task=%s: %s", self.request.id, self.name, unavailable)
@@ -139,7 +190,16 @@ class FencedTask(Task):
         if request.called_directly or request.is_eager:
             return None
         tag = (request.properties or {}).get("delivery_tag", "")
-        return self.life.attempt(request.id, request.headers, tag, request.retries or 0)
+        return self.life.attempt(request.id, request.headers, tag, request.retries or 0, may_move=self.fallback_on_loss)
+
+
+def _by_signal(error: SystemExit) -> bool:
+    """Whether it is how a child of Billiard ends on a signal: its number less 256."""
+    return isinstance(error.code, int) and -256 < error.code < -192
+
+
+def _stay(_policy: Policy, _job: Job) -> None:
+    """The task's own rule: the failure is final."""
 
 
 class FencedRequest:
@@ -151,64 +211,101 @@ class FencedRequest:
         """Take over from a child that was killed; what the child itself reported is Celery's to handle."""
         error = exc_info.exception
         error = error.exc if isinstance(error, ExceptionWithTraceback) else error
-        attempt = None if self._already_cancelled else self._attempt()
+        attempt = None if self._already_cancelled or self._already_revoked else self._attempt()
         if attempt and isinstance(error, TimeLimitExceeded):
             return None  # on_timeout has dealt with it
-        if attempt and isinstance(error, WorkerLostError | SystemExit):
-            again = partial(self.on_failure, exc_info, send_failed_event, return_ok)
-            if self._dealt_with(attempt, ledger.after_loss, again):
-                return None
+        lost = isinstance(error, WorkerLostError | SystemExit) and not return_ok
+        again = partial(self.on_failure, exc_info, send_failed_event, return_ok)
+        if attempt and lost and self._dealt_with(attempt, ledger.after_loss, "lost", error, again):
+            return None
         return super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc]
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """Fall back from an attempt that ran over its hard time limit; the child is killed by the pool."""
         attempt = None if soft else self._attempt()
-        if attempt and self._dealt_with(attempt, ledger.after_failure, partial(self.on_timeout, soft, timeout)):
+        if attempt is None:
+            super().on_timeout(soft, timeout)  # type: ignore[misc]
+            return
+        error = TimeLimitExceeded(timeout)
+        again = partial(self.on_timeout, soft, timeout)
+        if self._dealt_with(attempt, self.task.rule_after(error), "over its hard time limit", error, again):
             return
         super().on_timeout(soft, timeout)  # type: ignore[misc]
-        if attempt:
-            self._close(attempt, State.CLAIMED, State.FAILED)
+        self._settle_soon(partial(attempt.settle, State.FINISHING, State.FAILED))
 
-    def revoked(self) -> bool:
-        """Close the ledger entry of a job that expired or was revoked before it started."""
-        revoked = bool(super().revoked())  # type: ignore[misc]
-        if revoked and (attempt := self._attempt()):
-            self._close(attempt, State.ADMITTED, State.EXPIRED, tag="")
-        return revoked
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        """Close the ledger entry of a job that expired, was revoked before it started, or terminated while it ran."""
+        super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
+        if attempt := self._attempt():
+            self._settle_soon(
+                lambda: attempt.settle_unclaimed(State.EXPIRED) or attempt.settle(State.CLAIMED, State.EXPIRED, how=reason)
+            )
 
-    def _dealt_with(self, attempt: Attempt, follows: Callable[[Policy, Job], Move | None], again: Callable[[], object]) -> bool:
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        """A cold shutdown cuts the task off: its job goes back first, and that is not a failed attempt."""
+        if self._attempt() is None:
+            super().cancel(pool, signal, emit_retry)  # type: ignore[misc]
+            return
+        with suppress(PoolUnavailable):  # then its presence runs out, and it is taken over as a lost one
+            self.give_back()
+        task_ready(self)
+        self._already_cancelled = True
+        with suppress(NotImplementedError):  # solo and threads: what runs cannot be stopped, and no longer counts
+            pool.terminate_job(self.worker_pid, signal or SIGTERM)
+
+    def give_back(self) -> bool:
+        """Put the job at the head of its queue, uncounted; False when it does not run here (any more)."""
+        attempt = self._attempt()
+        if attempt is None or not attempt.release():
+            return False
+        self.acknowledged = True  # the delivery is no longer this worker's
+        return True
+
+    def _dealt_with(
+        self,
+        attempt: Attempt,
+        follows: Callable[[Policy, Job], Move | None],
+        how: str,
+        error: BaseException,
+        again: Callable[[], object],
+    ) -> bool:
         """Whether nothing is left for Celery to do; without the ledger the question is asked again later."""
         task_ready(self)
         try:
-            outcome = attempt.end(follows)
+            outcome = attempt.end(follows, how, repr(error))
+            if outcome is Outcome.RELEASED and not self.acknowledged and attempt.claim(str) is Claim.RUN:
+                # The child died before it could claim: that was a start too, or a job that kills at once would never end.
+                outcome = attempt.end(follows, how, repr(error))
         except (PoolUnavailable, RedisError) as unavailable:
             logger.warning("undecided task_id=%s, asked again in %.0f s: %s", self.id, RETRY_SECONDS, unavailable)
             self.life.call_later(RETRY_SECONDS, again)
             return True
         if outcome is Outcome.FINAL:
             return False
-        if outcome is not Outcome.RELEASED:
-            self.acknowledge()
-        elif not worker_state.should_terminate:
-            self.reject(requeue=True)  # it had not begun, or had asked for a retry
+        self.acknowledge()
         return True
 
-    def _close(self, attempt: Attempt, before: State, after: State, *, tag: str | None = None) -> None:
+    def _settle_soon(self, settle: Callable[[], object]) -> None:
+        """Close the ledger entry, now or as soon as Redis answers."""
         try:
-            attempt.settle(before, after, tag=tag)
+            settle()
         except (PoolUnavailable, RedisError) as unavailable:
             logger.warning("not closed task_id=%s, asked again in %.0f s: %s", self.id, RETRY_SECONDS, unavailable)
-            self.life.call_later(RETRY_SECONDS, partial(self._close, attempt, before, after, tag=tag))
+            self.life.call_later(RETRY_SECONDS, partial(self._settle_soon, settle))
 
     def _attempt(self) -> Attempt | None:
         message = self._message
         retries = int(message.headers.get("retries") or 0)
-        return self.life.attempt(self.id, message.headers, message.delivery_tag, retries)
+        may_move = getattr(self.task, "fallback_on_loss", True)
+        return self.life.attempt(self.id, message.headers, message.delivery_tag, retries, may_move=may_move)
 
     if TYPE_CHECKING:  # what Celery's Request brings
         id: str
+        task: Any
+        worker_pid: int
+        acknowledged: bool
         _message: Any
         _already_cancelled: bool
+        _already_revoked: bool
 
         def acknowledge(self) -> None: ...
-        def reject(self, requeue: bool) -> None: ...

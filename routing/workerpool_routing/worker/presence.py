@@ -1,4 +1,4 @@
-"""A thread that says every second that this worker is there, and renews what it holds.
+"""A thread that says every second that this worker is there, renews what it holds, and sees the marks that others set for it.
 
 A thread, because a worker that is busy (the solo pool, a long callback) must still report; in the main process, because that
 one holds the channel.
@@ -6,7 +6,7 @@ one holds the channel.
 
 from __future__ import annotations
 
-import json
+import atexit
 import logging
 from threading import Event, Thread
 from typing import Any
@@ -14,74 +14,126 @@ from typing import Any
 from celery.worker import state
 
 from workerpool_routing import ledger
+from workerpool_routing.connection import unavailable_when_down
 from workerpool_routing.errors import PoolUnavailable
-from workerpool_routing.ledger import Call
-from workerpool_routing.wire import JOB_LIFE_SECONDS, PRESENCE_PERIOD_SECONDS, SCHEMA_VERSION
+from workerpool_routing.wire import PRESENCE_PERIOD_SECONDS
 from workerpool_routing.worker.attempt import WorkerLife
+from workerpool_routing.worker.probes import Probes
+from workerpool_routing.worker.transport import give_back
 
 logger = logging.getLogger("workerpool_routing.worker")
+
+MARK_PERIOD_SECONDS = 0.4
+"""How often the worker looks for a mark to drain."""
 
 
 class PresenceReporter:
     """Reports one worker life from the moment it consumes until it has left."""
 
-    def __init__(self, life: WorkerLife, *, worker: str, queue: str) -> None:
-        self._life, self._worker, self._queue = life, worker, queue
+    def __init__(self, life: WorkerLife, *, worker: str, queue: str, probes: Probes) -> None:
+        self._life, self._worker, self._queue, self._probes = life, worker, queue, probes
         self._consumer: Any = None
         self._retiring = False
+        self._draining = False
         self._stopped = Event()
         self._thread: Thread | None = None
 
     def start(self, sender: Any, **_: Any) -> None:
         """Begin, when the worker is ready to consume; ``sender`` is Celery's consumer."""
         self._consumer = sender
+        self._probes.watch(sender)
         self._life.timer = sender.timer
         if self._thread is None:
             self._thread = Thread(target=self._run, name="workerpool-presence", daemon=True)
             self._thread.start()
+            atexit.register(self.stop)  # a cold shutdown does not say worker_shutdown
+        elif self._draining:
+            self._apply_mark()  # a new connection consumes again
 
     def retire(self) -> None:
         """From now on the worker only finishes what it has: it reports no slots."""
         self._retiring = True
 
     def stop(self, **_: Any) -> None:
-        """Leave: nothing of this worker is left to take over."""
-        self._stopped.set()
-        if self._thread is None:
+        """Leave: whatever is still in flight here goes back, and nothing of this worker is left to take over."""
+        if self._stopped.is_set() or self._thread is None:
             return
+        self._stopped.set()
+        self._probes.gone()
         self._thread.join(timeout=PRESENCE_PERIOD_SECONDS)
+        life = self._life
         try:
-            self._life.connection.run("leave", ledger.leave(self._life.keys, self._life.tier, self._life.owner))
+            for tag in self._held_tags():
+                give_back(life, tag)
+            life.connection.run("leave", ledger.leave(life.keys, life.tier, life.owner))
         except PoolUnavailable:
-            logger.warning("could not sign off: this worker will be taken for lost in some seconds")
+            logger.warning("could not sign off: this worker will be taken for lost, and what it held delivered again")
 
     def _run(self) -> None:
+        due = 0.0
         while not self._stopped.is_set():
             try:
-                self._report()
+                if due <= 0:
+                    marked = self._report()
+                    due = PRESENCE_PERIOD_SECONDS
+                else:
+                    with unavailable_when_down():
+                        marked = bool(self._life.connection.client.sismember(self._life.keys.drain, self._worker))
+                if marked != self._draining:
+                    self._draining = marked
+                    self._consumer.call_soon(self._apply_mark)
+                    due = 0.0
             except PoolUnavailable as unavailable:
                 logger.warning("presence: %s", unavailable)
             except Exception:
                 logger.exception("presence could not be reported")
-            self._stopped.wait(PRESENCE_PERIOD_SECONDS)
+            self._probes.touch(ready=not (self._draining or self._retiring))
+            self._stopped.wait(MARK_PERIOD_SECONDS)
+            due -= MARK_PERIOD_SECONDS
 
-    def _report(self) -> None:
+    def _report(self) -> bool:
         life = self._life
-        report = {
-            "version": SCHEMA_VERSION,
+        presence: dict[str, str | int | bool] = {
             "owner": life.owner,
             "worker": self._worker,
             "tier": life.tier,
             "queue": self._queue,
-            "slots": 0 if self._retiring else self._consumer.pool.num_processes,
+            "slots": 0 if self._retiring or self._draining else self._consumer.pool.num_processes,
             "busy": len(state.reserved_requests),
+            "scheduled": len(state.scheduled_requests),
+            "draining": self._draining,
         }
-        keys = [life.keys.presence(life.tier), life.keys.slots(life.tier), life.keys.unacked_index(life.tier)]
-        life.connection.run("presence", Call(keys, [json.dumps(report), JOB_LIFE_SECONDS, *self._held_tags()]))
+        return bool(life.connection.run("presence", ledger.report(life.keys, presence, self._held_tags())))
+
+    def _apply_mark(self) -> None:
+        """Stop or resume consuming; runs in the worker's own loop."""
+        consumer = self._consumer
+        if consumer.task_consumer is None:
+            return
+        if self._draining:
+            logger.warning("marked to drain: finishes what it has and takes nothing new")
+            consumer.task_consumer.cancel()
+            for request in tuple(state.scheduled_requests):
+                self._hand_back(request)
+        elif not self._retiring:
+            logger.warning("no longer marked to drain: consumes again")
+            consumer.task_consumer.consume()
+
+    def _hand_back(self, request: Any) -> None:
+        """Give a message with a future ETA to a worker that stays."""
+        consumer = self._consumer
+        consumer.timer.cancel(request._eta_timer_entry)  # noqa: SLF001 as Celery does when it loses its connection
+        state.scheduled_requests.discard(request)
+        state.requests.pop(request.id, None)
+        consumer.qos.decrement_eventually()
+        request.reject(requeue=True)
 
     def _held_tags(self) -> list[str]:
-        """Every delivery that the channel has not acknowledged, those with a future ETA among them."""
+        """Every delivery that this worker has not acknowledged: of its channel, those with a future ETA among them, and of what
+        runs since before the channel's connection was made anew.
+        """
         task_consumer = self._consumer.task_consumer
-        if task_consumer is None:
-            return []
-        return list(task_consumer.channel.qos._delivered)  # noqa: SLF001 kombu has no public name for it
+        qos = task_consumer.channel.qos if task_consumer else None
+        held = set(qos._delivered) - qos._dirty if qos else set()  # noqa: SLF001 kombu has no public name for it
+        running = {request.message.delivery_tag for request in tuple(state.reserved_requests) if not request.acknowledged}
+        return [*held | running]

@@ -1,0 +1,129 @@
+"""Kombu's Redis transport with in-flight keys that go by Redis's own clock, and deliveries that nobody can confuse.
+
+Three things differ from Kombu. A message enters the in-flight keys by a script, so that the time is Redis's. A message that is
+delivered again gets a fresh tag, so that a late acknowledgement of the old delivery finds nothing. And a lost connection gives
+nothing back: what runs goes on running and is renewed, the rest is found by its age.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from json import JSONDecodeError
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import kombu.transport
+from kombu.transport import redis as kombu_redis
+from kombu.transport import virtual
+from kombu.utils.json import dumps
+
+from workerpool_routing import ledger
+from workerpool_routing.connection import unavailable_when_down
+from workerpool_routing.errors import PoolUnavailable
+
+if TYPE_CHECKING:
+    from workerpool_routing.worker.attempt import WorkerLife
+
+OVERDUE_AT_ONCE = 100
+
+
+class _OfThisWorker:
+    life: WorkerLife
+
+
+class QoS(_OfThisWorker, kombu_redis.QoS):  # type: ignore[misc,unused-ignore]
+    """What a channel of this worker has received and not acknowledged."""
+
+    restore_at_shutdown = False
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        """Record a message that was just received."""
+        delivery = message.delivery_info
+        value = dumps([message._raw, delivery["exchange"], delivery["routing_key"]])  # noqa: SLF001 as Kombu stores it
+        call = ledger.hold(self.life.keys, self.life.tier, tag=delivery_tag, value=value)
+        with self.channel.conn_or_acquire() as client:  # the channel's own: Celery knows what to do when it breaks
+            client.eval(ledger.script("hold"), len(call.keys), *call.keys, *call.args)
+        virtual.QoS.append(self, message, delivery_tag)
+
+    def ack(self, delivery_tag: str) -> None:
+        """Forget a message; one that came over a connection that is gone, too: Kombu would end the worker there."""
+        if not self.channel.closed:
+            super().ack(delivery_tag)
+            return
+        life = self.life
+        with suppress(PoolUnavailable), unavailable_when_down():
+            life.connection.client.hdel(life.keys.unacked(life.tier), delivery_tag)
+            life.connection.client.zrem(life.keys.unacked_index(life.tier), delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        """Put a message back, or forget it; likewise."""
+        if not self.channel.closed:
+            super().reject(delivery_tag, requeue)
+        elif requeue:
+            with suppress(PoolUnavailable):  # then nobody renews it, and it is found by its age
+                give_back(self.life, delivery_tag)
+        else:
+            self.ack(delivery_tag)
+
+    def restore_visible(self, *_: Any, **__: Any) -> None:
+        """Deliver again what nobody has renewed for the visibility time-out: the last resort where no operator runs."""
+        life = self.life
+        client, index = life.connection.client, life.keys.unacked_index(life.tier)
+        with suppress(PoolUnavailable), unavailable_when_down():
+            seconds, _ = client.time()
+            for tag in client.zrangebyscore(index, "-inf", seconds - self.visibility_timeout, 0, OVERDUE_AT_ONCE):
+                give_back(life, tag)
+
+    def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
+        """Put one message back: a rejected one at the end of the line, as Kombu does; any other at its head."""
+        if leftmost:
+            super().restore_by_tag(tag, client, leftmost=True)
+        else:
+            give_back(self.life, tag)
+
+
+def give_back(life: WorkerLife, tag: str) -> None:
+    """Put a message that is in flight back at the head of its queue, unless it is gone by now; raises PoolUnavailable."""
+    with unavailable_when_down():
+        raw = life.connection.client.hget(life.keys.unacked(life.tier), tag)
+        if raw is None:
+            life.connection.client.zrem(life.keys.unacked_index(life.tier), tag)
+            return
+    life.connection.run("requeue", ledger.requeue(life.keys, life.tier, tag=tag, raw=raw, delivery_tag=str(uuid4())))
+
+
+class Channel(_OfThisWorker, kombu_redis.Channel):  # type: ignore[misc,unused-ignore]
+    """A channel of this worker."""
+
+    QoS = QoS
+
+    def _brpop_read(self, **options: Any) -> Any:
+        """Read one message; text that is no JSON is set aside, where Kombu would end the worker."""
+        try:
+            return super()._brpop_read(**options)
+        except JSONDecodeError as error:
+            self.life.set_aside(str(uuid4()), reason=f"not a Celery message: {error}", message=error.doc)
+            return True
+
+
+class Transport(_OfThisWorker, kombu_redis.Transport):  # type: ignore[misc,unused-ignore]
+    """The transport of this worker."""
+
+    Channel = Channel
+
+    def _deliver(self, message: Any, queue: str) -> None:
+        try:
+            _ = message["properties"]["delivery_tag"], message["properties"]["delivery_info"]["routing_key"], message["headers"]
+        except (KeyError, TypeError) as error:
+            self.life.set_aside(str(uuid4()), reason=f"not a Celery message: {error!r}", message=json.dumps(message))
+            return
+        super()._deliver(message, queue)
+
+
+def use(life: WorkerLife) -> None:
+    """Let every Redis connection of this process be of this kind: one worker lives in a process."""
+    _OfThisWorker.life = life
+    for scheme in ("redis", "rediss"):
+        kombu.transport.TRANSPORT_ALIASES[scheme] = f"{__name__}:Transport"
+        kombu.transport._transport_cache.pop(scheme, None)  # noqa: SLF001 an earlier connection may have been of Kombu's own

@@ -1,0 +1,206 @@
+"""The parts that chaos is made of: a Redis that can be killed, a line that can be cut, workers that can be stopped anyhow."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import yaml
+from redis import Redis, RedisError
+
+from workerpool_operator.local.redis_server import find_redis_server
+from workerpool_routing.ledger import Job
+from workerpool_routing.wire import HEADER, Keyspace
+
+ROOT = Path(__file__).parents[2]
+KEYS = Keyspace("test/chaos")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Server:
+    """A redis-server on a port of its own, which may keep what it has."""
+
+    keeps: bool
+    directory: Path
+    port: int = field(default_factory=free_port)
+    process: Any = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def client(self) -> Any:
+        return Redis.from_url(self.url, decode_responses=True, socket_timeout=5)
+
+    def start(self) -> None:
+        options = ["--bind", "127.0.0.1", "--port", str(self.port), "--save", "", "--dir", str(self.directory)]
+        keep = ["--appendonly", "yes", "--appendfsync", "always"] if self.keeps else ["--appendonly", "no"]
+        self.process = subprocess.Popen([find_redis_server(), *options, *keep], stdout=subprocess.DEVNULL)
+        while True:
+            with contextlib.suppress(RedisError), self.client() as client:
+                client.ping()
+                return
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Line:
+    """A TCP proxy in front of Redis whose connections can all be cut, and kept cut for a while."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._open = True
+        self._sockets: set[socket.socket] = set()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self, seconds: float) -> None:
+        self._open = False
+        for one in list(self._sockets):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        time.sleep(seconds)
+        self._open = True
+
+    def close(self) -> None:
+        self.cut(0)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                if not self._open:
+                    near.close()
+                    continue
+                try:
+                    far = socket.create_connection(("127.0.0.1", self._target))
+                except OSError:
+                    near.close()
+                    continue
+                self._sockets |= {near, far}
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._pump, args=pair, daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        """Pass on what comes; each of a connection's two threads closes the socket that it reads."""
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
+        self._sockets.discard(source)
+        source.close()
+
+
+class Worker:
+    """One Celery worker in a process group of its own."""
+
+    def __init__(self, url: str, tier: str, log: Path, *, slots: int = 1, plain: bool = False) -> None:
+        self.tier = tier
+        name = f"{tier}-{uuid4().hex[:5]}"
+        self._log = log / f"{name}.log"
+        environment = {**os.environ, "CELERY_BROKER_URL": url, "WORKERPOOL_TIER": tier}
+        if plain:
+            environment["CHAOS_PLAIN"] = "1"
+        else:
+            environment |= {"WORKERPOOL_POOL": KEYS.pool, "WORKERPOOL_WORKER": name, "WORKERPOOL_QUEUE": f"{tier}-jobs"}
+        celery = [sys.executable, "-m", "celery", "-A", "tests.chaos.app", "worker", "-Q", f"{tier}-jobs", "-c", str(slots)]
+        with self._log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [*celery, "-n", f"{name}@chaos", "--without-gossip", "--without-mingle", "-l", "WARNING"],
+                env=environment, cwd=ROOT, stdout=output, stderr=output, start_new_session=True,
+            )  # fmt: skip
+
+    def children(self) -> list[int]:
+        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in path.read_text().split()]
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@contextmanager
+def sweeping(url: str, log: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The sweep command, as users start it; a list, so that chaos may replace it."""
+    template = {"spec": {"containers": [{"name": "worker"}]}}
+    tiers: list[dict[str, Any]] = [{"name": tier, "queue": f"{tier}-jobs", "template": template} for tier in ("gpu", "cpu")]
+    tiers[0]["accelerator"] = {"resource": "nvidia.com/gpu"}
+    resource = {
+        "apiVersion": "workerpool.dev/v1alpha1", "kind": "WorkerPool", "metadata": {"namespace": "test", "name": "chaos"},
+        "spec": {"app": "tests.chaos.app", "broker": {"url": url}, "tiers": tiers},
+    }  # fmt: skip
+    file = log / "pool.yaml"
+    file.write_text(yaml.safe_dump(resource))
+    running = [start_sweep(file)]
+    try:
+        yield running
+    finally:
+        running[0].kill()
+        running[0].wait()
+
+
+def start_sweep(file: Path) -> subprocess.Popen[bytes]:
+    with (file.parent / "sweep.log").open("ab") as output:
+        command = [sys.executable, "-c", "from workerpool_operator.cli import main; main()", "sweep", "-f", str(file)]
+        return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+
+
+def publish(client: Any, count: int, seconds: float = 0.0, how: str = "", *, plain: bool = False) -> list[str]:
+    """Admit jobs to the accelerated tier and queue them, as the library does one by one; return their ids."""
+    ids = [str(uuid4()) for _ in range(count)]
+    body = base64.b64encode(json.dumps([[seconds, how], {}, {}]).encode()).decode()
+    at, _ = client.time()
+    with client.pipeline(transaction=False) as pipe:
+        for task_id in ids:
+            headers = {"id": task_id, "task": "tests.chaos.app.work", "retries": 0, "lang": "py", "root_id": task_id}
+            headers |= {} if plain else {HEADER: {"attempt": 1}}
+            info = {"exchange": "", "routing_key": "gpu-jobs"}
+            properties = {"delivery_tag": task_id, "delivery_info": info, "delivery_mode": 2, "priority": 0,
+                          "body_encoding": "base64", "correlation_id": task_id}  # fmt: skip
+            message = json.dumps(
+                {"body": body, "content-type": "application/json", "content-encoding": "utf-8", "headers": headers,
+                 "properties": properties}
+            )  # fmt: skip
+            if not plain:
+                entry = {"version": 1, "state": "admitted", "attempt": 1, "task": "tests.chaos.app.work", "tier": "gpu"}
+                entry |= {"wanted": "gpu", "required": 0, "reason": "FreeSlot", "admitted_at": at * 1000}
+                pipe.hset(KEYS.job(task_id), mapping={**entry, "message": message, "queue": "gpu-jobs"})
+                pipe.zadd(KEYS.waiting("gpu"), {task_id: at * 1000})
+            pipe.lpush("gpu-jobs", message)
+        pipe.execute()
+    return ids
+
+
+def job(client: Any, task_id: str) -> Job | None:
+    """The ledger's entry."""
+    return Job.load(task_id, client.hgetall(KEYS.job(task_id)))

@@ -1,0 +1,323 @@
+"""Kill everything that can be killed, and count every job: one row for each fault.
+
+``python -m tests.chaos.suite short|full|long`` prints the table, and its random seed; exit 1 if a promise was broken.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from tests.chaos.parts import Line, Server, Worker, job, publish, start_sweep, sweeping
+
+
+@dataclass
+class Row:
+    """What became of the jobs of one fault. ``forgotten``: Redis itself came back without them."""
+
+    fault: str
+    times: int
+    jobs: int
+    lost: int
+    doubled: int
+    overstarted: int
+    forgotten: int = 0
+    recovery: Sequence[float] = ()
+    note: str = ""
+
+    @property
+    def kept(self) -> bool:
+        late = max(self.recovery, default=0.0) > TAKEN_OVER_SECONDS and not self.note
+        return not (self.lost or self.doubled or self.overstarted or late)
+
+    def cells(self) -> list[str]:
+        p50, p99 = (f"{quantile(self.recovery, q):.1f}" if self.recovery else "" for q in (0.5, 0.99))
+        numbers = (self.times, self.jobs, self.lost, self.doubled, self.overstarted, self.forgotten or "")
+        return [self.fault, *map(str, numbers), p50, p99, self.note]
+
+
+TAKEN_OVER_SECONDS = 15
+"""From a death to the next start, while an operator or a sweep runs."""
+
+HEADINGS = ["fault", "times", "jobs", "lost", "doubled", "started too often", "forgotten by Redis", "recovery p50 s", "p99 s", ""]
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(q * len(values)))]
+
+
+@dataclass
+class Scene:
+    """A Redis, workers of both tiers, a sweep, and the jobs so far."""
+
+    server: Server
+    log: Path
+    line: Line
+    plain: bool = False
+    workers: list[Worker] = field(default_factory=list)
+    sweeps: list[Any] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    """When workers or children were killed or stopped, by Redis's clock, in seconds."""
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.line.port}/0"
+
+    def start(self, tier: str, slots: int = 1) -> Worker:
+        worker = Worker(self.url, tier, self.log, slots=slots, plain=self.plain)
+        self.workers.append(worker)
+        return worker
+
+    def publish(self, count: int, seconds: float = 0.0, how: str = "") -> None:
+        with self.server.client() as client:
+            self.ids += publish(client, count, seconds, how, plain=self.plain)
+
+    def of(self, tier: str) -> Worker:
+        return random.choice([w for w in self.workers if w.tier == tier and w.process.poll() is None])
+
+    def note_loss(self) -> None:
+        with self.server.client() as client:
+            seconds, micros = client.time()
+        self.losses.append(seconds + micros / 1e6)
+
+    def replace(self, worker: Worker, slots: int = 1) -> None:
+        self.note_loss()
+        worker.kill()
+        self.workers.remove(worker)
+        self.start(worker.tier, slots)
+
+    def kill(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+
+    def open(self) -> set[str]:
+        """The jobs without an outcome."""
+        with self.server.client() as client:
+            uncounted = [*set(self.ids) - set(client.hkeys("outcomes"))]
+            # A child may die between storing its result and counting it.
+            results = client.mget([f"celery-task-meta-{task_id}" for task_id in uncounted]) if uncounted else []
+            return {task_id for task_id, result in zip(uncounted, results, strict=True) if not result}
+
+    def drain(self, patience: float) -> set[str]:
+        """Wait until nothing changes any more for that long; the jobs that have no outcome."""
+        changed, before = time.monotonic(), self.open()
+        while before and time.monotonic() - changed < patience:
+            time.sleep(0.5)
+            now = self.open()
+            if now != before:
+                changed, before = time.monotonic(), now
+        return before
+
+    def since_loss(self, began: int, again: int) -> float:
+        """Seconds from the death in between to the next start."""
+        return min(again / 1000 - at for at in [*self.losses, began / 1000] if began / 1000 <= at <= again / 1000)
+
+    def judge(self, fault: str, times: int, lost: set[str], forgotten: int = 0) -> Row:
+        with self.server.client() as client:
+            outcomes = client.hgetall("outcomes")
+            doubled = sum(int(n) > 1 for n in outcomes.values())
+            overstarted, recovery = 0, []
+            for task_id in [] if self.plain else self.ids:
+                entry = job(client, task_id)
+                runs = entry.runs if entry else ()
+                given_back = sum(run.how in ("given back", "done") for run in runs[:-1])
+                starts = entry.starts if entry else {}
+                overstarted += starts.get("gpu", 0) > 1 + given_back or starts.get("cpu", 0) > 2 + given_back
+                recovery += [self.since_loss(a.began, b.began) for a, b in pairwise(runs) if a.how == "lost"]
+        return Row(fault, times, len(self.ids), len(lost), doubled, overstarted, forgotten, recovery)
+
+
+def scene(stack: ExitStack, *, plain: bool = False, keeps: bool = True, gpus: int = 2, slots: int = 1) -> Scene:
+    log = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+    server = Server(keeps, log)
+    server.start()
+    stack.callback(server.kill)
+    line = Line(server.port)
+    stack.callback(line.close)
+    made = Scene(server, log, line, plain)
+    stack.callback(made.kill)
+    for _ in range(gpus):
+        made.start("gpu", slots)
+    if not plain:
+        made.start("cpu")
+        made.sweeps = stack.enter_context(sweeping(server.url, log))
+    return made
+
+
+def flood(jobs: int, kills: int, *, plain: bool) -> Row:
+    """SIGKILL whole workers while they take thousands of short jobs."""
+    with ExitStack() as stack:
+        stage = scene(stack, plain=plain, keeps=False, slots=2)
+        stage.publish(jobs)
+        until_started(stage)
+        for _ in range(kills):
+            time.sleep(random.uniform(0.5, 1.5))
+            if len(stage.open()) < 200:
+                stage.publish(1_000)
+            stage.replace(stage.of("gpu"), 2)
+        lost = stage.drain(20)
+        if plain:  # what Kombu would deliver again after its hour is not lost
+            with stage.server.client() as client:
+                held = client.hvals("unacked")
+            lost = {task_id for task_id in lost if not any(task_id in raw for raw in held)}
+        name = "worker SIGKILL under flood" + (", plain Celery" if plain else "")
+        return stage.judge(name, kills, lost)
+
+
+def until_started(stage: Scene) -> None:
+    while len(stage.open()) == len(stage.ids):
+        time.sleep(0.2)
+
+
+Fault = Callable[[Scene], None]
+
+
+def child_killed(stage: Scene) -> None:
+    stage.note_loss()
+    for pid in stage.of("gpu").children():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def worker_killed(stage: Scene) -> None:
+    stage.replace(stage.of("gpu"))
+
+
+def worker_stopped(stage: Scene) -> None:
+    worker = stage.of("gpu")
+    stage.note_loss()
+    worker.signal(signal.SIGSTOP)
+    time.sleep(14)
+    worker.signal(signal.SIGCONT)
+
+
+def attempt_raises(stage: Scene) -> None:
+    stage.publish(3, 0.1, "raise")
+
+
+def attempt_hangs(stage: Scene) -> None:
+    stage.publish(1, 0.1, "hang")
+    time.sleep(2)
+
+
+def redis_restarted(stage: Scene) -> None:
+    stage.server.kill()
+    time.sleep(random.uniform(0, 2))
+    stage.server.start()
+
+
+def redis_paused(stage: Scene) -> None:
+    os.kill(stage.server.process.pid, signal.SIGSTOP)
+    time.sleep(10)
+    os.kill(stage.server.process.pid, signal.SIGCONT)
+
+
+def scripts_flushed(stage: Scene) -> None:
+    with stage.server.client() as client:
+        client.script_flush()
+
+
+def line_cut(stage: Scene) -> None:
+    stage.line.cut(random.uniform(0, 2))
+
+
+def reaper_killed(stage: Scene) -> None:
+    """Kill a worker, and again and again whoever is about to take over from it."""
+    worker_killed(stage)
+    for _ in range(3):
+        time.sleep(random.uniform(0.5, 3))
+        stage.sweeps[0].kill()
+        stage.sweeps[0].wait()
+        stage.sweeps[0] = start_sweep(stage.log / "pool.yaml")
+
+
+def under(fault: Fault, name: str, times: int, pause: float) -> Row:
+    """A steady load, a fault at random moments, and the count."""
+    with ExitStack() as stack:
+        stage = scene(stack)
+        stage.publish(20, 0.3)
+        until_started(stage)
+        for _ in range(times):
+            stage.publish(12, random.uniform(0.2, 0.5))
+            time.sleep(random.uniform(0.2, pause))
+            fault(stage)
+        row = stage.judge(name, times, stage.drain(30))
+        row.note = "each sweep first watches for a presence life" if fault is reaper_killed else ""
+        return row
+
+
+def redis_emptied(times: int) -> Row:
+    """A Redis that keeps nothing is restarted: what it lost is counted; what comes afterwards is done."""
+    with ExitStack() as stack:
+        stage, forgotten = scene(stack, keeps=False), 0
+        for _ in range(times):
+            stage.publish(12, 0.3)
+            until_started(stage)
+            forgotten += len(stage.ids)
+            redis_restarted(stage)
+            stage.ids.clear()
+        stage.publish(20, 0.1)
+        return stage.judge("Redis restarted, kept nothing", times, stage.drain(30), forgotten)
+
+
+FAULTS: Sequence[tuple[Fault, str, float]] = (
+    (child_killed, "child SIGKILL", 1.0),
+    (worker_killed, "worker SIGKILL", 3.0),
+    (worker_stopped, "worker SIGSTOP 14 s, then SIGCONT", 1.0),
+    (attempt_raises, "exception", 1.0),
+    (attempt_hangs, "hard time limit", 1.0),
+    (redis_restarted, "Redis restarted, kept all", 2.0),
+    (redis_paused, "Redis paused 10 s", 1.0),
+    (scripts_flushed, "scripts flushed", 0.5),
+    (line_cut, "network cut", 1.0),
+    (reaper_killed, "worker SIGKILL, sweep SIGKILL while it takes over", 2.0),
+)
+
+SIZES = {"short": (2_000, 3, 1), "full": (45_000, 25, 5), "long": (90_000, 50, 20)}
+
+
+def run(size: str) -> list[Row]:
+    """Every row, printed as it comes."""
+    jobs, kills, times = SIZES[size]
+    rows = []
+
+    def show(row: Row) -> None:
+        rows.append(row)
+        print("| " + " | ".join(row.cells()) + " |", flush=True)
+
+    print("| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS), flush=True)
+    show(flood(jobs, kills, plain=True))
+    show(flood(jobs, kills, plain=False))
+    quick = {child_killed, worker_killed, redis_restarted, line_cut}
+    for fault, name, pause in FAULTS:
+        if size != "short" or fault in quick:
+            show(under(fault, name, times, pause))
+    if size != "short":
+        show(redis_emptied(times))
+    return rows
+
+
+def main(size: str) -> int:
+    seed = int(os.environ.get("CHAOS_SEED") or time.time())
+    random.seed(seed)
+    print(f"CHAOS_SEED={seed}\n", flush=True)
+    began = time.monotonic()
+    rows = run(size)
+    broken = [row.fault for row in rows if not row.kept and "plain" not in row.fault]
+    print(f"\n{time.monotonic() - began:.0f} s; broken: {', '.join(broken) or 'nothing'}")
+    return int(bool(broken))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,377 @@
+"""The fence, explored: workers, deaths, zombies, reapers and sweeps in any order, on a real Redis, with the library's own steps.
+
+The model knows only what really happened: who runs, who is dead, what was stored. It holds Redis to the promise after every step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from celery import Celery
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from redis import Redis
+from redis import asyncio as aioredis
+from tests.contract.seeds import make_pool
+
+from workerpool_operator import planning, salvage
+from workerpool_operator.local.redis_server import private_redis
+from workerpool_operator.ports import Pool
+from workerpool_routing import ledger
+from workerpool_routing.connection import Connection
+from workerpool_routing.ledger import Claim, Job, State
+from workerpool_routing.worker.attempt import Attempt, Outcome, WorkerLife
+
+pytestmark = pytest.mark.contract
+
+TIERS = {"gpu": "gpu-tasks", "cpu": "celery"}
+JOB = "t1"
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with private_redis() as server:
+        yield server.url
+
+
+@dataclass
+class Delivery:
+    """A message in the hands of one worker life, and how far that worker has come with it."""
+
+    life: WorkerLife
+    message: dict[str, Any]
+    step: str = "taken"
+    lost: bool = False
+    """Its presence has run out although it lives: a zombie."""
+
+    @property
+    def tag(self) -> str:
+        return str(self.message["properties"]["delivery_tag"])
+
+    @property
+    def attempt(self) -> Attempt:
+        headers = self.message["headers"]
+        return Attempt(self.life, JOB, headers["workerpool"]["attempt"], self.tag, 0)
+
+
+@dataclass
+class World:
+    """One job in one Redis, and everybody who has to do with it."""
+
+    url: str
+    pool: Pool
+    client: Any
+    deliveries: list[Delivery] = field(default_factory=list)
+    dead: list[Delivery] = field(default_factory=list)
+    stored: list[str] = field(default_factory=list)
+    interruptions: int = 0
+
+    def job(self) -> Job:
+        job = Job.load(JOB, self.client.hgetall(self.pool.keys.job(JOB)))
+        assert job
+        return job
+
+    def places(self) -> list[str]:
+        """Everywhere that a message of the job is."""
+        keys = self.pool.keys
+        queued = [f"queue {tier}" for tier, queue in TIERS.items() for _ in range(self.client.llen(keys.queue_list(queue, 0)))]
+        held = [f"in flight {tier}" for tier in TIERS for _ in range(self.client.hlen(keys.unacked(tier)))]
+        return queued + held + [f"taken by {d.life.owner}" for d in self.deliveries if d.step == "taken"]
+
+
+def admit(url: str) -> World:
+    pool = make_pool(url)
+    client = Redis.from_url(url, decode_responses=True)
+    client.flushall()
+    headers = {"id": JOB, "task": "t", "workerpool": {"attempt": 1}}
+    properties = {"delivery_tag": "first", "delivery_info": {"exchange": "", "routing_key": "gpu-tasks"}, "priority": 0}
+    message = json.dumps({"body": "", "headers": headers, "properties": properties})
+    client.hset(
+        pool.keys.job(JOB),
+        mapping={
+            "version": 1, "state": "admitted", "attempt": 1, "task": "t", "tier": "gpu", "wanted": "gpu", "required": 0,
+            "reason": "FreeSlot", "admitted_at": 1, "message": message, "queue": "gpu-tasks",
+        },
+    )  # fmt: skip
+    client.zadd(pool.keys.waiting("gpu"), {JOB: 1})
+    client.lpush(pool.keys.queue_list("gpu-tasks", 0), message)
+    return World(url, pool, client)
+
+
+def while_one_is(*steps: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A rule that applies while somebody has come that far."""
+
+    def applies(fence: Fence) -> bool:
+        return fence._pick(0, *steps) is not None
+
+    return precondition(applies)
+
+
+def _never(task_id: str, error: Exception) -> None:
+    raise AssertionError(task_id) from error
+
+
+class Fence(RuleBasedStateMachine):
+    """Every step that a worker, a reaper or a sweep can take, in any order."""
+
+    url = ""
+    reached: set[str] = set()  # noqa: RUF012 what all examples together have seen
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = admit(self.url)
+        self.connection = Connection(Celery(broker=self.url), patient=True)
+
+    def teardown(self) -> None:
+        """Whatever has happened: healthy workers, a reaper and a sweep bring the job to its one outcome."""
+        for delivery in list(self.world.deliveries):
+            self._die(delivery)
+        for _ in range(12):
+            self._salvage()
+            for tier in TIERS:
+                if taken := self._take(tier):
+                    for step in (self._hold, self._claim, self._finish, self._close):
+                        step(taken)
+            if self.world.job().state.ended:
+                break
+        assert self.world.job().state.ended, self.world.places()
+        assert len(self.world.stored) == 1
+        assert self.world.job().state is (State.DONE if self.world.stored == ["result"] else State.FAILED)
+        Fence.reached.add(f"ended {self.world.job().state}")
+        self.connection.client.close()
+        self.world.client.close()
+
+    def _pick(self, number: int, *steps: str) -> Delivery | None:
+        found = [d for d in self.world.deliveries if d.step in steps]
+        return found[number % len(found)] if found else None
+
+    def _take(self, tier: str) -> Delivery | None:
+        raw = self.world.client.rpop(self.world.pool.keys.queue_list(TIERS[tier], 0))
+        if raw is None:
+            return None
+        pool: Any = SimpleNamespace(keys=self.world.pool.keys, given=planning.policy(self.world.pool.spec))
+        delivery = Delivery(WorkerLife(pool, tier, f"{tier}.{uuid4().hex[:4]}", self.connection), json.loads(raw))
+        self.world.deliveries.append(delivery)
+        return delivery
+
+    def _hold(self, delivery: Delivery) -> None:
+        value = json.dumps([delivery.message, "", TIERS[delivery.life.tier]])
+        call = ledger.hold(self.world.pool.keys, delivery.life.tier, tag=delivery.tag, value=value)
+        self.connection.run("hold", call)
+        delivery.step = "held"
+
+    def _claim(self, delivery: Delivery) -> None:
+        answer = delivery.attempt.claim(
+            lambda: "SUCCESS" if "result" in self.world.stored else "FAILURE" * len(self.world.stored)
+        )
+        Fence.reached.add(f"claim {answer}")
+        if answer is Claim.RUN:
+            delivery.step = "running"
+        elif answer is Claim.POISON:
+            self._store(delivery, "failure")
+        else:
+            self._ack(delivery)
+
+    def _finish(self, delivery: Delivery) -> None:
+        if delivery.step == "running":
+            if delivery.attempt.settle(State.CLAIMED, State.FINISHING, how="done"):
+                self._store(delivery, "result")
+            else:
+                Fence.reached.add("dropped")
+                self._ack(delivery)
+
+    def _raise(self, delivery: Delivery) -> None:
+        outcome = delivery.attempt.end(ledger.after_failure, "failed", "boom")
+        Fence.reached.add(f"raised {outcome.name}")
+        if outcome is Outcome.FINAL:
+            self._store(delivery, "failure")
+        else:
+            self._ack(delivery)
+
+    def _store(self, delivery: Delivery, what: str) -> None:
+        self.world.stored.append(what)
+        delivery.step = what
+
+    def _close(self, delivery: Delivery) -> None:
+        if delivery.step in ("result", "failure"):
+            delivery.attempt.settle(State.FINISHING, State.DONE if delivery.step == "result" else State.FAILED)
+            self._ack(delivery)
+
+    def _ack(self, delivery: Delivery) -> None:
+        keys = self.world.pool.keys
+        self.world.client.hdel(keys.unacked(delivery.life.tier), delivery.tag)
+        self.world.client.zrem(keys.unacked_index(delivery.life.tier), delivery.tag)
+        self.world.deliveries.remove(delivery)
+
+    def _die(self, delivery: Delivery) -> None:
+        self.world.deliveries.remove(delivery)
+        self.world.dead.append(delivery)
+
+    def _salvage(self) -> None:
+        """A reaper and a sweep, much later."""
+        world, keys = self.world, self.world.pool.keys
+        for delivery in world.dead + [d for d in world.deliveries if d.lost]:
+            world.client.zadd(keys.unacked_index(delivery.life.tier), {delivery.tag: 0}, xx=True)
+        for tier in TIERS:
+            if world.client.zscore(keys.waiting(tier), JOB) is not None:
+                world.client.zadd(keys.waiting(tier), {JOB: 1})
+        owners = [(d.life.tier, d.life.owner) for d in world.dead + [d for d in world.deliveries if d.lost]]
+
+        async def once() -> None:
+            client = aioredis.Redis.from_url(world.url, decode_responses=True)
+            for tier, owner in owners:
+                await salvage.take_over(client, world.pool, tier, owner, _never)
+            for _ in range(2):  # what is missing must be missing twice
+                await salvage.sweep(client, world.pool)
+            await client.aclose()
+
+        asyncio.run(once())
+
+    @precondition(lambda self: any(place.startswith("queue") for place in self.world.places()))
+    @rule(steps=st.integers(0, 2))
+    def a_worker_takes_a_message(self, steps: int) -> None:
+        delivery = self._take("gpu") or self._take("cpu")
+        if delivery is None:
+            return
+        for step in (self._hold, self._claim)[:steps]:
+            step(delivery)
+
+    @while_one_is("taken", "held", "result", "failure")
+    @rule(n=st.integers(0, 3))
+    def a_worker_goes_on(self, n: int) -> None:
+        delivery = self._pick(n, "taken", "held", "result", "failure")
+        if delivery:
+            {"taken": self._hold, "held": self._claim, "result": self._close, "failure": self._close}[delivery.step](delivery)
+
+    @while_one_is("running")
+    @rule(n=st.integers(0, 3))
+    def an_attempt_returns(self, n: int) -> None:
+        if delivery := self._pick(n, "running"):
+            self._finish(delivery)
+
+    @while_one_is("running")
+    @rule(n=st.integers(0, 3))
+    def an_attempt_returns_and_its_worker_dies_before_the_result_is_stored(self, n: int) -> None:
+        delivery = self._pick(n, "running")
+        if delivery and not delivery.lost and delivery.attempt.settle(State.CLAIMED, State.FINISHING, how="done"):
+            self.world.interruptions += 1
+            self._die(delivery)
+
+    @while_one_is("running")
+    @rule(times=st.integers(1, 3), finishing=st.booleans())
+    def an_attempt_is_cut_off_and_delivered_again(self, times: int, finishing: bool) -> None:
+        """Deaths, take-overs, and the next worker, in one go: what would be reached too seldom by chance."""
+        for _ in range(times):
+            delivery = self._pick(0, "running")
+            if delivery is None:
+                return
+            if finishing and not delivery.lost and delivery.attempt.settle(State.CLAIMED, State.FINISHING, how="done"):
+                self.world.interruptions += 1
+                Fence.reached.add("interrupted")
+            self._die(delivery)
+            self._salvage()
+            self.a_worker_takes_a_message(2)
+
+    @while_one_is("running")
+    @rule(raises=st.booleans())
+    def a_zombie_is_taken_over_and_then_ends(self, raises: bool) -> None:
+        """Likewise."""
+        zombie = self._pick(0, "running")
+        assert zombie
+        zombie.lost = True
+        self._salvage()
+        self._raise(zombie) if raises else self._finish(zombie)
+
+    @while_one_is("running")
+    @rule(n=st.integers(0, 3))
+    def an_attempt_raises(self, n: int) -> None:
+        if delivery := self._pick(n, "running"):
+            self._raise(delivery)
+
+    @while_one_is("running")
+    @rule(n=st.integers(0, 3))
+    def a_worker_that_has_to_leave_gives_its_job_back(self, n: int) -> None:
+        delivery = self._pick(n, "running")
+        if delivery and delivery.attempt.release():
+            self.world.interruptions += 1
+            self._ack(delivery)
+
+    @while_one_is("taken", "held", "running", "result", "failure")
+    @rule(n=st.integers(0, 3))
+    def a_worker_dies(self, n: int) -> None:
+        if delivery := self._pick(n, "taken", "held", "running", "result", "failure"):
+            self._die(delivery)
+
+    @while_one_is("taken", "held", "running", "result", "failure")
+    @rule(n=st.integers(0, 3))
+    def a_worker_falls_silent_and_lives(self, n: int) -> None:
+        if delivery := self._pick(n, "taken", "held", "running", "result", "failure"):
+            delivery.lost = True
+
+    @precondition(lambda self: self.world.dead or any(d.lost or d.step == "taken" for d in self.world.deliveries))
+    @rule()
+    def an_operator_takes_over_and_sweeps(self) -> None:
+        self._salvage()
+
+    @rule()
+    def a_message_is_delivered_twice(self) -> None:
+        """As when a sweep was wrong, or an old copy turns up."""
+        raw = self.world.client.lindex(self.world.pool.keys.queue_list("gpu-tasks", 0), -1)
+        if raw:
+            message = json.loads(raw)
+            message["properties"]["delivery_tag"] = uuid4().hex
+            self.world.client.rpush(self.world.pool.keys.queue_list("gpu-tasks", 0), json.dumps(message))
+
+    @invariant()
+    def nothing_is_stored_twice(self) -> None:
+        assert len(self.world.stored) <= 1
+
+    @invariant()
+    def each_tier_starts_a_job_once_and_the_last_once_more(self) -> None:
+        starts = self.world.job().starts
+        assert starts.get("gpu", 0) <= 1 + self.world.interruptions
+        assert starts.get("cpu", 0) <= 2 + self.world.interruptions
+
+    @invariant()
+    def a_job_that_has_not_ended_can_be_found(self) -> None:
+        job = self.world.job()
+        assert job.state.ended or self.world.places() or job.message, "nobody has it"
+
+
+def test_in_any_order_a_job_has_one_outcome_and_is_never_lost(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR, "workerpool_routing.worker")
+    monkeypatch.setattr(ledger, "MISSING_MS", 0)
+    Fence.url, Fence.reached = url, set()
+    run_state_machine_as_test(
+        Fence,
+        settings=settings(
+            derandomize=True,
+            max_examples=80,
+            stateful_step_count=40,
+            deadline=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    # A model that never gets anywhere would hold too.
+    assert {f"claim {c}" for c in Claim if c not in (Claim.UNKNOWN, Claim.CORRUPT, Claim.FINISHING)} <= Fence.reached
+    assert {
+        "raised MOVED",
+        "raised FINAL",
+        "raised NOT_OURS",
+        "dropped",
+        "interrupted",
+        "ended done",
+        "ended failed",
+    } <= Fence.reached

@@ -1,0 +1,361 @@
+"""What a worker does beside its attempts: canvases, other pools, drains, farewells, future ETAs, probes, refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from celery import chord, group
+from tests.contract.test_attempts import claimed, operator_pool, outcome, submit
+from tests.contract.workers import ROOT, command, environment, until, worker
+
+from workerpool_operator.broker import RedisBroker
+from workerpool_routing import Reason
+from workerpool_routing.ledger import State
+
+pytestmark = pytest.mark.contract
+
+ENDINGS = ["return", "raise", "exit"]
+
+
+@pytest.fixture(scope="module")
+def two_tiers(url: str, jobs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """The app, with a worker on either tier that no test kills."""
+    log = tmp_path_factory.mktemp("workers")
+    with ExitStack() as stack:
+        stack.enter_context(worker(url, "gpu", "gpu-jobs", "gpu-a", log))
+        stack.enter_context(worker(url, "cpu", "cpu-jobs", "cpu-a", log))
+        yield jobs
+
+
+def sweep(url: str) -> list[str]:
+    """One sweep, as the operator does it."""
+
+    async def once() -> list[str]:
+        broker = RedisBroker(asyncio.Event())
+        try:
+            return await broker.sweep(url, operator_pool(url))
+        finally:
+            await broker.close()
+
+    return asyncio.run(once())
+
+
+def admit(jobs: ModuleType, signature: Any, tier: str = "gpu") -> Any:
+    """The same signature, admitted to the tier's queue as routing does it for a step of a canvas."""
+    result = signature.freeze()
+    keys, now = jobs.pool.keys, int(time.time() * 1000)
+    entry = {"version": 1, "state": "admitted", "attempt": 1, "task": signature.task, "tier": tier, "wanted": tier}
+    jobs.pool.connection.client.hset(
+        keys.job(result.id), mapping={**entry, "required": 0, "reason": Reason.FREE_SLOT, "admitted_at": now}
+    )
+    return signature.set(queue=f"{tier}-jobs", headers={"workerpool": {"attempt": 1}})
+
+
+@pytest.mark.parametrize("task", ["add", "add_once"])
+def test_a_chord_with_failing_parts_completes_once_with_the_right_result(two_tiers: ModuleType, task: str) -> None:
+    part = getattr(two_tiers, task)
+    header = [admit(two_tiers, part.s(n, fails=n % 4 == 0)) for n in range(12)]
+    result = chord(header)(two_tiers.total.s().set(queue="cpu-jobs"))
+    assert result.get(timeout=30) == sum(range(12)) + 12
+    starts = [outcome(two_tiers, signature.options["task_id"])[1] for signature in header]
+    assert starts == [{"gpu": 1, "cpu": 1} if n % 4 == 0 else {"gpu": 1} for n in range(12)]
+
+
+def test_a_chain_goes_on_after_a_step_that_fell_back(two_tiers: ModuleType) -> None:
+    steps = admit(two_tiers, two_tiers.add.s(1, fails=True)) | two_tiers.add.s().set(queue="cpu-jobs")
+    assert steps.apply_async().get(timeout=20) == 3
+
+
+def test_a_group_has_every_result(two_tiers: ModuleType) -> None:
+    parts = group(admit(two_tiers, two_tiers.add.s(n, fails=n == 1)) for n in range(4))
+    assert parts.apply_async().get(timeout=20) == [1, 2, 3, 4]
+
+
+def test_both_errors_of_a_job_that_failed_twice_are_kept(two_tiers: ModuleType) -> None:
+    decision = submit(two_tiers, two_tiers.work, {"gpu": "raise", "cpu": "exit"})
+    assert outcome(two_tiers, decision.task_id) == (State.FAILED, {"gpu": 1, "cpu": 1})
+    first, second = two_tiers.pool.job(decision.task_id).runs
+    assert (first.tier, first.how, first.error) == ("gpu", "failed", "ValueError('asked to fail')")
+    assert (second.tier, second.how, second.error) == ("cpu", "failed", "SystemExit(3)")
+    assert first.began <= first.ended <= second.began <= second.ended
+
+
+def test_a_task_may_keep_its_failures_where_they_are(two_tiers: ModuleType) -> None:
+    decision = submit(two_tiers, two_tiers.settled_here, {"gpu": "raise"})
+    assert outcome(two_tiers, decision.task_id) == (State.FAILED, {"gpu": 1})
+
+
+@pytest.mark.parametrize(
+    ("how", "ended"), [("device", (State.DONE, {"gpu": 1, "cpu": 1})), ("input", (State.FAILED, {"gpu": 1}))]
+)
+def test_a_task_may_name_the_errors_after_which_another_tier_helps(two_tiers: ModuleType, how: str, ended: Any) -> None:
+    assert outcome(two_tiers, submit(two_tiers, two_tiers.particular, how).task_id) == ended
+
+
+def test_a_task_may_opt_out_of_the_fence(two_tiers: ModuleType) -> None:
+    result = two_tiers.unfenced.apply_async(({"gpu": "raise"},), queue="gpu-jobs")
+    with pytest.raises(ValueError, match="asked to fail"):
+        result.get(timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("how", "ended"),
+    [
+        ("ignore", (State.DONE, {"gpu": 1})),
+        ("reject", (State.FAILED, {"gpu": 1})),
+        ("requeue", (State.DONE, {"gpu": 2})),
+        ("replace", (State.DONE, {"gpu": 1})),
+    ],
+)
+def test_celerys_own_exceptions_are_respected(two_tiers: ModuleType, how: str, ended: Any) -> None:
+    decision = submit(two_tiers, two_tiers.special, how)
+    assert outcome(two_tiers, decision.task_id) == ended
+    if how == "replace":
+        assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == 42
+
+
+def test_a_job_that_is_revoked_while_it_runs_ends_there(two_tiers: ModuleType) -> None:
+    decision = submit(two_tiers, two_tiers.work, {"gpu": "hang"})
+    claimed(two_tiers, decision.task_id)
+    two_tiers.app.control.revoke(decision.task_id, terminate=True)
+    assert outcome(two_tiers, decision.task_id) == (State.EXPIRED, {"gpu": 1})
+    assert two_tiers.app.AsyncResult(decision.task_id).state == "REVOKED"
+
+
+def test_the_seconds_that_a_tier_needs_are_measured(two_tiers: ModuleType) -> None:
+    client, key = two_tiers.pool.connection.client, two_tiers.pool.keys.service("gpu")
+    client.delete(key)
+    for seconds in (0.5, 1.5):
+        outcome(two_tiers, submit(two_tiers, two_tiers.work, {}, seconds).task_id)
+    assert float(client.hget(key, two_tiers.work.name)) == pytest.approx(0.8 * 0.5 + 0.2 * 1.5, abs=0.1)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("pool", ["solo", "threads"])
+def test_the_fence_holds_in_other_pools(url: str, two_tiers: ModuleType, tmp_path: Path, pool: str, ending: str) -> None:
+    busy = submit(two_tiers, two_tiers.work, {}, 4)
+    claimed(two_tiers, busy.task_id)
+    with worker(url, "gpu", "gpu-jobs", f"gpu-{pool}", tmp_path, "-P", pool, "-c", "1"):
+        decision = submit(two_tiers, two_tiers.work, {"gpu": ending}, 0.1)
+        tier = "gpu" if ending == "return" else "cpu"
+        assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == tier
+        assert two_tiers.pool.job(decision.task_id).runs[0].owner.startswith(f"gpu-{pool}.")
+        assert outcome(two_tiers, decision.task_id)[1] == ({"gpu": 1} if tier == "gpu" else {"gpu": 1, "cpu": 1})
+
+
+def test_a_marked_worker_stops_within_a_second_finishes_and_resumes_when_unmarked(
+    url: str, two_tiers: ModuleType, tmp_path: Path
+) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    with worker(url, "lone", "lone-jobs", "lone", tmp_path):
+        running = two_tiers.count.apply_async(("drain-a",), queue="lone-jobs")
+        running.get(timeout=10)
+        client.sadd(keys.drain, "lone")
+        time.sleep(1)
+        later = two_tiers.count.apply_async(("drain-b",), queue="lone-jobs")
+        time.sleep(2)
+        report = json.loads(next(iter(client.hvals(keys.presence("lone")))))
+        assert (report["draining"], report["slots"], report["busy"]) == (True, 0, 0)
+        assert later.state == "PENDING"
+        assert client.llen("lone-jobs") == 1
+        client.srem(keys.drain, "lone")
+        later.get(timeout=5)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "solo", "threads"])
+def test_what_cannot_finish_within_the_grace_period_goes_back_uncounted(
+    url: str, two_tiers: ModuleType, tmp_path: Path, pool: str
+) -> None:
+    busy = submit(two_tiers, two_tiers.work, {}, 4)
+    claimed(two_tiers, busy.task_id)
+    grace = {"WORKERPOOL_GRACE_SECONDS": "2"}
+    with worker(url, "gpu", "gpu-jobs", "gpu-short", tmp_path, "-P", pool, "-c", "1", env=grace) as leaving:
+        decision = submit(two_tiers, two_tiers.work, {}, 4)
+        owner = claimed(two_tiers, decision.task_id).owner
+        assert owner.startswith("gpu-short.")
+        began = time.monotonic()
+        leaving.send_signal(signal.SIGTERM)
+        until(lambda: two_tiers.pool.job(decision.task_id).owner != owner, "it was given back")
+        assert 1 < time.monotonic() - began < 2
+    job = two_tiers.pool.job(decision.task_id)
+    assert (job.attempt, job.losses, job.runs[0].how) == (1, 0, "given back")
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "gpu"
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 2})
+
+
+def test_a_worker_that_is_told_to_stop_finishes_and_leaves_at_once(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
+    busy = submit(two_tiers, two_tiers.work, {}, 3)
+    claimed(two_tiers, busy.task_id)
+    with worker(url, "gpu", "gpu-jobs", "gpu-term", tmp_path, env={"WORKERPOOL_GRACE_SECONDS": "60"}) as leaving:
+        decision = submit(two_tiers, two_tiers.work, {}, 1.5)
+        claimed(two_tiers, decision.task_id)
+        began = time.monotonic()
+        leaving.send_signal(signal.SIGTERM)
+        assert leaving.wait(15) == 0
+        assert time.monotonic() - began < 6
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1})
+
+
+def test_messages_with_a_future_eta_run_once_and_are_neither_in_flight_nor_busy(
+    url: str, two_tiers: ModuleType, tmp_path: Path
+) -> None:
+    client, keys, n = two_tiers.pool.connection.client, two_tiers.pool.keys, 20
+    env = {"JOBS_TRANSPORT": json.dumps({"visibility_timeout": 8})}
+    with ExitStack() as stack:
+        for name in ("eta-a", "eta-b"):
+            stack.enter_context(worker(url, "eta", "eta-jobs", name, tmp_path, env=env))
+        for _ in range(n):
+            two_tiers.count.apply_async(("eta-count",), queue="eta-jobs", countdown=20)
+        until(lambda: client.hlen(keys.unacked("eta")) == n, "all are held")
+        until(lambda: int(client.get(keys.scheduled("eta")) or 0) == n, "all are counted as scheduled")
+        assert sum(json.loads(raw)["busy"] for raw in client.hvals(keys.presence("eta"))) == 0
+        until(lambda: int(client.get("eta-count") or 0) >= n, "all have run", 40)
+        until(lambda: client.hlen(keys.unacked("eta")) == 0, "all are acknowledged")
+        time.sleep(1.5)
+        assert int(client.get("eta-count")) == n
+        assert int(client.get(keys.scheduled("eta"))) == 0
+
+
+def test_a_drained_worker_hands_back_what_waits_for_its_eta(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    with worker(url, "back", "back-jobs", "back", tmp_path):
+        two_tiers.count.apply_async(("back-count",), queue="back-jobs", countdown=60)
+        until(lambda: client.hlen(keys.unacked("back")) == 1, "it is held")
+        client.sadd(keys.drain, "back")
+        until(lambda: client.llen("back-jobs") == 1 and client.hlen(keys.unacked("back")) == 0, "it is handed back", 5)
+        client.srem(keys.drain, "back")
+
+
+def test_a_message_that_nobody_holds_goes_back_and_one_that_is_nowhere_is_published_again(
+    url: str, two_tiers: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    with two_tiers.app.connection_for_write() as connection:
+        two_tiers.add.apply_async(
+            (1,), queue="shelf", headers={"workerpool": {"attempt": 1}}, task_id="lost-1", connection=connection
+        )
+    raw = client.rpop("shelf")
+    entry = {"version": 1, "state": "admitted", "attempt": 1, "task": two_tiers.add.name, "tier": "cpu", "wanted": "cpu"}
+    client.hset(
+        keys.job("lost-1"),
+        mapping={**entry, "required": 0, "reason": "FreeSlot", "admitted_at": 1, "message": raw, "queue": "cpu-jobs"},
+    )
+    client.zadd(keys.waiting("cpu"), {"lost-1": 1})
+    assert sweep(url) == []  # it may be on its way
+    assert client.hget(keys.job("lost-1"), "missing_at")
+    time.sleep(4.2)
+    assert ["published again" in sentence for sentence in sweep(url)] == [True]
+    assert sweep(url) == []
+    assert two_tiers.app.AsyncResult("lost-1").get(timeout=20) == 2
+    assert outcome(two_tiers, "lost-1") == (State.DONE, {"cpu": 1})
+
+
+def test_a_dead_workers_unclaimed_messages_are_delivered_again(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    busy = [submit(two_tiers, two_tiers.work, {}, 4)]
+    claimed(two_tiers, busy[0].task_id)
+    with worker(url, "gpu", "gpu-jobs", "gpu-eta", tmp_path) as doomed:
+        result = two_tiers.add.apply_async((1,), queue="gpu-jobs", countdown=12)
+        until(lambda: "received" in (tmp_path / "gpu-eta.log").read_text(), "it is held")
+        time.sleep(1.5)
+        os.killpg(doomed.pid, signal.SIGKILL)
+    time.sleep(10)
+    assert any("held by nobody" in sentence for sentence in sweep(url))
+    assert result.get(timeout=20) == 2
+    until(lambda: client.hlen(keys.unacked("gpu")) == 0, "it is acknowledged")
+
+
+@pytest.mark.parametrize("garbage", ["no json", '{"no": "message"}', "[]", '"text"'])
+def test_what_is_no_message_is_set_aside_and_the_worker_goes_on(url: str, two_tiers: ModuleType, garbage: str) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    before = int(client.get(keys.aside_count) or 0)
+    client.rpush("cpu-jobs", garbage)
+    until(lambda: int(client.get(keys.aside_count) or 0) == before + 1, "it is counted")
+    assert any(json.loads(kept)["message"] == garbage for kept in client.hvals(keys.aside))
+    assert two_tiers.add.apply_async((1,), queue="cpu-jobs").get(timeout=10) == 2
+
+
+@pytest.mark.parametrize("corruption", ["state", "attempt", "kind"])
+def test_a_corrupted_ledger_entry_is_set_aside_with_its_message(two_tiers: ModuleType, corruption: str) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    signature = admit(two_tiers, two_tiers.add.s(1))
+    task_id = signature.options["task_id"]
+    if corruption == "kind":
+        client.delete(keys.job(task_id))
+        client.set(keys.job(task_id), "a string")
+    else:
+        client.hset(keys.job(task_id), corruption, "nonsense")
+    signature.apply_async()
+    kept = json.loads(until(lambda: client.hget(keys.aside, task_id), "it is set aside"))
+    assert kept["reason"] == "its ledger entry cannot be read"
+    assert json.loads(json.loads(kept["message"])[0]["headers"]["id"] and kept["message"])[0]["headers"]["id"] == task_id
+    assert "nonsense" in kept["entry"] or kept["entry"] == ["a string"]
+    assert not client.exists(keys.job(task_id))
+
+
+def test_a_job_whose_task_no_worker_knows_fails_on_the_ledger_too(two_tiers: ModuleType) -> None:
+    signature = admit(two_tiers, two_tiers.app.signature("jobs.nobody_knows"))
+    signature.apply_async()
+    assert outcome(two_tiers, signature.options["task_id"]) == (State.FAILED, {})
+
+
+def test_the_probe_files_follow_the_worker(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    probes = tmp_path / "probes"
+    with worker(url, "probed", "probed-jobs", "probed", tmp_path, env={"WORKERPOOL_PROBES": str(probes)}) as process:
+        until((probes / "ready").exists, "it is ready", 5)
+        client.sadd(keys.drain, "probed")
+        until(lambda: not (probes / "ready").exists(), "it is not ready while it drains", 3)
+        client.srem(keys.drain, "probed")
+        until((probes / "ready").exists, "it is ready again", 3)
+        os.kill(process.pid, signal.SIGSTOP)
+        seen = (probes / "alive").stat().st_mtime
+        time.sleep(2)
+        assert (probes / "alive").stat().st_mtime == seen
+        os.kill(process.pid, signal.SIGCONT)
+        until(lambda: (probes / "alive").stat().st_mtime > seen, "it lives again", 5)
+        process.send_signal(signal.SIGTERM)
+        process.wait(15)
+        assert not (probes / "ready").exists()
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        (
+            {"WORKERPOOL_TIER": "tpu"},
+            "workerpool: WORKERPOOL_TIER='tpu': pool test/jobs has the tiers gpu, cpu, lone, eta, back, probed",
+        ),
+        (
+            {"WORKERPOOL_POOL": "test/jbos"},
+            "workerpool: WORKERPOOL_POOL='test/jbos': the app has 'test/jobs'; the two names must be the same",
+        ),
+    ],
+)
+def test_a_worker_in_the_wrong_place_is_refused_in_one_line(url: str, jobs: ModuleType, env: dict[str, str], says: str) -> None:
+    ended = subprocess.run(
+        command("gpu-jobs", "wrong"), env={**environment(url, "gpu", "gpu-jobs", "wrong"), **env}, cwd=ROOT,
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert ended.returncode != 0
+    assert says in ended.stderr.splitlines()
+    assert "Traceback" not in ended.stderr
+
+
+def test_options_that_would_break_the_promise_are_overridden_with_a_warning(url: str, jobs: ModuleType, tmp_path: Path) -> None:
+    env = {"JOBS_TRANSPORT": json.dumps({"visibility_timeout": 3})}
+    with worker(url, "gpu", "odd-jobs", "odd", tmp_path, "-c", "1", "--prefetch-multiplier", "8", env=env):
+        log = (tmp_path / "odd.log").read_text()
+    assert "visibility_timeout=3 is below" in log
+    assert "prefetch-multiplier=8 is not used" in log

@@ -1,0 +1,74 @@
+"""Real Celery workers of the app in ``jobs.py``, each in its own process group, for the time of a block."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+APP = "tests.contract.jobs"
+
+
+def command(queue: str, name: str, *options: str) -> list[str]:
+    """How such a worker is started."""
+    start = [sys.executable, "-m", "celery", "-A", APP, "worker", "-Q", queue, "-n", f"{name}@test", "-l", "INFO"]
+    return [*start, "--without-gossip", "--without-mingle", *options]
+
+
+def environment(url: str, tier: str, queue: str, name: str) -> dict[str, str]:
+    """What the operator sets for it."""
+    return {
+        **os.environ, "CELERY_BROKER_URL": url, "WORKERPOOL_POOL": "test/jobs", "WORKERPOOL_TIER": tier,
+        "WORKERPOOL_WORKER": name, "WORKERPOOL_QUEUE": queue, "WORKERPOOL_CONCURRENCY": "1",
+        "JOBS_FURTHER_TIERS": "lone,eta,back,probed",
+    }  # fmt: skip
+
+
+@contextmanager
+def worker(
+    url: str, tier: str, queue: str, name: str, log: Path, *options: str, env: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """One Celery worker of a tier, ready; its whole process group is gone afterwards."""
+    path = log / f"{name}.log"
+    with path.open("wb") as output:
+        process = subprocess.Popen(
+            command(queue, name, *(options or ("-c", "1"))),
+            env={**environment(url, tier, queue, name), **(env or {})},
+            cwd=ROOT, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+    try:
+        until(lambda: " ready." in path.read_text(), f"{name} is ready")
+        yield process
+    finally:
+        if process.poll() is None or group_lives(process.pid):
+            os.killpg(process.pid, signal.SIGCONT)
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def group_lives(group: int) -> bool:
+    """Whether any process of the group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def until(true: Callable[[], Any], what: str, seconds: float = 20) -> Any:
+    """What the condition answers once it holds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := true():
+            return found
+        time.sleep(0.05)
+    pytest.fail(f"not within {seconds} s: {what}")
