@@ -28,7 +28,7 @@ class Kubectl(Protocol):
 def control_plane() -> Iterator[ControlPlane]:
     """The control plane itself, for tests that take its API server away."""
     try:
-        directory = binaries.find()
+        directory = binaries.find(binaries.CONTROL_PLANE)
     except binaries.BinariesMissing as missing:
         pytest.fail(str(missing), pytrace=False)
     with ControlPlane(directory) as plane:
