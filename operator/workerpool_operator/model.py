@@ -186,20 +186,8 @@ class PodTemplate(_OpenModel):
     spec: PodSpec
 
 
-_FIXED_OPTIONS = (
-    "-A",
-    "--app",
-    "-Q",
-    "--queues",
-    "-X",
-    "--exclude-queues",
-    "-c",
-    "--concurrency",
-    "--autoscale",
-    "-n",
-    "--hostname",
-)
-"""What the operator says on Celery's command line, and what says the contrary."""
+_FIXED_OPTIONS = ("-Q", "--queues", "-X", "--exclude-queues", "-c", "--concurrency", "--autoscale")
+"""Options of Celery that say what queue and concurrency say, or the contrary."""
 
 
 def _fixed_option(argument: str) -> str | None:
