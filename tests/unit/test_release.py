@@ -29,7 +29,7 @@ def only(dist: Path, pattern: str) -> Path:
 
 
 def test_every_file_has_its_checksum(dist: Path) -> None:
-    sums = dict(reversed(line.split()) for line in (dist / "SHA256SUMS").read_text().splitlines())
+    sums = {name: digest for digest, name in (line.split() for line in (dist / "SHA256SUMS").read_text().splitlines())}
     assert sums.keys() == {path.name for path in dist.iterdir()} - {"SHA256SUMS"}
     for name, digest in sums.items():
         assert hashlib.sha256((dist / name).read_bytes()).hexdigest() == digest
