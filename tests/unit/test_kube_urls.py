@@ -71,6 +71,27 @@ def test_a_secret_that_cannot_be_read_for_a_moment_changes_nothing(error: ApiErr
     asyncio.run(scenario())
 
 
+def test_a_url_of_sentinels_comes_with_the_name_of_their_master_or_not_at_all() -> None:
+    async def scenario() -> None:
+        secrets = Secrets()
+        secrets.url = "sentinel://:pw@one:26379/0;sentinel://:pw@two:26379/0"
+        answer = await secrets.urls.broker_url(POOL)
+        assert isinstance(answer, Unavailable)
+        assert "spec.broker.masterName" in answer.why
+        assert "pw" not in answer.why
+        named = replace(
+            POOL, spec=POOL.spec.model_copy(update={"broker": POOL.spec.broker.model_copy(update={"master_name": "main"})})
+        )
+        assert await secrets.urls.broker_url(named) == f"{secrets.url}#main"
+        secrets.url = URL
+        secrets.now += CACHE_SECONDS
+        await secrets.urls.broker_url(named)
+        await asyncio.sleep(0.01)
+        assert isinstance(await secrets.urls.broker_url(named), Unavailable)
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize(("status", "words"), [(404, "does not exist"), (403, "may not read")])
 def test_a_secret_that_is_gone_or_forbidden_is_told(status: int, words: str) -> None:
     async def scenario() -> None:
