@@ -105,10 +105,14 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class TierReplicas:
-    """The workers of one tier: how many are ordered, and the state of each that exists."""
+    """The workers of one tier: how many are ordered, and the state of each that exists.
+
+    ``rival`` names whoever else scales them, in words for the user; empty where nobody does.
+    """
 
     desired: int
     replicas: tuple[Replica, ...] = ()
+    rival: str = ""
 
     def count(self, phase: Phase) -> int:
         """How many are in that phase."""

@@ -58,6 +58,9 @@ def plan(
         else:
             observed = demand(queue, live, reading.arrived(tier.name), now)
         decision = scaling.decide(bounds, observed, memory.get(tier.name, scaling.Memory()), now)
+        if live.rival:
+            why = f"the count is left to {live.rival}"
+            decision = replace(decision, replicas=live.desired, reason=scaling.Reason.ANOTHER_AUTOSCALER, message=why)
         if pool.spec.mode is Mode.PAUSED:
             decision = replace(decision, replicas=live.desired, reason=scaling.Reason.PAUSED, message=_PAUSED)
         plans.append(TierPlan(tier, queue, live, decision))
