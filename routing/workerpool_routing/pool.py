@@ -30,8 +30,12 @@ from workerpool_routing.wire import ENV_POOL, ENV_TIER, Keyspace, Policy, Presen
 
 logger = logging.getLogger("workerpool_routing")
 
-PUBLISH_TIMEOUT_SECONDS = 5.0
-"""How long Kombu may take for one step of a publish that is Celery's own; its default is to wait for ever."""
+PUBLISH_TIMEOUT_SECONDS = 1.0
+"""How long Kombu may take for one step of a publish that is Celery's own; its default is to wait for ever.
+
+Celery tries again, a few steps each time (``task_publish_retry_policy``), so that the whole is some five times as long. Shorter than
+a second, and Celery would publish again what a busy Redis has only taken late.
+"""
 
 _RESERVED = ("queue", "exchange", "routing_key", "expires", "task_id", "router", "producer", "retry")
 
