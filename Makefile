@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos chaos-long check bench bench-scaling generate lock
+.PHONY: help demo test chaos chaos-long check bench bench-scaling generate release-dry-run lock
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -27,9 +27,12 @@ bench: $(READY) ## Measure what admission costs, as ratios, and put the sample A
 	@$(BIN)/python -m benchmarks.admission
 	@$(BIN)/python -m benchmarks.media_api
 
-generate: $(READY) ## Write the files that are made from others: the chart's CRD, manifests/ and docs/reference/
+generate: $(READY) ## Write the files that are made from others: the chart's version, CRD and README, manifests/ and docs/reference/
 	@$(BIN)/python charts/render.py
 	@$(BIN)/python -m docs.render
+
+release-dry-run: $(READY) ## Build all of a release into dist/, with checksums, and publish nothing
+	@$(BIN)/python -m charts.release
 
 bench-scaling: $(READY) ## Compare the scaling rule with others; ARGS="--traces DIR --plots DIR" for recorded traces and pictures
 	@$(BIN)/python -m benchmarks.scaling $(ARGS)
