@@ -13,7 +13,7 @@ from tests.api.conftest import Kubectl
 from tests.api.operators import SAMPLE, Namespace, Object
 from tests.api.test_operator import set_status
 
-pytestmark = pytest.mark.api
+pytestmark = [pytest.mark.api, pytest.mark.timeout(180)]
 
 CONTROLLER_SECONDS = 60.0
 """The ReplicaSet controller tries a refused pod again with growing pauses."""
@@ -44,7 +44,9 @@ def test_a_quota_that_leaves_no_room_for_a_pod_is_named(ml: Namespace) -> None:
 def test_a_limit_range_that_refuses_the_pods_is_named(ml: Namespace) -> None:
     limit = {"type": "Container", "max": {"memory": "1Mi"}}
     ml.kubectl("create", "-f", "-", stdin=obj("LimitRange", limits=[limit]))
-    ml.create_pool()
+    tiers: list[Object] = yaml.safe_load(SAMPLE.read_text())["spec"]["tiers"]
+    tiers[1]["template"]["spec"]["containers"][0]["resources"] = {"limits": {"memory": "1Gi"}}
+    ml.create_pool(tiers=tiers)
     ml.eventually(lambda: told(ml, "cpu: 1 of 1 failing", "maximum memory usage per Container is 1Mi"), CONTROLLER_SECONDS)
 
 
