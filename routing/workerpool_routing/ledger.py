@@ -240,6 +240,7 @@ def claim(
 def settle(
     keys: Keyspace, policy: Policy, task_id: str, *, attempt: int, tag: str, owner: str, tier: str, before: State, after: State,
     how: str = "", error: str = "", retries: int | None = None, held_as: str = "",
+    message: str = "", queue: str = "",
 ) -> Call:  # fmt: skip
     """Arguments of ``settle.lua``: an attempt enters its next state, if it is still the one that counts.
 
@@ -257,6 +258,8 @@ def settle(
         error: what it raised, if anything.
         retries: how many its author has asked for, where that has changed.
         held_as: the delivery tag of a message to acknowledge in the same step, whatever the ledger says of the attempt.
+        message: of the retry that was published, to be found again should it get lost on its way.
+        queue: that it went to.
     """
     life = ENDED_JOB_LIFE_SECONDS if after.ended else JOB_LIFE_SECONDS
     spilled = [keys.spilled(tier.name) for tier in policy.tiers]
@@ -266,7 +269,7 @@ def settle(
             keys.service(tier), keys.served(tier), *spilled,
         ],
         [task_id, attempt, tag, owner, before, after, life, how, error[:ERROR_CHARACTERS],
-            "" if retries is None else retries, held_as],
+            "" if retries is None else retries, held_as, message, queue],
     )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 --
 -- KEYS: job, held:<owner>, waiting:<tier>, unacked hash, unacked index, service:<tier>, served:<tier>, then every spilled:<tier>.
 -- ARGV: task id, attempt, delivery tag and owner ('' before a claim), from, to, life, how it ended, error, retries asked for,
--- delivery tag of a message to acknowledge, whatever the ledger says.
+-- delivery tag of a message to acknowledge, whatever the ledger says, the message of that retry ('': it cannot be published again)
+-- and its queue.
 -- Returns 1 when it moved, or had moved and only the answer was lost; -1 when the ledger no longer knows the job (Redis came back
 -- without it): nobody else can have it; 0 when another attempt owns the job now.
 local id, tag, owner, from, to = ARGV[1], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
@@ -41,6 +42,10 @@ redis.call('SREM', KEYS[2], id)
 if to == 'admitted' then
   redis.call('HDEL', KEYS[1], 'tag', 'owner')
   if ARGV[10] ~= '' then redis.call('HSET', KEYS[1], 'retries', ARGV[10]) end
+  if ARGV[12] ~= '' then
+    redis.call('HSET', KEYS[1], 'message', ARGV[12], 'queue', ARGV[13])
+    redis.call('ZADD', KEYS[3], now, id)
+  end
   return 1
 end
 redis.call('ZREM', KEYS[3], id)

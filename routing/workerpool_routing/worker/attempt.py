@@ -14,7 +14,7 @@ from workerpool_routing import ledger
 from workerpool_routing.connection import Connection, unavailable_when_down
 from workerpool_routing.ledger import Claim, Job, Move, State
 from workerpool_routing.policy import PolicySource
-from workerpool_routing.wire import HEADER, Keyspace, Policy
+from workerpool_routing.wire import HEADER, MESSAGE_LIMIT_BYTES, Keyspace, Policy
 from workerpool_routing.worker.transport import give_back
 
 if TYPE_CHECKING:
@@ -136,9 +136,18 @@ class Attempt:
         )  # fmt: skip
         return Claim(life.connection.run("claim", call))
 
-    def settle(self, before: State, after: State, *, how: str = "", error: str = "", retries: int | None = None) -> bool:
+    def settle(self, before: State, after: State, *, how: str = "", error: str = "") -> bool:
         """Enter the next state; False when another attempt counts by now."""
-        return self._settle(before, after, self.tag, self.life.owner, how, error, retries)
+        return self._settle(before, after, self.tag, self.life.owner, how=how, error=error)
+
+    def retry(self, message: str, queue: str) -> None:
+        """Wait for the retry that its author has asked for; the sweep looks for its message if it went to the tier's queue."""
+        tier = self.life.policy.tier(self.life.tier)
+        kept = bool(tier and tier.queue == queue and len(message) <= MESSAGE_LIMIT_BYTES)
+        self._settle(
+            State.CLAIMED, State.ADMITTED, self.tag, self.life.owner, how="retry", retries=self.retries + 1,
+            message=message if kept else "", queue=queue,
+        )  # fmt: skip
 
     def acknowledge(self, after: State) -> None:
         """Acknowledge the message and, if this attempt still counts, end its job: Celery has stored what it came to."""
@@ -148,14 +157,11 @@ class Attempt:
         """End a job that was never started: it expired, was revoked, or its task is not known here."""
         return self._settle(State.ADMITTED, after, "", "")
 
-    def _settle(
-        self, before: State, after: State, tag: str, owner: str, how: str = "", error: str = "", retries: int | None = None,
-        held_as: str = "",
-    ) -> bool:  # fmt: skip
+    def _settle(self, before: State, after: State, tag: str, owner: str, **more: Any) -> bool:
         life = self.life
         call = ledger.settle(
             life.keys, life.policy, self.task_id, attempt=self.number, tag=tag, owner=owner, tier=life.tier, before=before,
-            after=after, how=how, error=error, retries=retries, held_as=held_as,
+            after=after, **more,
         )  # fmt: skip
         return bool(life.connection.run("settle", call))
 

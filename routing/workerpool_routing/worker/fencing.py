@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from signal import SIGTERM
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Task, states
+from celery._state import get_current_task
 from celery.backends.base import DisabledBackend
 from celery.exceptions import Ignore, Reject, Retry, WorkerShutdown, WorkerTerminate
 from celery.utils.imports import symbol_by_name
@@ -21,6 +22,7 @@ from redis import RedisError
 from workerpool_routing import ledger
 from workerpool_routing.errors import JobLost, PoolUnavailable, TaskExited
 from workerpool_routing.ledger import Claim, Job, Move, State
+from workerpool_routing.message import serialise
 from workerpool_routing.wire import Policy
 from workerpool_routing.worker.attempt import Attempt, Outcome, WorkerLife
 from workerpool_routing.worker.transport import settled
@@ -31,8 +33,8 @@ logger = logging.getLogger("workerpool_routing.worker")
 RETRY_SECONDS = 2.0
 """How soon the main process asks again when the ledger did not answer; the worker works on meanwhile."""
 
-_ENTERED = "workerpool_entered"
-"""Set on a request whose attempt has been claimed: a task may call itself."""
+_RETRIES = "workerpool_retries"
+"""On a request whose attempt has been claimed: the messages of retries that its author has asked for, each with its queue."""
 
 
 def fence(task: Task, child: WorkerLife, main: WorkerLife) -> None:
@@ -56,6 +58,16 @@ def fence(task: Task, child: WorkerLife, main: WorkerLife) -> None:
     names = {"__module__": own.__module__, "life": child, "Request": request, **rules}
     task.__class__ = type(own.__name__, (FencedTask, own), names)
     task.acks_late = True
+
+
+def note_retry(body: Any, headers: Mapping[str, Any], properties: Mapping[str, Any], routing_key: str, **_: Any) -> None:
+    """Keep the message of a retry that the author of the running task asks for: Celery is about to publish it."""
+    task = get_current_task()
+    retries = getattr(task.request, _RETRIES, None) if isinstance(task, FencedTask) else None
+    if retries is not None and headers.get("id") == task.request.id:
+        compression = getattr(task, "compression", None) or task.app.conf.task_compression
+        encoding = {"serializer": task.serializer, "compression": compression}
+        retries.append((serialise(body, headers, properties, encoding=encoding).to(routing_key), routing_key))
 
 
 def settle_unknown(life: WorkerLife, message: Any, task: str) -> None:
@@ -89,10 +101,10 @@ class FencedTask(Task):
     fallback_on_loss: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        attempt = None if getattr(self.request, _ENTERED, False) else self._attempt()
+        attempt = None if hasattr(self.request, _RETRIES) else self._attempt()  # a task may call itself
         if attempt is None:
             return super().__call__(*args, **kwargs)
-        setattr(self.request, _ENTERED, True)
+        setattr(self.request, _RETRIES, [])
         with _back_to_the_queue_without_redis():
             answer = attempt.claim(self._stored_result)
         match answer:
@@ -109,14 +121,14 @@ class FencedTask(Task):
         try:
             result = super().__call__(*args, **kwargs)
         except Retry:
-            self._close(attempt, State.ADMITTED, how="retry", retries=attempt.retries + 1)
+            self._close(partial(attempt.retry, *(getattr(self.request, _RETRIES) or [("", "")])[-1]))
             raise
         except Reject as rejected:
             after = State.ADMITTED if rejected.requeue else State.FAILED
-            self._close(attempt, after, how="rejected")
+            self._close(partial(attempt.settle, State.CLAIMED, after, how="rejected"))
             raise
         except Ignore:
-            self._close(attempt, State.DONE, how="ignored")
+            self._close(partial(attempt.settle, State.CLAIMED, State.DONE, how="ignored"))
             raise
         except (WorkerShutdown, WorkerTerminate):  # the solo pool: the worker itself is told to end
             raise
@@ -167,9 +179,9 @@ class FencedTask(Task):
             self.backend.on_chord_part_return(request, state, meta["result"])
         return state
 
-    def _close(self, attempt: Attempt, after: State, *, how: str, retries: int | None = None) -> None:
+    def _close(self, settle: Callable[[], object]) -> None:
         try:
-            attempt.settle(State.CLAIMED, after, how=how, retries=retries)
+            settle()
         except PoolUnavailable as unavailable:
             # What the attempt came to stands in Celery already: an error here would turn it into another outcome.
             logger.warning("not closed task_id=%s task=%s: %s", self.request.id, self.name, unavailable)
