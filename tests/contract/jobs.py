@@ -27,7 +27,7 @@ tiers = [Tier("gpu", "gpu-jobs", accelerated=True), Tier("cpu", "cpu-jobs", acce
 further = [
     Tier(name, f"{name}-jobs", accelerated=False) for name in filter(None, os.environ.get("JOBS_FURTHER_TIERS", "").split(","))
 ]
-pool = WorkerPool("test/jobs", app, tiers=[*tiers, *further])
+pool = WorkerPool("test/jobs", app, tiers=[*tiers, *further], timeout=5)
 
 
 def end(how: str) -> None:
