@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from workerpool_operator.deployment import MANAGED_BY, MANAGER, POOL_LABEL, TIER_LABEL
+from workerpool_operator.deployment import BROKER_MARK, MANAGED_BY, MANAGER, POOL_LABEL, TIER_LABEL
 from workerpool_operator.kube.api import Api, path_to
 from workerpool_operator.model import API_VERSION, PLURAL, Problem, parse_spec
 from workerpool_operator.observation import Phase, Replica
@@ -39,6 +39,7 @@ class LiveDeployment:
         replicas_in_template: the replica count still belongs to the manager of the template.
         failure: why its pods cannot be created.
         queue: what its workers take from; empty where it cannot be told.
+        broker_mark: what its pods are annotated with.
     """
 
     replicas: int
@@ -49,6 +50,7 @@ class LiveDeployment:
     replicas_in_template: bool
     failure: str
     queue: str
+    broker_mark: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +195,7 @@ def deployment(raw: Mapping[str, Any], _before: LiveDeployment | None = None) ->
             (c.get("message", c["type"]) for c in _conditions(raw) if c["type"] == "ReplicaFailure" and c["status"] == "True"), ""
         ),
         queue=_queue(spec),
+        broker_mark=_annotations(spec.get("template", {})).get(BROKER_MARK, ""),
     )
 
 
@@ -223,7 +226,7 @@ def pod(raw: Mapping[str, Any], before: LivePod | None = None) -> LivePod | None
     if before is not None and before.replica.ready_at is not None:
         # A pod that was un-Ready for a while still took as long to start as it took the first time.
         replica = replace(replica, ready_at=before.replica.ready_at)
-    cost = (metadata.get("annotations") or {}).get(DELETION_COST, "")
+    cost = _annotations(raw).get(DELETION_COST, "")
     return LivePod(replica, cost)
 
 
@@ -266,6 +269,10 @@ def _conditions(raw: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
 
 def _condition(raw: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
     return next((c for c in _conditions(raw) if c["type"] == kind), {})
+
+
+def _annotations(raw: Mapping[str, Any]) -> Mapping[str, str]:
+    return (raw.get("metadata") or {}).get("annotations") or {}
 
 
 def _controller(metadata: Mapping[str, Any]) -> tuple[str, str, str] | None:
