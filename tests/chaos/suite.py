@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -18,7 +19,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from tests.chaos import drains
 from tests.chaos.parts import Line, Server, Worker, job, publish, start_sweep, sweeping
+
+from workerpool_routing.ledger import State
 
 
 @dataclass
@@ -175,6 +179,15 @@ def flood(jobs: int, kills: int, *, plain: bool) -> Row:
         return stage.judge(name, kills, lost)
 
 
+def scaled_down(times: int) -> Row:
+    """Scale-downs under load, by the operator's own pass in dev mode: no job is cut off or given back."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        jobs = asyncio.run(drains.scale_down(Path(directory), times))
+    lost = sum(job.state is not State.DONE for job in jobs)
+    again = sum(len(job.runs) > 1 for job in jobs)
+    return Row("scale-down under load", times, len(jobs), lost, 0, again)
+
+
 def until_started(stage: Scene) -> None:
     while len(stage.open()) == len(stage.ids):
         time.sleep(0.2)
@@ -305,6 +318,7 @@ def run(size: str) -> list[Row]:
             show(under(fault, name, times, pause))
     if size != "short":
         show(redis_emptied(times))
+        show(scaled_down(40 * times))
     return rows
 
 
