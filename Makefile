@@ -11,7 +11,7 @@ help: ## Show this list
 demo: $(READY) ## Run the whole system on this machine; ARGS="--json FILE" also writes what happened
 	@$(BIN)/python -m examples.media.demo $(ARGS)
 
-test: $(READY) ## Run every level of test that this machine can run (the first run builds a control plane: about 13 min)
+test: $(READY) ## Run every level of test that this machine can run (the first run builds a cluster's binaries: about 13 min)
 	@$(BIN)/python -m tests.levels test
 
 chaos: $(READY) ## Kill everything that can be killed and count every job, 5 times each; ends with a table (CHAOS_SEED=N repeats)

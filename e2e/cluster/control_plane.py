@@ -208,7 +208,7 @@ def _answers(port: int, path: str, trust: ssl.SSLContext) -> bool:
 def main() -> int:
     """Run a control plane until Ctrl-C."""
     try:
-        directory = binaries.ensure(lambda line: print(line, file=sys.stderr, flush=True))
+        directory = binaries.ensure(lambda line: print(line, file=sys.stderr, flush=True), binaries.CONTROL_PLANE)
         with ControlPlane(directory) as plane:
             print(f"KUBECONFIG={plane.kubeconfig}", flush=True)
             signal.pause()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -43,10 +43,11 @@ class RedisBroker:
 
     Args:
         wake: set when admission names a pool that has work.
+        fence: called before anything is said to Redis; does not return where this process may not act any more.
     """
 
-    def __init__(self, wake: asyncio.Event) -> None:
-        self._wake = wake
+    def __init__(self, wake: asyncio.Event, fence: Callable[[], None] = lambda: None) -> None:
+        self._wake, self._fence = wake, fence
         self._clients: dict[str, Any] = {}
         self._told: set[tuple[str, str]] = set()
         self._listeners: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -151,6 +152,7 @@ class RedisBroker:
             logger.warning("%s: job %s of a lost worker is not taken over: %r", pool.id, task_id, error)
 
     def _client(self, url: str) -> Any:
+        self._fence()
         if url not in self._clients:
             self._clients[url] = _connect(url)
         return self._clients[url]

@@ -42,12 +42,23 @@ def main() -> None:
 
 @main.command()
 @click.option("--namespace", "-n", "namespaces", multiple=True, help="Watch this namespace only; may be repeated. Default: all.")
-@click.option("--health-port", default=8080, show_default=True, help="Where /healthz is served.")
-def run(namespaces: Sequence[str], health_port: int) -> None:
-    """Run the operator against the cluster of this pod, or of KUBECONFIG."""
-    from workerpool_operator.main import run as run_operator  # kopf and the client take a second to import
+@click.option("--port", default=8080, show_default=True, help="Where /metrics, /healthz and /readyz are served.")
+@click.option(
+    "--lease-name", default="celery-workerpool", show_default=True, help="The Lease by which one of several operators acts."
+)
+@click.option(
+    "--lease-namespace", metavar="NAMESPACE", help="Where that Lease is. Default: the pod's own, or `default` outside a cluster."
+)
+def run(namespaces: Sequence[str], port: int, lease_name: str, lease_namespace: str | None) -> None:
+    """Run the operator against the cluster of this pod, or of KUBECONFIG.
 
-    run_operator(namespaces, health_port=health_port)
+    Of several that name one Lease a single one acts; the others stand by and take over when it stops or dies.
+    """
+    # kopf and the client take a second to import
+    from workerpool_operator.main import Options
+    from workerpool_operator.main import run as run_operator
+
+    run_operator(Options(tuple(namespaces), port, lease_name, lease_namespace))
 
 
 @main.command()

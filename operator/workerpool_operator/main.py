@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 import socket
 import sys
+import time
+import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
+import aiohttp
 import kopf
 from kubernetes.aio.config import ConfigException
 
 from workerpool_operator.broker import RedisBroker
-from workerpool_operator.kube.api import Api, ApiError
+from workerpool_operator.endpoints import Endpoints
+from workerpool_operator.kube.api import USER_AGENT, Api, ApiError
+from workerpool_operator.kube.lease import Candidate
 from workerpool_operator.kube.reporter import KubeReporter
 from workerpool_operator.kube.seen import SELECTOR, Cache, Refused, Seen
 from workerpool_operator.kube.urls import KubeUrls
 from workerpool_operator.kube.workers import KubeWorkers
+from workerpool_operator.metrics import Metrics
 from workerpool_operator.model import API_VERSION, GROUP, PLURAL, VERSION
 from workerpool_operator.observation import Unavailable
-from workerpool_operator.ports import Pool
+from workerpool_operator.ports import Pool, Report
 from workerpool_operator.reconcile import Reconciler
 
 RELIST_SECONDS = 60.0
@@ -31,6 +42,17 @@ RETRY_SECONDS = 2.0
 
 LAST_PASS_SECONDS = 3.0
 
+LEASE_PATIENCE_SECONDS = 2.5
+"""For one request about the Lease: several of them have to fit into a tenure."""
+
+STUCK_SECONDS = 60.0
+"""A process without a pass for so long is restarted."""
+
+SILENT_SECONDS = 180.0
+"""A process whose watch has done nothing for so long is restarted; a watch that hears nothing is begun anew every 70 s."""
+
+_OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+
 logger = logging.getLogger(__name__)
 
 
@@ -38,42 +60,103 @@ class CannotStart(Exception):
     """The operator cannot work here; the message says what is missing and what to do."""
 
 
-def run(namespaces: Sequence[str], *, health_port: int) -> None:
-    """Run until SIGTERM or SIGINT; exit with one plain message where it cannot start.
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How the operator is run.
 
-    Args:
+    Attributes:
         namespaces: those whose WorkerPools are served; all when empty.
-        health_port: where ``/healthz`` is served.
+        port: where ``/metrics``, ``/healthz`` and ``/readyz`` are served.
+        lease_name: of the Lease by which one of several operators acts.
+        lease_namespace: where it is; the pod's own when None.
     """
+
+    namespaces: Sequence[str]
+    port: int
+    lease_name: str
+    lease_namespace: str | None = None
+
+
+def run(options: Options) -> None:
+    """Run until SIGTERM or SIGINT; exit with one plain message where it cannot start."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for chatty in ("kopf", "aiohttp.access"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        asyncio.run(_serve(namespaces, health_port))
+        asyncio.run(_serve(options))
     except CannotStart as error:
         sys.exit(f"workerpool: {error}")
 
 
-async def _serve(namespaces: Sequence[str], health_port: int) -> None:
+async def _serve(options: Options) -> None:
+    stop = asyncio.Event()
+    for wanted in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(wanted, stop.set)
     try:
-        api = await Api.connect()
+        elections = await Api.connect(patience=LEASE_PATIENCE_SECONDS)
     except ConfigException as error:
         raise CannotStart(f"no cluster to connect to: {error}; set KUBECONFIG, or run inside a cluster") from error
+    candidate = Candidate(elections, options.lease_namespace or _own_namespace(), options.lease_name, _identity(), _leave)
+    api = await Api.connect(candidate.fence)
+    operator = Operator(api, options.namespaces, candidate)
     try:
-        _check_port(health_port)
-        await _wait_for_resource(api)
-        logger.info("serving the WorkerPools of %s at %s", ", ".join(namespaces) or "all namespaces", api.host)
-        await Operator(api, namespaces).run(health_port)
+        try:
+            await operator.endpoints.open(options.port)
+        except OSError as error:
+            raise CannotStart(f"port {options.port} cannot be had: {error.strerror}; end what holds it") from error
+        if await _before(stop, _become_leader(api, candidate)):
+            logger.info("serving the WorkerPools of %s at %s", ", ".join(options.namespaces) or "all namespaces", api.host)
+            await _lead(operator, candidate)
     finally:
+        await operator.endpoints.close()
         await api.close()
+        await elections.close()
 
 
-def _check_port(port: int) -> None:
-    """Look before kopf does, which would end in a traceback."""
+async def _before(stop: asyncio.Event, work: Any) -> bool:
+    """Whether the work was done before somebody asked to stop."""
+    task, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
+    if done := task.done():
+        task.result()
+    for either in (task, stopped):
+        either.cancel()
+        with suppress(asyncio.CancelledError):
+            await either
+    return done
+
+
+async def _become_leader(api: Api, candidate: Candidate) -> None:
+    await _wait_for_resource(api)
     try:
-        socket.create_server(("", port)).close()
-    except OSError as error:
-        raise CannotStart(f"port {port} for /healthz cannot be had: {error.strerror}; end what holds it") from error
+        await candidate.acquire()
+    except ApiError as error:
+        raise CannotStart(f"{api.host} refuses the Lease by which one of several operators acts: {error}") from error
+
+
+async def _lead(operator: Operator, candidate: Candidate) -> None:
+    keeping = asyncio.create_task(candidate.keep())
+    try:
+        await operator.run()
+    finally:
+        keeping.cancel()
+        with suppress(asyncio.CancelledError):
+            await keeping
+        await candidate.release()
+
+
+def _leave(why: str) -> NoReturn:
+    """End without another word to anybody: whatever was under way may be another operator's by now."""
+    logger.critical("leaving: %s", why)
+    os._exit(1)
+
+
+def _identity() -> str:
+    return f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
+
+
+def _own_namespace() -> str:
+    return _OWN_NAMESPACE.read_text().strip() if _OWN_NAMESPACE.exists() else "default"
 
 
 async def _wait_for_resource(api: Api) -> None:
@@ -91,45 +174,78 @@ async def _wait_for_resource(api: Api) -> None:
             await asyncio.sleep(RETRY_SECONDS)
 
 
-class Operator:
-    """What is watched, handed to the reconcile pass. Made inside the event loop."""
+_WATCHED = (PLURAL, "deployments", "pods")
 
-    def __init__(self, api: Api, namespaces: Sequence[str]) -> None:
+
+class Operator:
+    """What is watched, handed to the reconcile pass. Made inside the event loop.
+
+    Attributes:
+        endpoints: its HTTP server, which the maker opens; :meth:`run` closes it at its end.
+    """
+
+    def __init__(self, api: Api, namespaces: Sequence[str], candidate: Candidate) -> None:
         self._api = api
         self._namespaces = namespaces
+        self._candidate = candidate
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
         self._seen = Seen()
         self._urls = KubeUrls(api)
-        self._broker = RedisBroker(self._wake)
+        self._broker = RedisBroker(self._wake, candidate.fence)
         self._workers = KubeWorkers(api, self._seen, self._holds_jobs)
         self._reporter = KubeReporter(api)
-        self._reconciler = Reconciler(
-            urls=self._urls, broker=self._broker, workers=self._workers, reporter=self._reporter, wake=self._wake
-        )
+        self._reconciler = Reconciler(urls=self._urls, broker=self._broker, workers=self._workers, reporter=self, wake=self._wake)
+        self._metrics = Metrics(lambda: candidate.leads, lambda: self._reconciler.passes, lambda: self._reconciler.pools)
+        self.endpoints = Endpoints(self._metrics, self.ailing, self.unready)
         self._tasks: list[asyncio.Task[None]] = []
+        self._watched: dict[str, float] = {}
+        self._began: float | None = None
 
-    async def run(self, health_port: int) -> None:
+    async def run(self) -> None:
         """Serve until a signal stops it; raises what a task of its own died of."""
+        self._began = time.monotonic()
         await kopf.operator(
             registry=self._registry(),
             settings=_settings(),
             standalone=True,
             clusterwide=not self._namespaces,
             namespaces=self._namespaces,
-            liveness_endpoint=f"http://0.0.0.0:{health_port}/healthz",
             stop_flag=self._stop,
         )
         for task in self._tasks:
             if not task.cancelled() and (error := task.exception()):
                 raise error
 
+    async def report(self, report: Report) -> None:
+        """Show the outcome of a pass wherever somebody may look."""
+        self._metrics.saw(report)
+        await self._reporter.report(report)
+
+    def ailing(self) -> str:
+        """Why the process should be restarted; empty while it should not. An outage of anything else is no reason."""
+        if self._began is None:
+            return ""
+        now = time.monotonic()
+        if (silence := now - (self._reconciler.passes.last_ended_at or self._began)) > STUCK_SECONDS:
+            return f"no pass has ended for {silence:.0f} s"
+        for kind in _WATCHED:
+            if (silence := now - self._watched.get(kind, self._began)) > SILENT_SECONDS:
+                return f"the watch of {kind} has done nothing for {silence:.0f} s"
+        return ""
+
+    def unready(self) -> str:
+        """Why it cannot do its work yet, or take over at once; empty when it can."""
+        if self._began is None:
+            return "" if self._candidate.follows else "the Lease is not known yet"
+        return "" if self._seen.complete else "the first listing is not complete"
+
     def _registry(self) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()
         # kopf waits 5 s at its end for tasks that it does not know: ours start and end inside its own life.
         kopf.on.startup(registry=registry)(self._start)
         kopf.on.cleanup(registry=registry)(self._end)
-        kopf.on.login(registry=registry)(kopf.login_via_client)
+        kopf.on.login(registry=registry)(self._log_in)
         kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(self._on_pool)
         kopf.on.event("apps", "v1", "deployments", registry=registry)(self._on_deployment)
         kopf.on.event("", "v1", "pods", registry=registry)(self._on_pod)
@@ -146,18 +262,39 @@ class Operator:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._broker.close()
+        await self.endpoints.close()
+
+    async def _log_in(self, **details: Any) -> kopf.AiohttpSession | None:
+        """As kopf does, with a name of our own and an eye on what its watches do."""
+        info = kopf.login_via_client(**details)
+        if info is None:
+            return None
+        trace = aiohttp.TraceConfig()
+        trace.on_request_start.append(self._on_request)
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ssl=info.as_ssl_context()),
+            headers={**info.as_http_headers(), "User-Agent": USER_AGENT},
+            trace_configs=[trace],
+        )
+        return kopf.AiohttpSession(server=info.server, aiohttp_session=session)
+
+    async def _on_request(self, _: Any, __: Any, request: aiohttp.TraceRequestStartParams) -> None:
+        self._watched[request.url.name] = time.monotonic()
 
     async def _on_pool(self, event: kopf.RawEvent, **_: Any) -> None:
+        self._watched[PLURAL] = time.monotonic()
         _take_in(self._seen.pools, event)
         if self._seen.complete:
             metadata = event["object"]["metadata"]
             await self._reflect(metadata["namespace"], metadata["name"])
 
     async def _on_deployment(self, event: kopf.RawEvent, **_: Any) -> None:
+        self._watched["deployments"] = time.monotonic()
         _take_in(self._seen.deployments, event)
         self._wake.set()
 
     async def _on_pod(self, event: kopf.RawEvent, **_: Any) -> None:
+        self._watched["pods"] = time.monotonic()
         _take_in(self._seen.pods, event)
         self._wake.set()
 

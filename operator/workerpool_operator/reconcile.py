@@ -12,6 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,23 @@ PATIENCE_SECONDS = 0.5
 """How long a pass waits for a broker, and for what it began: what takes longer must not delay the others."""
 
 
+@dataclass(slots=True)
+class Passes:
+    """What the passes have come to so far; times are monotonic seconds.
+
+    Attributes:
+        ended: how many there were.
+        seconds: what they took together.
+        errors: passes, and parts of a pass for one pool, that ended in an error.
+        last_ended_at: when the last one ended, None before the first.
+    """
+
+    ended: int = 0
+    seconds: float = 0.0
+    errors: int = 0
+    last_ended_at: float | None = None
+
+
 class Reconciler:
     """Keeps every pool as its WorkerPool says.
 
@@ -48,6 +66,7 @@ class Reconciler:
 
     Attributes:
         pools: the valid WorkerPools by id; whoever watches them adds, replaces and removes, then sets ``wake``.
+        passes: what the passes have come to.
     """
 
     def __init__(
@@ -61,6 +80,7 @@ class Reconciler:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.pools: dict[str, Pool] = {}
+        self.passes = Passes()
         self._urls, self._broker, self._workers, self._reporter = urls, broker, workers, reporter
         self._wake, self._clock = wake, clock
         self._memory: dict[str, dict[str, planning.Memory]] = {}
@@ -76,10 +96,15 @@ class Reconciler:
         try:
             while True:
                 self._wake.clear()
+                began = time.monotonic()
                 try:
                     await self._pass(PATIENCE_SECONDS)
                 except Exception:
+                    self.passes.errors += 1
                     logger.exception("the pass failed, the next one tries again")
+                self.passes.last_ended_at = time.monotonic()
+                self.passes.ended += 1
+                self.passes.seconds += self.passes.last_ended_at - began
                 await asyncio.sleep(SHORTEST_PAUSE_SECONDS)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(TICK_SECONDS - SHORTEST_PAUSE_SECONDS):
@@ -154,6 +179,7 @@ class Reconciler:
         try:
             await work()
         except Exception:
+            self.passes.errors += 1
             logger.exception("%s: the pass failed, the next one tries again", name)
         finally:
             del self._underway[lane]

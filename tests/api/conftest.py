@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import uuid
@@ -14,8 +15,13 @@ from typing import Protocol
 import pytest
 from e2e.cluster import binaries
 from e2e.cluster.control_plane import ControlPlane
+from tests.api.operators import Namespace, Operator, log_in
+
+from workerpool_operator.local.guardian import Guardian
+from workerpool_operator.local.redis_server import RedisServer, private_redis
 
 CRD = Path(__file__).parents[2] / "crds" / "workerpool.yaml"
+INSTALL = Path(__file__).parents[2] / "manifests" / "install.yaml"
 
 
 class Kubectl(Protocol):
@@ -28,7 +34,7 @@ class Kubectl(Protocol):
 def control_plane() -> Iterator[ControlPlane]:
     """The control plane itself, for tests that take its API server away."""
     try:
-        directory = binaries.find()
+        directory = binaries.find(binaries.CONTROL_PLANE)
     except binaries.BinariesMissing as missing:
         pytest.fail(str(missing), pytrace=False)
     with ControlPlane(directory) as plane:
@@ -73,3 +79,39 @@ def namespace(kubeconfig: Path, kubectl: Kubectl) -> Iterator[str]:
     assert answer.returncode == 0, answer.stderr
     yield name
     kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="module")
+def guardian() -> Iterator[Guardian]:
+    guardian = Guardian()
+    yield guardian
+    guardian.close()
+
+
+@pytest.fixture(scope="module")
+def redis_server() -> Iterator[RedisServer]:
+    with private_redis() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def login(kubeconfig: Path, kubectl: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A kubeconfig of the service account that the manifests make for the operator."""
+    installed = kubectl("apply", "--server-side", "-f", str(INSTALL))
+    assert installed.returncode == 0, installed.stderr
+    login = tmp_path_factory.mktemp("operator") / "kubeconfig"
+    log_in(kubeconfig, login, kubectl, "celery-workerpool", "celery-workerpool")
+    return login
+
+
+@pytest.fixture(scope="module")
+def operator(login: Path, guardian: Guardian) -> Iterator[Operator]:
+    operator = Operator(login, guardian, "--lease-namespace=celery-workerpool")
+    yield operator
+    if operator.running():
+        operator.end(signal.SIGTERM)  # it gives its lease back for the next one
+
+
+@pytest.fixture
+def ml(namespace: str, kubectl: Kubectl, operator: Operator, redis_server: RedisServer) -> Namespace:
+    return Namespace(namespace, kubectl, operator, redis_server.url)

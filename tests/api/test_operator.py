@@ -7,203 +7,24 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.error import URLError
 
 import pytest
 import yaml
-from celery import Celery
 from e2e.cluster.control_plane import ControlPlane
 from helm_python import Chart
 from redis import Redis
 from tests.api.conftest import CRD, Kubectl
+from tests.api.operators import COLLECTOR_SECONDS, COMMAND, SAMPLE, Namespace, Object, Operator, log_in, paused
 
 from workerpool_operator.local.guardian import Guardian
-from workerpool_operator.local.redis_server import RedisServer, private_redis
+from workerpool_operator.local.redis_server import private_redis
 
 pytestmark = pytest.mark.api
 
 CHART = Path(__file__).parents[2] / "charts" / "celery-workerpool"
-INSTALL = Path(__file__).parents[2] / "manifests" / "install.yaml"
-SAMPLE = Path(__file__).parents[2] / "manifests" / "samples" / "workerpool.yaml"
-PROGRAM = "import sys; from workerpool_operator.main import run; run(sys.argv[2:], health_port=int(sys.argv[1]))"
-PATIENCE_SECONDS = 20.0
-
-COLLECTOR_SECONDS = 60.0
-"""A young control plane's garbage collector looks for new kinds, such as WorkerPools, only every 30 s."""
-
-Object = dict[str, Any]
-T = TypeVar("T")
-
-
-class Operator:
-    """The operator's process. It reaches the API server as its own service account."""
-
-    def __init__(self, kubeconfig: Path, guardian: Guardian, namespaces: Sequence[str] = ()) -> None:
-        self.kubeconfig, self._guardian, self._namespaces = kubeconfig, guardian, namespaces
-        self._log = kubeconfig.with_suffix(".log")
-        self.port = free_port()
-        self.start()
-
-    def start(self) -> None:
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._guardian.wrap([sys.executable, "-c", PROGRAM, str(self.port), *self._namespaces]),
-                stdin=self._guardian.pipe,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "KUBECONFIG": str(self.kubeconfig)},
-                start_new_session=True,
-            )
-
-    def end(self, how: signal.Signals) -> int:
-        self._process.send_signal(how)
-        return self._process.wait(10)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def running(self) -> bool:
-        return self._process.poll() is None
-
-    def healthy(self) -> None:
-        """Wait until the probe is answered."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/healthz", timeout=5) as answer:
-                    assert answer.status == 200
-                    return
-            except URLError:
-                assert time.monotonic() < deadline, self.log()[-3000:]
-                time.sleep(0.1)
-
-    def log(self) -> str:
-        return self._log.read_text()
-
-
-class Namespace:
-    """One namespace with the eyes and hands of its user."""
-
-    def __init__(self, name: str, kubectl: Kubectl, operator: Operator, redis_url: str) -> None:
-        self.name, self._kubectl, self._operator, self.redis_url = name, kubectl, operator, redis_url
-
-    def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
-        answer = self._kubectl("--namespace", self.name, *arguments, stdin=stdin)
-        assert answer.returncode == 0, answer.stderr
-        return answer.stdout
-
-    def get(self, kind: str, name: str) -> Object:
-        text = self.kubectl("get", kind, name, "--ignore-not-found", "-o", "json")
-        return dict(json.loads(text)) if text else {}
-
-    def objects(self, *what: str) -> list[Object]:
-        return list(json.loads(self.kubectl("get", *what, "-o", "json"))["items"])
-
-    def create_pool(self, name: str = "media", queues_of: str = "", **changes: Any) -> None:
-        pool: Object = yaml.safe_load(SAMPLE.read_text())
-        pool["metadata"] = {"name": name}
-        pool["spec"] |= {"broker": {"url": self.redis_url}, **changes}
-        for tier in pool["spec"]["tiers"]:
-            tier["queue"] = self.queue(tier["name"], queues_of or name)
-        self.kubectl("create", "-f", "-", stdin=json.dumps(pool))
-
-    def queue(self, tier: str, pool: str = "media") -> str:
-        """Tests share one Redis, so a queue carries the namespace."""
-        return f"{tier}-{pool}-{self.name}"
-
-    def publish(self, tier: str, count: int) -> None:
-        app = Celery(broker=self.redis_url, set_as_current=False)
-        for _ in range(count):
-            app.send_task("media.tasks.transcribe", queue=self.queue(tier))
-        app.close()
-
-    def condition(self, kind: str, pool: str = "media") -> Object:
-        conditions = self.get("workerpool", pool).get("status", {}).get("conditions", [])
-        return next((condition for condition in conditions if condition["type"] == kind), {"status": "", "message": ""})
-
-    def replicas(self) -> dict[str, int]:
-        return {d["metadata"]["name"]: d["spec"]["replicas"] for d in self.objects("deployments")}
-
-    def versions(self) -> dict[str, str]:
-        """What changes with every write to a pool or its Deployments."""
-        return {
-            f"{o['kind']}/{o['metadata']['name']}": o["metadata"]["resourceVersion"] for o in self.objects("deploy,workerpools")
-        }
-
-    def eventually(self, look: Callable[[], T], seconds: float = PATIENCE_SECONDS) -> T:
-        """Look until there is something to see; fail with the end of the operator's log."""
-        deadline = time.monotonic() + seconds
-        while not (seen := look()):
-            assert self._operator.running(), self._operator.log()[-3000:]
-            assert time.monotonic() < deadline, f"last seen: {seen}\n{self._operator.log()[-3000:]}"
-            time.sleep(0.2)
-        return seen
-
-    def settled(self, replicas: dict[str, int] | None = None) -> dict[str, int]:
-        """Wait until the Deployments have these replica counts and the pool's status says so."""
-        wanted = replicas if replicas is not None else {"media-gpu": 0, "media-cpu": 1}
-
-        def look() -> bool:
-            tiers = self.get("workerpool", "media").get("status", {}).get("tiers", [])
-            return self.replicas() == wanted == {f"media-{tier['name']}": tier["desired"] for tier in tiers}
-
-        self.eventually(look)
-        return wanted
-
-
-@pytest.fixture(scope="module")
-def guardian() -> Iterator[Guardian]:
-    guardian = Guardian()
-    yield guardian
-    guardian.close()
-
-
-@pytest.fixture(scope="module")
-def redis_server() -> Iterator[RedisServer]:
-    with private_redis() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def operator(
-    kubeconfig: Path, kubectl: Kubectl, guardian: Guardian, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Operator]:
-    installed = kubectl("apply", "--server-side", "-f", str(INSTALL))
-    assert installed.returncode == 0, installed.stderr
-    login = tmp_path_factory.mktemp("operator") / "kubeconfig"
-    log_in(kubeconfig, login, kubectl, "celery-workerpool", "celery-workerpool")
-    operator = Operator(login, guardian)
-    yield operator
-    operator.end(signal.SIGKILL)
-
-
-def log_in(admin: Path, path: Path, kubectl: Kubectl, namespace: str, account: str) -> None:
-    """Write the kubeconfig of a service account."""
-    token = kubectl("create", "token", account, "--namespace", namespace)
-    assert token.returncode == 0, token.stderr
-    login = json.loads(admin.read_text())
-    login["users"][0]["user"] = {"token": token.stdout.strip()}
-    path.write_text(json.dumps(login))
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-@pytest.fixture
-def ml(namespace: str, kubectl: Kubectl, operator: Operator, redis_server: RedisServer) -> Namespace:
-    return Namespace(namespace, kubectl, operator, redis_server.url)
 
 
 def test_a_pool_becomes_one_deployment_for_each_tier(ml: Namespace) -> None:
@@ -309,15 +130,6 @@ def test_a_redis_that_stops_answering_changes_a_condition_and_no_replicas(ml: Na
         ml.eventually(lambda: ml.condition("BrokerReachable")["status"] == "True")
     ml.eventually(lambda: "cannot be reached" in ml.condition("BrokerReachable")["message"])
     assert ml.replicas() == {"media-gpu": 2, "media-cpu": 1}
-
-
-@contextmanager
-def paused(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 @pytest.mark.parametrize("mode", ["Advisory", "Paused"])
@@ -494,7 +306,7 @@ def test_an_operator_of_one_namespace_needs_no_rights_elsewhere(
     ml.kubectl("apply", "--server-side", "-f", "-", stdin=manifests)
     log_in(kubeconfig, tmp_path / "kubeconfig", kubectl, ml.name, "celery-workerpool")
     with paused(operator.pid):
-        alone = Operator(tmp_path / "kubeconfig", guardian, [ml.name])
+        alone = Operator(tmp_path / "kubeconfig", guardian, f"--namespace={ml.name}", f"--lease-namespace={ml.name}")
         try:
             ml.create_pool()
             ml.publish("gpu", 2)
@@ -517,14 +329,14 @@ def test_the_operator_answers_probes_and_leaves_at_once_when_told_to(operator: O
 
 
 def test_without_a_cluster_the_command_says_so_in_one_line(tmp_path: Path) -> None:
-    command = [str(Path(sys.executable).with_name("workerpool")), "run", "--namespace", "ml"]
-    assert "set KUBECONFIG, or run inside a cluster" in last_words(command, tmp_path / "none")
+    said = last_words([*COMMAND, "--namespace=ml"], tmp_path / "none")
+    assert "set KUBECONFIG, or run inside a cluster" in said
 
 
 def test_a_port_in_use_is_named_in_one_line(operator: Operator) -> None:
     operator.healthy()
-    said = last_words([sys.executable, "-c", PROGRAM, str(operator.port)], operator.kubeconfig)
-    assert f"port {operator.port} for /healthz cannot be had" in said
+    said = last_words([*COMMAND, f"--port={operator.port}"], operator.kubeconfig)
+    assert f"port {operator.port} cannot be had" in said
 
 
 def last_words(command: list[str], kubeconfig: Path) -> str:

