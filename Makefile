@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos chaos-long check bench bench-scaling generate lock
+.PHONY: help demo test chaos chaos-long check bench bench-scaling generate release-dry-run lock
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -26,8 +26,11 @@ check: $(READY) ## Run what has to pass before a commit: format, lint, types, im
 bench: $(READY) ## Measure what admission costs, as ratios (about 2 min; the table of docs/benchmarks.md)
 	@$(BIN)/python -m benchmarks.admission
 
-generate: $(READY) ## Write the files that are made from others: the chart's CRD and manifests/
+generate: $(READY) ## Write the files that are made from others: the chart's version, CRD and README, and manifests/
 	@$(BIN)/python charts/render.py
+
+release-dry-run: $(READY) ## Build all of a release into dist/, with checksums, and publish nothing
+	@$(BIN)/python -m charts.release
 
 bench-scaling: $(READY) ## Compare the scaling rule with others; ARGS="--traces DIR --plots DIR" for recorded traces and pictures
 	@$(BIN)/python -m benchmarks.scaling $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -13,12 +14,15 @@ from urllib.parse import urlsplit
 
 import redis
 import redis.asyncio
+from kombu.utils.url import url_to_parts
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 
 from workerpool_operator import salvage
 from workerpool_operator.observation import BrokerReading, QueueReading, Served, Unavailable
 from workerpool_operator.ports import NO_MARKS, Marks, Pool
+from workerpool_routing.ledger import CorruptEntry, Job
 from workerpool_routing.wire import (
     CAPACITY_LIFE_MS,
     MARK_LIFE_MS,
@@ -36,6 +40,12 @@ TIMEOUT_SECONDS = 2.0
 """How long a pass waits for Redis."""
 
 RESUBSCRIBE_SECONDS = 1.0
+
+SUBSCRIPTION_SECONDS = 30.0
+"""A subscription to a server that froze, and that another has replaced, hears nothing for ever: so long one is kept at most."""
+
+_TIMEOUTS = {"socket_timeout": TIMEOUT_SECONDS, "socket_connect_timeout": TIMEOUT_SECONDS}
+_SENTINEL_PORT = 26379
 
 
 class RedisBroker:
@@ -97,7 +107,7 @@ class RedisBroker:
         except (redis.RedisError, OSError) as error:
             return Unavailable(_why(url, error))
         refusal = next((answer for answer in answers if isinstance(answer, redis.RedisError)), None)
-        return Unavailable(f"Redis at {_place(url)} refuses writes: {_said(refusal)}") if refusal else None
+        return Unavailable(f"{_place(url)} refuses writes: {_said(refusal)}") if refusal else None
 
     async def holds_jobs(self, url: str, pool: Pool, tier: str, queue: str) -> bool | Unavailable:
         """Whether a tier that the pool no longer has holds messages; those that another tier takes as well do not count."""
@@ -125,13 +135,22 @@ class RedisBroker:
             sentences += await salvage.sweep(self._client(url), pool)
         return sentences
 
+    async def job(self, url: str, pool: Pool, task_id: str) -> Job | Unavailable | None:
+        """The ledger's entry of a job, None when it has none (any more)."""
+        try:
+            return Job.load(task_id, await self._client(url).hgetall(pool.keys.job(task_id)))
+        except (CorruptEntry, VersionMismatch) as error:
+            return Unavailable(str(error))
+        except (redis.RedisError, OSError) as error:
+            return Unavailable(_why(url, error))
+
     async def keep_only(self, pools: Sequence[tuple[str, Pool]]) -> None:
         """End the subscriptions and connections that none of these needs."""
         for unheard in self._listeners.keys() - {(url, pool.keys.prefix) for url, pool in pools}:
             self._listeners.pop(unheard).cancel()
         unused = [self._clients.pop(url) for url in self._clients.keys() - {url for url, _ in pools}]
         for client in unused:
-            await client.aclose()
+            await _close(client)
 
     async def forget(self, url: str, pool: Pool) -> None:
         """Remove what was published for a pool that is gone."""
@@ -144,7 +163,7 @@ class RedisBroker:
             listener.cancel()
         await asyncio.gather(*self._listeners.values(), return_exceptions=True)
         for client in self._clients.values():
-            await client.aclose()
+            await _close(client)
 
     def _say_once(self, pool: Pool, task_id: str, error: Exception) -> None:
         if (pool.id, task_id) not in self._told:
@@ -169,7 +188,8 @@ class RedisBroker:
             with contextlib.suppress(redis.RedisError, OSError):
                 async with self._client(url).pubsub(ignore_subscribe_messages=True) as subscription:
                     await subscription.subscribe(wake_channel(prefix))
-                    while not task.cancelling():
+                    ends_at = time.monotonic() + SUBSCRIPTION_SECONDS
+                    while not task.cancelling() and time.monotonic() < ends_at:
                         if await subscription.get_message(timeout=TIMEOUT_SECONDS / 2):
                             self._wake.set()
             # On Python 3.11 the wait_for inside redis-py may swallow a cancellation.
@@ -186,17 +206,43 @@ class _UnreadableUrl(redis.RedisError):
 
 
 def _connect(url: str) -> Any:
+    options: dict[str, Any] = {
+        "decode_responses": True,
+        **_TIMEOUTS,
+        # A connection that broke since the last pass is made again at once; an answer is waited for only once.
+        "retry": Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+    }
     try:
-        return redis.asyncio.Redis.from_url(
-            url,
-            decode_responses=True,
-            socket_timeout=TIMEOUT_SECONDS,
-            socket_connect_timeout=TIMEOUT_SECONDS,
-            # A connection that broke since the last pass is made again at once; an answer is waited for only once.
-            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-        )
+        if url.startswith("sentinel://"):
+            return _through_sentinels(url, options)
+        return redis.asyncio.Redis.from_url(url, **options)
     except ValueError:
         raise _UnreadableUrl from None
+
+
+def _through_sentinels(address: str, options: Mapping[str, Any]) -> Any:
+    """The master that the sentinels name at every connect; user, password and database are the first URL's, as in Kombu."""
+    urls, _, master = address.partition("#")
+    parts = [url_to_parts(url) for url in urls.split(";")]
+    sentinels: Any = Sentinel(  # type: ignore[no-untyped-call]
+        [(part.hostname, part.port or _SENTINEL_PORT) for part in parts],
+        sentinel_kwargs={**_TIMEOUTS, "retry": Retry(NoBackoff(), 0)},
+    )
+    first = parts[0]
+    return sentinels.master_for(
+        master,
+        username=first.username or None,
+        password=first.password or None,
+        db=int((first.path or "").strip("/") or 0),
+        **options,
+    )
+
+
+async def _close(client: Any) -> None:
+    await client.aclose()
+    if manager := getattr(client.connection_pool, "sentinel_manager", None):
+        for sentinel in manager.sentinels:
+            await sentinel.aclose()
 
 
 def _ask(pipe: Any, pool: Pool) -> None:
@@ -252,8 +298,11 @@ def _logged(pool: Pool) -> Iterator[None]:
 
 
 def _place(url: str) -> str:
-    address = urlsplit(url)
-    return f"{address.hostname}:{address.port or 6379}"
+    first, *_ = url.split(";")
+    address = urlsplit(first)
+    if address.scheme == "sentinel":
+        return f"the master of the sentinels at {address.hostname}:{address.port or _SENTINEL_PORT}"
+    return f"Redis at {address.hostname}:{address.port or 6379}"
 
 
 def _said(error: Exception) -> str:
@@ -266,9 +315,9 @@ def _why(url: str, error: Exception) -> str:
         return str(error)
     place, said = _place(url), _said(error)
     if isinstance(error, redis.AuthenticationError):
-        return f"Redis at {place} refuses the user or the password: {said}"
+        return f"{place} refuses the user or the password: {said}"
     if isinstance(error, redis.TimeoutError):
-        return f"Redis at {place} does not answer within {TIMEOUT_SECONDS:.0f} s"
+        return f"{place} does not answer within {TIMEOUT_SECONDS:.0f} s"
     if isinstance(error, redis.ConnectionError | OSError):
-        return f"Redis at {place} cannot be reached: {said}"
-    return f"Redis at {place}: {said}"
+        return f"{place} cannot be reached: {said}"
+    return f"{place}: {said}"

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import click
-import redis
 from kombu.utils.url import sanitize_url
 from rich.console import Console
 
@@ -162,18 +161,16 @@ def sweep(file: Path, broker_url: str | None) -> None:
     Every step is safe beside an operator, or a second sweep.
     """
     pool = _read(file)
-    url = broker_url or pool.spec.broker.url
-    if url is None:
-        _fail("spec.broker.urlFrom: needs a cluster; give --broker-url")
+    address = _address(pool, broker_url)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     with suppress(KeyboardInterrupt):
-        asyncio.run(_sweep(pool, url))
+        asyncio.run(_sweep(pool, address))
 
 
 async def _sweep(pool: Pool, url: str) -> None:
     broker = RedisBroker(asyncio.Event())
     reaper = Reaper(broker)
-    click.echo(f"sweeping {pool.id} at {sanitize_url(url)}")
+    click.echo(f"sweeping {pool.id} at {_shown(url)}")
     down = ""
     while True:
         answer = await broker.read(url, [pool])
@@ -196,18 +193,36 @@ async def _sweep(pool: Pool, url: str) -> None:
 def job(task_id: str, file: Path, broker_url: str | None) -> None:
     """Say what became of one job: where it was admitted and why, every start, and how each ended."""
     pool = _read(file)
-    url = broker_url or pool.spec.broker.url
-    if url is None:
-        _fail("spec.broker.urlFrom: needs a cluster; give --broker-url")
-    try:
-        with redis.Redis.from_url(url, decode_responses=True, socket_timeout=2, socket_connect_timeout=2) as client:
-            found = Job.load(task_id, client.hgetall(pool.keys.job(task_id)))
-    except (redis.RedisError, ValueError) as error:
-        _fail(f"{sanitize_url(url)}: {error}")
+    found = asyncio.run(_entry(pool, _address(pool, broker_url), task_id))
+    if isinstance(found, Unavailable):
+        _fail(found.why)
     if found is None:
         _fail(f"{task_id}: pool {pool.id} has no entry of it (any more)")
     for line in told(found):
         click.echo(line)
+
+
+async def _entry(pool: Pool, address: str, task_id: str) -> Job | Unavailable | None:
+    broker = RedisBroker(asyncio.Event())
+    try:
+        return await broker.job(address, pool, task_id)
+    finally:
+        await broker.close()
+
+
+def _address(pool: Pool, broker_url: str | None) -> str:
+    try:
+        broker = dev_mode.at(broker_url, pool.spec.broker) if broker_url else pool.spec.broker
+    except dev_mode.CannotStart as error:
+        _fail(str(error))
+    if broker.url is None:
+        _fail("spec.broker.urlFrom: needs a cluster; give --broker-url")
+    return broker.address(broker.url)
+
+
+def _shown(url: str) -> str:
+    """The URL, or all URLs of sentinels, without a password."""
+    return ";".join(sanitize_url(part) for part in url.partition("#")[0].split(";"))
 
 
 def told(job: Job) -> list[str]:
@@ -235,7 +250,7 @@ async def _dev(pool: Pool, directory: Path, broker_url: str | None) -> None:
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     with suppress(asyncio.CancelledError), LiveView(console) as view:
         async with dev_mode.session(pool, directory=directory, reporter=view, broker_url=broker_url) as session:
-            url = sanitize_url(session.broker_url)
+            url = _shown(session.broker_url)
             for line in (
                 f"broker  {url}",
                 f"logs    {directory}",

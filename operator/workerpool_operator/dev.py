@@ -54,17 +54,19 @@ async def session(pool: Pool, *, directory: Path, reporter: Reporter, broker_url
     """
     async with AsyncExitStack() as stack:
         url = broker_url or stack.enter_context(private_redis()).url
-        pool = replace(pool, spec=pool.spec.model_copy(update={"broker": _at(url, pool.spec.broker)}))
+        pool = replace(pool, spec=pool.spec.model_copy(update={"broker": at(url, pool.spec.broker)}))
         _fail_if(unsupported(pool.spec))
         wake = asyncio.Event()
         redis = RedisBroker(wake)
         stack.push_async_callback(redis.close)
-        if isinstance(answer := await redis.read(url, [pool]), Unavailable):
+        if isinstance(answer := await redis.read(pool.spec.broker.address(url), [pool]), Unavailable):
             raise CannotStart(f"{answer.why}. Correct --broker-url, or leave it out to get a private Redis.")
         await _check_app(pool)
         workers = LocalWorkers(directory, wake)
         stack.push_async_callback(workers.close)
-        reconciler = Reconciler(urls=_OneUrl(url), broker=redis, workers=workers, reporter=reporter, wake=wake)
+        reconciler = Reconciler(
+            urls=_OneUrl(pool.spec.broker.address(url)), broker=redis, workers=workers, reporter=reporter, wake=wake
+        )
         reconciler.pools[pool.id] = pool
         passes = asyncio.create_task(reconciler.run())
         try:
@@ -83,11 +85,15 @@ class _OneUrl:
         return self.url
 
 
-def _at(url: str, broker: Broker) -> Broker:
+def at(url: str, broker: Broker) -> Broker:
+    """The same broker at the address that ``--broker-url`` gives; raises :class:`CannotStart`."""
+    master = broker.master_name if url.startswith("sentinel://") else None
     try:
-        return Broker.model_validate({**broker.model_dump(), "url": url, "url_from": None})
+        return Broker.model_validate({**broker.model_dump(), "url": url, "url_from": None, "master_name": master})
     except ValidationError:  # its text repeats the URL, which may hold a password
-        raise CannotStart("--broker-url: must begin with redis:// or rediss://") from None
+        raise CannotStart(
+            "--broker-url: must begin with redis://, rediss://, or with sentinel:// where the file has spec.broker.masterName"
+        ) from None
 
 
 def _fail_if(problems: list[Problem]) -> None:

@@ -6,8 +6,8 @@ The marks in Redis are the state, so that a new leader needs no other.
    with the fewest jobs.
 2. It may go once its own report, made since the mark was seen, says that it drains and holds nothing. Only then the count is
    lowered, by no more than there are such workers.
-3. Not while pods are replaced by those of another template, and not while a worker that holds a job is un-Ready: the cluster
-   would remove that one first.
+3. Not while workers are replaced by those of another template (which of them go is then not ours to say), and not while a worker
+   that holds a job is un-Ready: the cluster would remove that one first.
 4. New demand takes the marks back before anything is ordered.
 5. A worker that never reports (no library in it) cannot be marked. It goes once the queue has been empty for
    :data:`EMPTY_WINDOW_SECONDS`, protected by its grace period alone.
@@ -138,7 +138,8 @@ def decide(
     staying = [worker(replica) for replica in live.replicas if replica.phase is not Phase.STOPPING]
     chosen = sorted(staying, key=_Worker.order)[: max(0, len(staying) - wanted)]
     surplus = live.desired - wanted
-    if surplus <= 0 or live.rolling:
+    rolling = live.rolling and any(one.up for one in staying)
+    if surplus <= 0 or rolling:
         chosen = [one for one in chosen if one.marked_at is not None]
     marks = frozenset(one.replica.worker for one in chosen) | stopping
     if surplus <= 0:
@@ -147,7 +148,7 @@ def decide(
     gone = [one.replica.worker for one in chosen if one.may_go(now, memory.empty_since)]
     unseen = live.desired - len(staying)  # below zero while those that were let go are still there
     endangered = [one.replica.worker for one in staying if one.endangered]
-    step = 0 if endangered or live.rolling else max(0, min(surplus, unseen + len(gone)))
+    step = 0 if endangered or rolling else max(0, min(surplus, unseen + len(gone)))
     overdue = tuple(
         sorted(
             one.replica.worker
@@ -160,7 +161,7 @@ def decide(
         leaving=frozenset(gone[: max(0, step - unseen)]) if step else frozenset(),
         marks=marks,
         overdue=overdue,
-        message=_waits_for(surplus - step, chosen, endangered, rolling=live.rolling),
+        message=_waits_for(surplus - step, chosen, endangered, rolling=rolling),
         memory=memory,
     )
 

@@ -30,6 +30,7 @@ API_VERSION = f"{GROUP}/{VERSION}"
 KIND = "WorkerPool"
 PLURAL = "workerpools"
 WORKER_CONTAINER = "worker"
+BROKER_SCHEMES = ("redis://", "rediss://", "sentinel://")
 
 # Strict, as the API server: "4" is not a number and "yes" is not a boolean.
 Int = Annotated[int, Strict()]
@@ -73,10 +74,11 @@ class UrlFrom(_Model):
 
 
 class Broker(_Model):
-    """The Redis that carries the pool's queues, and the two Kombu transport options that change its keys."""
+    """The Redis that carries the pool's queues, and the Kombu transport options that say where it and its keys are."""
 
-    url: Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^(redis|rediss)://")] | None = None
+    url: Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^(redis|rediss|sentinel)://")] | None = None
     url_from: UrlFrom | None = None
+    master_name: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")] | None = None
     global_key_prefix: Annotated[str, StringConstraints(max_length=128)] = ""
     priority_steps: Annotated[tuple[Annotated[Int, Field(ge=0, le=9)], ...], Field(min_length=1, max_length=10)] = (
         0,
@@ -89,7 +91,13 @@ class Broker(_Model):
     def _one_source(self) -> Self:
         if (self.url is None) == (self.url_from is None):
             raise ValueError("set exactly one of url and urlFrom")
+        if self.url is not None and self.url.startswith("sentinel://") != (self.master_name is not None):
+            raise ValueError("a sentinel:// url needs masterName, and no other url takes it")
         return self
+
+    def address(self, url: str) -> str:
+        """What tells this Redis from every other: the URL, and as its fragment which of the sentinels' masters it is."""
+        return f"{url}#{self.master_name}" if self.master_name else url
 
     @field_validator("priority_steps")
     @classmethod

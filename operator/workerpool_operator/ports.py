@@ -45,7 +45,7 @@ class Urls(Protocol):
     """Where the broker URL of a pool comes from."""
 
     async def broker_url(self, pool: Pool) -> str | Unavailable:
-        """The URL, password included: never logged."""
+        """The URL, password included: never logged; of sentinels with the name of their master (``Broker.address``)."""
 
 
 @dataclass(frozen=True, slots=True)

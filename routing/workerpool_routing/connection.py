@@ -14,7 +14,7 @@ import redis
 from celery import Celery
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.retry import Retry
-from redis.sentinel import Sentinel
+from redis.sentinel import Sentinel, SentinelManagedConnection
 
 from workerpool_routing.errors import NotConfigured, PoolUnavailable
 from workerpool_routing.ledger import Call, script
@@ -84,8 +84,10 @@ def unavailable_when_down() -> Iterator[None]:
     try:
         yield
     except redis.ResponseError as error:
-        if any(refusal in str(error) for refusal in _REFUSALS):
-            raise PoolUnavailable(f"Redis refuses: {error}") from error
+        # Redis 6 quotes what a script ran into, Redis 7 answers with it, and then redis-py takes the code out of the text.
+        said = f"{error.status_code or ''} {error}".strip()
+        if any(refusal in said for refusal in _REFUSALS):
+            raise PoolUnavailable(f"Redis refuses: {said}") from error
         raise
     except (redis.ConnectionError, redis.TimeoutError) as error:
         raise PoolUnavailable(f"Redis does not answer: {error}") from error
@@ -99,7 +101,7 @@ def connect(app: Celery, **options: Any) -> Any:
     ssl = app.conf.broker_use_ssl
     try:
         if urls[0].startswith("sentinel://"):
-            return _sentinel(urls, transport, options)
+            return _sentinel(urls, transport, options, ssl)
         return redis.Redis.from_url(_url(urls[0], encrypted=bool(ssl)), **options, **(ssl if isinstance(ssl, Mapping) else {}))
     except ValueError:  # what it says may quote a part of the password
         raise NotConfigured("broker_url cannot be read; a password with any of :/?#[]@ in it has to be percent-encoded") from None
@@ -121,7 +123,21 @@ def _url(url: str, *, encrypted: bool) -> str:
     return address._replace(query=urlencode(query)).geturl()
 
 
-def _sentinel(urls: list[str], transport: Mapping[str, Any], options: dict[str, Any]) -> Any:
+class _MasterConnection(SentinelManagedConnection):
+    """Drops a line on which no answer came, so that the sentinels are asked again and no late answer is taken for the next.
+
+    Every other connection of redis-py does so by itself; the one to a sentinel's master keeps the line.
+    """
+
+    def read_response(self, *args: Any, disconnect_on_error: bool | None = True, **options: Any) -> Any:
+        return super().read_response(*args, disconnect_on_error=disconnect_on_error, **options)
+
+
+class _MasterSSLConnection(_MasterConnection, redis.SSLConnection):
+    pass
+
+
+def _sentinel(urls: list[str], transport: Mapping[str, Any], options: dict[str, Any], ssl: Any) -> Any:
     """The master that the sentinels name; user, password and database are those of the first URL, as in Kombu."""
     if "master_name" not in transport:
         raise NotConfigured("broker_transport_options: a sentinel:// broker needs master_name")
@@ -137,7 +153,9 @@ def _sentinel(urls: list[str], transport: Mapping[str, Any], options: dict[str, 
         username=unquote(first.username) if first.username else None,
         password=unquote(first.password) if first.password else None,
         db=int(first.path.strip("/") or 0),
+        connection_class=_MasterSSLConnection if ssl else _MasterConnection,
         **options,
+        **(ssl if isinstance(ssl, Mapping) else {}),
     )
 
 

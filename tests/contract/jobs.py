@@ -17,7 +17,7 @@ from workerpool_routing import Tier, WorkerPool
 URL = os.environ.get("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")
 TIER = os.environ.get("WORKERPOOL_TIER", "none")
 
-app = Celery("jobs", broker=URL, backend=URL)
+app = Celery("jobs", broker=URL, backend=os.environ.get("JOBS_BACKEND", URL))
 app.conf.update(
     broker_connection_retry_on_startup=True,
     broker_transport_options=json.loads(os.environ.get("JOBS_TRANSPORT", "{}")),

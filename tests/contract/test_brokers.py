@@ -10,7 +10,6 @@ import select
 import signal
 import socket
 import ssl
-import subprocess
 import threading
 import time
 import traceback
@@ -26,7 +25,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from redis import Redis
 
-from workerpool_operator.local.redis_server import find_redis_server, private_redis
+from workerpool_operator.local.redis_server import private_redis
 from workerpool_routing import PoolUnavailable, Reason, Tier, WorkerPool
 from workerpool_routing.errors import NotConfigured
 
@@ -140,36 +139,6 @@ def test_priority_steps_of_ones_own(redis_url: str) -> None:
     with Redis.from_url(redis_url, decode_responses=True) as client:
         pool.submit(pool._app.tasks["media.index"], ("a",), priority=7)
         assert client.llen("cpu-jobs\x06\x165") == 1
-
-
-def test_the_master_that_sentinels_name(tmp_path: Path) -> None:
-    port = free_port()
-    with private_redis() as server:
-        conf = tmp_path / "sentinel.conf"
-        conf.write_text(f"port {port}\nbind 127.0.0.1\nsentinel monitor mymaster 127.0.0.1 {server.port} 1\n")
-        sentinel = subprocess.Popen([find_redis_server(), conf, "--sentinel"], stdout=subprocess.DEVNULL, cwd=tmp_path)
-        try:
-            with Redis(port=port) as client:
-                for _ in range(100):
-                    with suppress(Exception):
-                        client.ping()
-                        break
-                    time.sleep(0.05)
-            url, gone = f"sentinel://127.0.0.1:{port}/2", f"sentinel://127.0.0.1:{free_port()}/2"
-            check_that_kombu_finds_what_was_submitted(pool_on(f"{url};{gone}", {"master_name": "mymaster"}))
-            started = time.monotonic()
-            assert pool_on(f"{gone};{url}", {"master_name": "mymaster"}).queue_length("cpu-jobs") == 0
-            assert time.monotonic() - started < 1
-            with Redis.from_url(server.url.replace("/0", "/2")) as client:
-                assert client.keys("workerpool:*")
-        finally:
-            sentinel.terminate()
-            sentinel.wait(5)
-
-
-def test_sentinels_without_the_name_of_their_master_are_refused() -> None:
-    with pytest.raises(NotConfigured, match="master_name"):
-        pool_on("sentinel://127.0.0.1:1/0").queue_length("cpu-jobs")
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,11 @@ def test_nothing_leaves_and_nothing_is_marked_during_a_rollout() -> None:
     assert outcome.message == "2 more leave when the rollout is through"
 
 
+def test_a_rollout_that_nothing_ever_came_up_of_holds_nobody() -> None:
+    pending = [Replica("a", Phase.STARTING, 0.0), Replica("b", Phase.FAILING, 0.0)]
+    assert found(decide(1, pending, rolling=True))[0] == 1
+
+
 def test_nothing_leaves_while_a_busy_worker_is_not_ready_because_the_cluster_would_take_that_one() -> None:
     workers = [up("a", Phase.STARTING), up("b"), up("c")]
     reports = [says("a", 1), says("b", draining=True), says("c", 1)]

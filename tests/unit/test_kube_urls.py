@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,6 +67,27 @@ def test_a_secret_that_cannot_be_read_for_a_moment_changes_nothing(error: ApiErr
         assert await secrets.later() == URL
         secrets.error, secrets.url = None, "redis://two/0"
         assert await secrets.later() == "redis://two/0"
+
+    asyncio.run(scenario())
+
+
+def test_a_url_of_sentinels_comes_with_the_name_of_their_master_or_not_at_all() -> None:
+    async def scenario() -> None:
+        secrets = Secrets()
+        secrets.url = "sentinel://:pw@one:26379/0;sentinel://:pw@two:26379/0"
+        answer = await secrets.urls.broker_url(POOL)
+        assert isinstance(answer, Unavailable)
+        assert "spec.broker.masterName" in answer.why
+        assert "pw" not in answer.why
+        named = replace(
+            POOL, spec=POOL.spec.model_copy(update={"broker": POOL.spec.broker.model_copy(update={"master_name": "main"})})
+        )
+        assert await secrets.urls.broker_url(named) == f"{secrets.url}#main"
+        secrets.url = URL
+        secrets.now += CACHE_SECONDS
+        await secrets.urls.broker_url(named)
+        await asyncio.sleep(0.01)
+        assert isinstance(await secrets.urls.broker_url(named), Unavailable)
 
     asyncio.run(scenario())
 

@@ -141,6 +141,12 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
         "spec.broker",
         "exactly one of url and urlFrom",
     ),
+    "sentinels without their master": (
+        lambda s: s["broker"].update(url="sentinel://one:26379/0"),
+        "spec.broker",
+        "needs masterName",
+    ),
+    "a master without sentinels": (lambda s: s["broker"].update(masterName="main"), "spec.broker", "no other url takes it"),
     "broker of another kind": (lambda s: s["broker"].update(url="amqp://one"), "spec.broker.url", "redis"),
     "secret without a key": (
         lambda s: s.update(broker={"urlFrom": {"secretKeyRef": {"name": "a"}}}),

@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from tests.levels import LEVELS
@@ -82,3 +83,30 @@ def test_nothing_is_put_off_by_a_note_in_the_text() -> None:
     ]
     assert len(texts) > 5
     assert [path.name for path in texts if re.search(r"\b(TODO|FIXME)\b", path.read_text())] == []
+
+
+def workflow_steps() -> list[dict[str, str]]:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    return [step for job in workflow["jobs"].values() for step in job["steps"]]
+
+
+def test_the_workflow_runs_every_command_of_the_readme() -> None:
+    run = "\n".join(_plain(step.get("run", "")) for step in workflow_steps())
+    blocks = re.findall(r"^```console\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    commands = [line.removeprefix("$ ") for block in blocks for line in _plain(block).splitlines() if line.startswith("$ ")]
+    assert len(commands) > 8
+    needs_a_worker = [command for command in commands if command.startswith("WORKERPOOL_POOL=")]
+    assert [command for command in commands if command not in run] == needs_a_worker
+
+
+def _plain(shell: str) -> str:
+    """Each command on one line, without its comment."""
+    joined = re.sub(r"\s*\\\n\s*", " ", shell)
+    return re.sub(r"\s+# .*$", "", joined, flags=re.MULTILINE)
+
+
+def test_the_workflow_may_read_the_code_and_nothing_else_and_its_actions_are_pinned() -> None:
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.findall(r"^( *)permissions:\n +(.*)$", text, re.MULTILINE) == [("", "contents: read")]
+    used = [step["uses"] for step in workflow_steps() if "uses" in step]
+    assert [action for action in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action)] == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from workerpool_operator.cli import told
+from workerpool_operator.cli import _shown, told
 from workerpool_routing.decide import Reason
 from workerpool_routing.ledger import Job, Run, State
 from workerpool_routing.wire import Milliseconds
@@ -38,3 +38,9 @@ def test_a_job_that_waits_has_only_been_admitted() -> None:
     times = {State.ADMITTED: ms(0.5)}
     job = Job("t1", "media.t", State.ADMITTED, 1, "gpu", "gpu", True, Reason.FREE_SLOT, times=times)
     assert told(job)[1:] == ["1970-01-01 00:00:00.500  admitted, wanted gpu, required"]
+
+
+def test_no_password_of_any_sentinel_is_shown() -> None:
+    shown = _shown("sentinel://:s3cret@one:26379/0;sentinel://api:s3cret@two:26379/0#main")
+    assert "s3cret" not in shown
+    assert all(host in shown for host in ("one:26379", "two:26379"))

@@ -3,6 +3,15 @@
 {{- else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 63 | trimSuffix "-" }}{{ end }}
 {{- end }}
 
+{{- define "celery-workerpool.serviceAccount" -}}
+{{ .Values.serviceAccount.name | default (include "celery-workerpool.name" .) }}
+{{- end }}
+
+{{- define "celery-workerpool.image" -}}
+{{ .Values.image.repository }}
+{{- with .Values.image.digest }}@{{ . }}{{ else }}:{{ .Values.image.tag | default .Chart.AppVersion }}{{ end }}
+{{- end }}
+
 {{- define "celery-workerpool.selector" -}}
 app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -11,6 +20,19 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- define "celery-workerpool.labels" -}}
 {{ include "celery-workerpool.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+{{- end }}
+
+{{- define "celery-workerpool.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 65532
+runAsGroup: 65532
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "celery-workerpool.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
 {{- end }}
 
 {{- define "celery-workerpool.rules" -}}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 
 from workerpool_operator.kube.api import Api, ApiError, path_to
-from workerpool_operator.model import SecretKeyRef
+from workerpool_operator.model import BROKER_SCHEMES, SecretKeyRef
 from workerpool_operator.observation import Unavailable
 from workerpool_operator.ports import Pool
 
@@ -25,6 +25,7 @@ PATIENCE_SECONDS = 0.5
 """How long a pool whose URL is not known waits for the API server."""
 
 _FIELD = "spec.broker.urlFrom"
+_SCHEMES = f"{', '.join(BROKER_SCHEMES[:-1])} or {BROKER_SCHEMES[-1]}"
 
 
 @dataclass(slots=True)
@@ -46,7 +47,7 @@ class KubeUrls:
         """The URL, or what is wrong with the Secret and what to do."""
         broker = pool.spec.broker
         if broker.url_from is None:
-            return broker.url or ""
+            return broker.address(broker.url or "")
         reference = broker.url_from.secret_key_ref
         now = self._clock()
         self._known = {key: known for key, known in self._known.items() if now - known.asked_at < FORGET_SECONDS}
@@ -57,7 +58,14 @@ class KubeUrls:
             known.asking = asyncio.create_task(self._ask(known, pool.namespace, reference))
         if isinstance(known.url, Unavailable) and known.asking:
             await asyncio.wait([known.asking], timeout=PATIENCE_SECONDS)
-        return known.url
+        if isinstance(known.url, Unavailable):
+            return known.url
+        if known.url.startswith("sentinel://") != (broker.master_name is not None):
+            return Unavailable(
+                f"{_FIELD}: Secret {pool.namespace}/{reference.name}: a sentinel:// URL needs spec.broker.masterName, "
+                "and no other URL takes it"
+            )
+        return broker.address(known.url)
 
     async def _ask(self, known: _Known, namespace: str, reference: SecretKeyRef) -> None:
         try:
@@ -90,10 +98,10 @@ def _decode(secret: str, key: str, encoded: str) -> str | Unavailable:
     try:
         url = base64.b64decode(encoded).decode()
     except (binascii.Error, UnicodeDecodeError):
-        return Unavailable(f"{_FIELD}: key {key} of {secret} is not text; it has to hold a redis:// or rediss:// URL")
-    if not url.startswith(("redis://", "rediss://")) or url != url.strip():
+        return Unavailable(f"{_FIELD}: key {key} of {secret} is not text; it has to hold a URL of {_SCHEMES}")
+    if not url.startswith(BROKER_SCHEMES) or url != url.strip():
         # The value itself holds a password, so it is not repeated.
         return Unavailable(
-            f"{_FIELD}: key {key} of {secret} is not a URL; it has to begin with redis:// or rediss:// and end without a new line"
+            f"{_FIELD}: key {key} of {secret} is not a URL; it has to begin with {_SCHEMES} and end without a new line"
         )
     return url

@@ -121,9 +121,19 @@ class Transport(_OfThisWorker, kombu_redis.Transport):  # type: ignore[misc,unus
         super()._deliver(message, queue)
 
 
+class SentinelChannel(Channel, kombu_redis.SentinelChannel):  # type: ignore[misc,unused-ignore]
+    """A channel of this worker to the master that sentinels name."""
+
+
+class SentinelTransport(Transport, kombu_redis.SentinelTransport):  # type: ignore[misc,unused-ignore]
+    """The transport of this worker where sentinels name the master."""
+
+    Channel = SentinelChannel
+
+
 def use(life: WorkerLife) -> None:
     """Let every Redis connection of this process be of this kind: one worker lives in a process."""
     _OfThisWorker.life = life
-    for scheme in ("redis", "rediss"):
-        kombu.transport.TRANSPORT_ALIASES[scheme] = f"{__name__}:Transport"
+    for scheme, kind in (("redis", Transport), ("rediss", Transport), ("sentinel", SentinelTransport)):
+        kombu.transport.TRANSPORT_ALIASES[scheme] = f"{__name__}:{kind.__name__}"
         kombu.transport._transport_cache.pop(scheme, None)  # noqa: SLF001 an earlier connection may have been of Kombu's own
