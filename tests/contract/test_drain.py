@@ -14,7 +14,7 @@ from workerpool_operator.ports import Pool
 from workerpool_routing.ledger import State
 from workerpool_routing.wire import MARK_LIFE_MS
 
-pytestmark = [pytest.mark.contract, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.contract, pytest.mark.timeout(540)]
 
 SCALE_DOWNS = 30
 
