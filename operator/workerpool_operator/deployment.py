@@ -10,15 +10,20 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from workerpool_operator.model import API_VERSION, KIND, WORKER_CONTAINER, Tier
+from workerpool_operator.model import API_VERSION, KIND, PROBES_VOLUME, WORKER_CONTAINER, Tier
 from workerpool_operator.ports import Pool
-from workerpool_operator.worker_command import DEFAULT_GRACE_SECONDS, command, environment, literal
+from workerpool_operator.worker_command import DEFAULT_GRACE_SECONDS, command, environment, literal, probe
 from workerpool_routing import wire
 
 MANAGED_BY = "app.kubernetes.io/managed-by"
 MANAGER = "celery-workerpool"
 POOL_LABEL = "workerpool.dev/pool"
 TIER_LABEL = "workerpool.dev/tier"
+
+BROKER_MARK = "workerpool.dev/broker-mark"
+"""Annotation of the pods that changes with the broker's URL, so that a new password reaches every worker."""
+
+_PROBES_MOUNT = "/run/workerpool"
 
 _LONGEST_LABEL = 63
 
@@ -33,8 +38,14 @@ def selector_of(pool: Pool, tier: Tier) -> dict[str, str]:
     return {MANAGED_BY: MANAGER, POOL_LABEL: _fit(pool.name), TIER_LABEL: tier.name}
 
 
-def build(pool: Pool, tier: Tier) -> dict[str, Any]:
-    """The manifest of the tier's Deployment, without ``replicas``."""
+def build(pool: Pool, tier: Tier, broker_mark: str = "") -> dict[str, Any]:
+    """The manifest of the tier's Deployment, without ``replicas``.
+
+    Args:
+        pool: the pool.
+        tier: one of its tiers.
+        broker_mark: what :data:`BROKER_MARK` says; empty for a broker whose URL stands in the pool itself.
+    """
     owner = {"apiVersion": API_VERSION, "kind": KIND, "name": pool.name, "uid": pool.uid}
     return {
         "apiVersion": "apps/v1",
@@ -45,19 +56,45 @@ def build(pool: Pool, tier: Tier) -> dict[str, Any]:
             "labels": {"app.kubernetes.io/name": "celery-worker", **selector_of(pool, tier)},
             "ownerReferences": [{**owner, "controller": True, "blockOwnerDeletion": True}],
         },
-        "spec": {"selector": {"matchLabels": selector_of(pool, tier)}, "template": _template(pool, tier)},
+        "spec": {
+            "selector": {"matchLabels": selector_of(pool, tier)},
+            **({"strategy": _ON_SCARCE_NODES} if tier.accelerated else {}),
+            "template": _template(pool, tier, broker_mark),
+        },
     }
 
 
-def _template(pool: Pool, tier: Tier) -> dict[str, Any]:
+# A new worker takes the accelerator of an old one: a rollout must not wait for one more than the tier has.
+_ON_SCARCE_NODES = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": "25%"}}
+
+
+def _template(pool: Pool, tier: Tier, broker_mark: str) -> dict[str, Any]:
     metadata = tier.template.get("metadata") or {}
     labels = {"app.kubernetes.io/name": "celery-worker", **(metadata.get("labels") or {}), **selector_of(pool, tier)}
     spec = tier.template["spec"]
     containers = [_worker(pool, tier, c) if c.get("name") == WORKER_CONTAINER else c for c in spec["containers"]]
+    if broker_mark:
+        metadata = {**metadata, "annotations": {**(metadata.get("annotations") or {}), BROKER_MARK: broker_mark}}
     return {
         **tier.template,
         "metadata": {**metadata, "labels": labels},
-        "spec": {"terminationGracePeriodSeconds": DEFAULT_GRACE_SECONDS, **spec, "containers": containers},
+        "spec": {
+            "terminationGracePeriodSeconds": DEFAULT_GRACE_SECONDS,
+            "topologySpreadConstraints": [_spread(pool, tier)],
+            **spec,
+            "containers": containers,
+            "volumes": [*(spec.get("volumes") or ()), {"name": PROBES_VOLUME, "emptyDir": {"sizeLimit": "1Mi"}}],
+        },
+    }
+
+
+def _spread(pool: Pool, tier: Tier) -> dict[str, Any]:
+    """So that a node that is lost takes as few workers along as may be; never a reason not to start one."""
+    return {
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "labelSelector": {"matchLabels": selector_of(pool, tier)},
     }
 
 
@@ -66,7 +103,13 @@ def _worker(pool: Pool, tier: Tier, container: Mapping[str, Any]) -> dict[str, A
     names = {variable["name"] for variable in own}
     theirs = [variable for variable in container.get("env") or [] if variable.get("name") not in names]
     rest = {key: value for key, value in container.items() if key != "args"}
-    worker = {**rest, "command": command(pool.spec.app, tier), "env": [*own, *theirs]}
+    worker = {
+        **_PROBES,
+        **rest,
+        "command": command(pool.spec.app, tier),
+        "env": [*own, *theirs],
+        "volumeMounts": [*(rest.get("volumeMounts") or ()), {"name": PROBES_VOLUME, "mountPath": _PROBES_MOUNT}],
+    }
     if tier.accelerator is not None:
         resources = container.get("resources") or {}
         device = {tier.accelerator.resource: str(tier.accelerator.count)}
@@ -78,6 +121,19 @@ def _worker(pool: Pool, tier: Tier, container: Mapping[str, Any]) -> dict[str, A
     return worker
 
 
+def _probe(which: str, **more: int) -> dict[str, Any]:
+    return {"exec": {"command": probe(which, _PROBES_DIRECTORY)}, "timeoutSeconds": 10, **more}
+
+
+_PROBES_DIRECTORY = f"{_PROBES_MOUNT}/probes"  # made by the library alone: that it is there says that the library is
+_PROBES = {
+    # A container that is started again finds the files of the one before: until it writes its own they say nothing.
+    "startupProbe": _probe("alive", periodSeconds=5, failureThreshold=240),
+    "livenessProbe": _probe("alive", periodSeconds=10, failureThreshold=3),
+    "readinessProbe": _probe("up", periodSeconds=5, failureThreshold=1),
+}
+
+
 def _environment(pool: Pool, tier: Tier) -> list[dict[str, Any]]:
     broker = pool.spec.broker
     url: dict[str, Any] = {"value": literal(broker.url or "")}
@@ -87,6 +143,7 @@ def _environment(pool: Pool, tier: Tier) -> list[dict[str, Any]]:
         *({"name": name, "value": value} for name, value in environment(pool, tier).items()),
         {"name": wire.ENV_WORKER, "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
         {"name": wire.ENV_BROKER_URL, **url},
+        {"name": wire.ENV_PROBES, "value": _PROBES_DIRECTORY},
     ]
 
 

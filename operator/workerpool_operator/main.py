@@ -193,7 +193,7 @@ class Operator:
         self._seen = Seen()
         self._urls = KubeUrls(api)
         self._broker = RedisBroker(self._wake, candidate.fence)
-        self._workers = KubeWorkers(api, self._seen, self._holds_jobs)
+        self._workers = KubeWorkers(api, self._seen, self._holds_jobs, self._urls.mark)
         self._reporter = KubeReporter(api)
         self._reconciler = Reconciler(urls=self._urls, broker=self._broker, workers=self._workers, reporter=self, wake=self._wake)
         self._metrics = Metrics(lambda: candidate.leads, lambda: self._reconciler.passes, lambda: self._reconciler.pools)

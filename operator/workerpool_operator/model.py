@@ -30,6 +30,7 @@ API_VERSION = f"{GROUP}/{VERSION}"
 KIND = "WorkerPool"
 PLURAL = "workerpools"
 WORKER_CONTAINER = "worker"
+PROBES_VOLUME = "workerpool-probes"
 BROKER_SCHEMES = ("redis://", "rediss://", "sentinel://")
 
 # Strict, as the API server: "4" is not a number and "yes" is not a boolean.
@@ -193,6 +194,15 @@ class PodTemplate(_OpenModel):
     spec: PodSpec
 
 
+_FIXED_OPTIONS = ("-Q", "--queues", "-X", "--exclude-queues", "-c", "--concurrency", "--autoscale")
+"""Options of Celery that say what queue and concurrency say, or the contrary."""
+
+
+def _fixed_option(argument: str) -> str | None:
+    option = argument.partition("=")[0] if argument.startswith("--") else argument[:2]
+    return option if option in _FIXED_OPTIONS else None
+
+
 def _checked_template(raw: object) -> dict[str, Any]:
     """The template with everything that it holds, except the nulls: to Kubernetes they are fields that are not there."""
     return PodTemplate.model_validate(raw, by_alias=True, by_name=False).model_dump(by_alias=True, exclude_none=True)
@@ -207,6 +217,17 @@ class Tier(_Model):
     concurrency: Annotated[Int, Field(ge=1, le=256)] = 1
     replicas: Replicas = Replicas()
     template: Annotated[dict[str, Any], BeforeValidator(_checked_template, json_schema_input_type=PodTemplate)]
+
+    @model_validator(mode="after")
+    def _keeps_the_promises(self) -> Self:
+        containers = self.template["spec"]["containers"]
+        index, worker = next((i, c) for i, c in enumerate(containers) if c["name"] == WORKER_CONTAINER)
+        if "command" not in worker and (given := next(filter(None, map(_fixed_option, worker.get("args") or ())), None)):
+            where = f"template.spec.containers[{index}].args"
+            raise ValueError(f"{where}: {given} would undo what the tier's own fields say; remove it and set those fields")
+        if any(volume.get("name") == PROBES_VOLUME for volume in self.template["spec"].get("volumes") or ()):
+            raise ValueError(f"template.spec.volumes: {PROBES_VOLUME} is the operator's own volume; give yours another name")
+        return self
 
     @property
     def accelerated(self) -> bool:

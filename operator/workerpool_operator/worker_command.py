@@ -15,6 +15,34 @@ from workerpool_routing import wire
 DEFAULT_GRACE_SECONDS = 600
 """From SIGTERM to SIGKILL where the template says nothing."""
 
+PROBE_LIFE_SECONDS = 30
+"""A worker gives a sign of life every second; after so long without one it is taken for stuck."""
+
+PROBE_SCRIPT = f"""\
+import importlib.util, pathlib, sys, time
+probe, directory = sys.argv[1], pathlib.Path(sys.argv[2])
+alive = directory / "alive"
+fresh = alive.exists() and time.time() - alive.stat().st_mtime < {PROBE_LIFE_SECONDS}
+if probe == "alive":
+    silent = not alive.exists()
+else:
+    silent = not directory.exists() and importlib.util.find_spec("workerpool_routing") is None
+sys.exit(not (fresh or silent))
+"""
+"""What a probe runs; arguments: ``alive`` or ``up``, and the directory of the library's probe files.
+
+An app that never loads the library writes no such files: it counts as alive, and where the library is not installed as up. The
+script has to run in any image that runs Celery, so it asks for a Python and for nothing else, not even a shell.
+"""
+
+
+def probe(which: str, directory: str) -> list[str]:
+    """The argument vector of a pod's probe: ``alive``, or ``up`` once it has taken its place in the pool.
+
+    A worker that drains stays up: Kubernetes removes first what is not ready, and it may hold a job.
+    """
+    return ["python3", "-c", PROBE_SCRIPT, which, directory]
+
 
 def container(tier: Tier) -> Mapping[str, Any]:
     """The container of the tier's template that runs the worker."""

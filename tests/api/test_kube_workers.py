@@ -49,9 +49,9 @@ class Process:
     """One life of the operator's memory; where it would watch, it lists."""
 
     def __init__(self, api: CountingApi, namespace: str) -> None:
-        self.api, self.namespace, self.now = api, namespace, 0.0
+        self.api, self.namespace, self.now, self.mark = api, namespace, 0.0, "one"
         self.seen = Seen()
-        self.workers = KubeWorkers(api, self.seen, AsyncMock(return_value=False), lambda: self.now)
+        self.workers = KubeWorkers(api, self.seen, AsyncMock(return_value=False), lambda _: self.mark, lambda: self.now)
 
     async def look(self) -> Pool:
         spent, self.api.requests = self.api.requests, 0
@@ -141,6 +141,23 @@ def test_what_is_right_costs_no_request_and_a_new_process_writes_nothing(cluster
     before = cluster.versions()
     cluster.run(second)
     assert cluster.versions() == before
+
+
+def test_a_new_broker_url_replaces_the_pods_and_one_that_cannot_be_read_does_not(cluster: Cluster) -> None:
+    def marks() -> list[str]:
+        [deployment] = cluster.objects("deployments")
+        return [deployment["spec"]["template"]["metadata"]["annotations"]["workerpool.dev/broker-mark"]]
+
+    async def scenario(process: Process) -> None:
+        await process.scale(gpu=1)
+        assert marks() == ["one"]
+        process.mark = ""
+        assert await process.scale(gpu=1) == 0
+        process.mark = "two"
+        assert await process.scale(gpu=1) == 1
+        assert marks() == ["two"]
+
+    cluster.run(scenario)
 
 
 @pytest.mark.parametrize("life", range(1, 5))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -106,6 +111,7 @@ def test_the_environment_says_who_the_worker_is_and_wins_over_the_users() -> Non
         "WORKERPOOL_CONCURRENCY": "2",
         "WORKERPOOL_GRACE_SECONDS": "600",
         "CELERY_BROKER_URL": "redis://redis:6379/0",
+        "WORKERPOOL_PROBES": "/run/workerpool/probes",
         "LEVEL": "x",
     }
 
@@ -153,3 +159,72 @@ def test_a_change_of_scale_bounds_or_status_does_not_touch_the_pods() -> None:
     wider = tier.model_copy(update={"replicas": tier.replicas.model_copy(update={"max": 99})})
     assert build(pool, tier) == build(replace(pool, generation=9, status={"replicas": "gpu 1/1"}), wider)
     assert name_of(pool, tier) == name_of(pool, wider)
+
+
+def test_a_new_broker_url_changes_the_pods_and_nothing_else_of_the_deployment() -> None:
+    pool = pool_of(WORKER, metadata={"annotations": {"a": "b"}})
+    one, two = (build(pool, pool.spec.tiers[0], mark) for mark in ("one", "two"))
+    assert one["spec"]["template"]["metadata"].pop("annotations") == {"a": "b", "workerpool.dev/broker-mark": "one"}
+    assert two["spec"]["template"]["metadata"].pop("annotations") == {"a": "b", "workerpool.dev/broker-mark": "two"}
+    assert one == two
+
+
+def test_a_rollout_needs_no_more_accelerators_than_the_tier_has() -> None:
+    pool = pool_of(WORKER)
+    assert gpu(pool)["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == 0
+    assert "strategy" not in build(pool, pool.spec.tiers[1])["spec"]
+
+
+def test_workers_spread_over_nodes_unless_the_template_says_how() -> None:
+    [spread] = gpu(pool_of(WORKER))["spec"]["template"]["spec"]["topologySpreadConstraints"]
+    assert (spread["topologyKey"], spread["whenUnsatisfiable"]) == ("kubernetes.io/hostname", "ScheduleAnyway")
+    own = gpu(pool_of(WORKER, spec={"topologySpreadConstraints": []}))
+    assert own["spec"]["template"]["spec"]["topologySpreadConstraints"] == []
+
+
+def test_what_the_user_mounts_and_probes_is_kept() -> None:
+    own = {"exec": {"command": ["true"]}}
+    worker = {**WORKER, "readinessProbe": own, "volumeMounts": [{"name": "models", "mountPath": "/models"}]}
+    manifest = gpu(pool_of(worker, spec={"volumes": [{"name": "models", "emptyDir": {}}]}))
+    assert worker_of(manifest)["readinessProbe"] == own
+    assert [mount["mountPath"] for mount in worker_of(manifest)["volumeMounts"]] == ["/models", "/run/workerpool"]
+    assert [volume["name"] for volume in manifest["spec"]["template"]["spec"]["volumes"]] == ["models", "workerpool-probes"]
+    kubernetes_validate.validate(manifest, "1.37", strict=True)
+
+
+class Pod:
+    """What a kubelet would find that runs the probes of a worker, its directory taken from here."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory / "probes"
+
+    def passes(self, probe: str, *, library: bool = True) -> bool:
+        program, *arguments = worker_of(gpu(pool_of(WORKER)))[probe]["exec"]["command"]
+        assert (program, arguments.pop()) == ("python3", "/run/workerpool/probes")
+        # -S: a Python that has nothing installed.
+        command = [sys.executable, *([] if library else ["-S"]), *arguments, str(self.directory)]
+        return subprocess.run(command, env={}, check=False).returncode == 0
+
+    def reports(self, seconds_ago: float = 0) -> None:
+        self.directory.mkdir(exist_ok=True)
+        (self.directory / "alive").touch()
+        then = time.time() - seconds_ago
+        os.utime(self.directory / "alive", (then, then))
+
+
+@pytest.fixture
+def pod(tmp_path: Path) -> Pod:
+    return Pod(tmp_path)
+
+
+def test_a_worker_is_ready_once_it_reports_and_killed_once_it_stops_to(pod: Pod) -> None:
+    probes = ("startupProbe", "livenessProbe", "readinessProbe")
+    assert [pod.passes(probe) for probe in probes] == [True, True, False], "it starts"
+    pod.reports()
+    assert [pod.passes(probe) for probe in probes] == [True, True, True]
+    pod.reports(seconds_ago=60)
+    assert [pod.passes(probe) for probe in probes] == [False, False, False], "it is stuck, or a new container starts"
+
+
+def test_a_worker_without_the_library_passes_every_probe(pod: Pod) -> None:
+    assert all(pod.passes(probe, library=False) for probe in ("startupProbe", "livenessProbe", "readinessProbe"))

@@ -119,3 +119,24 @@ def test_an_api_server_that_hangs_is_waited_for_half_a_second_and_not_at_all_whe
         secrets.answers.set()
 
     asyncio.run(scenario())
+
+
+def test_a_changed_url_changes_its_mark_which_says_nothing_of_it() -> None:
+    async def scenario() -> None:
+        secrets = Secrets()
+        assert secrets.urls.mark(POOL) == "", "nothing is known yet"
+        await secrets.urls.broker_url(POOL)
+        mark = secrets.urls.mark(POOL)
+        assert mark
+        assert "secret" not in mark
+        await secrets.later()
+        assert secrets.urls.mark(POOL) == mark
+        assert secrets.urls.mark(replace(POOL, uid="another")) != mark, "equal passwords of two pools look different"
+        secrets.url = "redis://:other@one/0"
+        await secrets.later()
+        assert secrets.urls.mark(POOL) not in {mark, ""}
+        secrets.error = ApiError(404, "gone")
+        await secrets.later()
+        assert secrets.urls.mark(POOL) == ""
+
+    asyncio.run(scenario())

@@ -246,6 +246,21 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
     "command in one string": (lambda s: worker(s).update(command="celery"), f"{IN_WORKER}.command", "must be a list"),
     "args as a number": (lambda s: worker(s).update(args=5), f"{IN_WORKER}.args", "must be a list"),
     "argument as a number": (lambda s: worker(s).update(args=["-c", 5]), f"{IN_WORKER}.args[1]", "needs quotes"),
+    "another queue by args": (
+        lambda s: worker(s).update(args=["--max-tasks-per-child=1", "-Qother"]),
+        "spec.tiers[0]",
+        "-Q would undo",
+    ),
+    "another concurrency by args": (
+        lambda s: worker(s).update(args=["--concurrency=9"]),
+        "spec.tiers[0]",
+        "--concurrency would undo",
+    ),
+    "the operator's own volume": (
+        lambda s: pod(s).update(volumes=[{"name": "workerpool-probes", "emptyDir": {}}]),
+        "spec.tiers[0]",
+        "template.spec.volumes",
+    ),
     "argument with a NUL": (lambda s: worker(s).update(args=["a\0"]), f"{IN_WORKER}.args[0]", "pattern"),
     "environment as a map": (lambda s: worker(s).update(env={"A": "b"}), f"{IN_WORKER}.env", "must be a list"),
     "variable as text": (lambda s: worker(s).update(env=["A=b"]), f"{IN_WORKER}.env[0]", "must be a map"),

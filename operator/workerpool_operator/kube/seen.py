@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from workerpool_operator.deployment import MANAGED_BY, MANAGER, POOL_LABEL, TIER_LABEL
+from workerpool_operator.deployment import BROKER_MARK, MANAGED_BY, MANAGER, POOL_LABEL, TIER_LABEL
 from workerpool_operator.kube.api import Api, path_to
 from workerpool_operator.model import API_VERSION, PLURAL, Problem, parse_spec
 from workerpool_operator.observation import Phase, Replica
@@ -40,6 +40,7 @@ class LiveDeployment:
         failure: why its pods cannot be created.
         queue: what its workers take from; empty where it cannot be told.
         rolling: pods are being replaced by those of another template.
+        broker_mark: what its pods are annotated with.
     """
 
     replicas: int
@@ -51,6 +52,7 @@ class LiveDeployment:
     failure: str
     queue: str
     rolling: bool
+    broker_mark: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +198,7 @@ def deployment(raw: Mapping[str, Any], _before: LiveDeployment | None = None) ->
         ),
         queue=_queue(spec),
         rolling=_rolling(raw.get("status") or {}),
+        broker_mark=_annotations(spec.get("template", {})).get(BROKER_MARK, ""),
     )
 
 
@@ -230,7 +233,7 @@ def pod(raw: Mapping[str, Any], before: LivePod | None = None) -> LivePod | None
     if before is not None and before.replica.ready_at is not None:
         # A pod that was un-Ready for a while still took as long to start as it took the first time.
         replica = replace(replica, ready_at=before.replica.ready_at)
-    cost = (metadata.get("annotations") or {}).get(DELETION_COST, "")
+    cost = _annotations(raw).get(DELETION_COST, "")
     return LivePod(replica, cost)
 
 
@@ -273,6 +276,10 @@ def _conditions(raw: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
 
 def _condition(raw: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
     return next((c for c in _conditions(raw) if c["type"] == kind), {})
+
+
+def _annotations(raw: Mapping[str, Any]) -> Mapping[str, str]:
+    return (raw.get("metadata") or {}).get("annotations") or {}
 
 
 def _controller(metadata: Mapping[str, Any]) -> tuple[str, str, str] | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from workerpool_operator.kube.api import Api, ApiError, path_to
@@ -15,8 +16,11 @@ from workerpool_operator.model import BROKER_SCHEMES, SecretKeyRef
 from workerpool_operator.observation import Unavailable
 from workerpool_operator.ports import Pool
 
-CACHE_SECONDS = 5.0
-"""A changed Secret is seen after so long, and a missing one asked for no more often."""
+CACHE_SECONDS = 20.0
+"""A changed Secret is seen after so long."""
+
+RETRY_SECONDS = 5.0
+"""A Secret that is missing or cannot be read is asked for this often."""
 
 FORGET_SECONDS = 60.0
 """A URL that no pool has asked for so long is dropped."""
@@ -33,6 +37,11 @@ class _Known:
     url: str | Unavailable
     asked_at: float
     asking: asyncio.Task[None] | None = None
+    marks: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def life(self) -> float:
+        return RETRY_SECONDS if isinstance(self.url, Unavailable) else CACHE_SECONDS
 
 
 class KubeUrls:
@@ -53,7 +62,7 @@ class KubeUrls:
         self._known = {key: known for key, known in self._known.items() if now - known.asked_at < FORGET_SECONDS}
         unread = Unavailable(f"{_FIELD}: Secret {pool.namespace}/{reference.name} is still being read")
         known = self._known.setdefault((pool.namespace, reference), _Known(unread, now - CACHE_SECONDS))
-        if now - known.asked_at >= CACHE_SECONDS and (known.asking is None or known.asking.done()):
+        if now - known.asked_at >= known.life and (known.asking is None or known.asking.done()):
             known.asked_at = now
             known.asking = asyncio.create_task(self._ask(known, pool.namespace, reference))
         if isinstance(known.url, Unavailable) and known.asking:
@@ -67,9 +76,24 @@ class KubeUrls:
             )
         return broker.address(known.url)
 
+    def mark(self, pool: Pool) -> str:
+        """What tells this value of the Secret's key from another and gives nothing of it away; empty while none is known."""
+        broker = pool.spec.broker
+        if broker.url_from is None:
+            return ""
+        known = self._known.get((pool.namespace, broker.url_from.secret_key_ref))
+        if known is None or isinstance(known.url, Unavailable):
+            return ""
+        if pool.uid not in known.marks:
+            known.marks[pool.uid] = _mark(known.url, pool.uid)
+        return known.marks[pool.uid]
+
     async def _ask(self, known: _Known, namespace: str, reference: SecretKeyRef) -> None:
+        before = known.url
         try:
             known.url = await self._read(namespace, reference)
+            if known.url != before:
+                known.marks.clear()
         except ApiError as error:
             if isinstance(known.url, Unavailable):
                 known.url = Unavailable(f"{_FIELD}: Secret {namespace}/{reference.name} could not be read: {error}")
@@ -92,6 +116,11 @@ class KubeUrls:
             there = ", ".join(sorted(data)) or "none"
             return Unavailable(f"{_FIELD}: {secret} has no key {reference.key}; its keys: {there}")
         return _decode(secret, reference.key, data[reference.key])
+
+
+def _mark(url: str, salt: str) -> str:
+    """Slow on purpose: whoever may read Deployments but no Secrets could otherwise try passwords until one fits."""
+    return hashlib.scrypt(url.encode(), salt=salt.encode(), n=2**12, r=8, p=1, dklen=8).hex()
 
 
 def _decode(secret: str, key: str, encoded: str) -> str | Unavailable:

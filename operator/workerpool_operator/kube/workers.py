@@ -74,6 +74,7 @@ class KubeWorkers:
         api: the API server.
         seen: what the watches have shown.
         holds_jobs: whether the tier of that name and queue still holds jobs, for tiers that a pool no longer has.
+        broker_mark: what changes with the broker's URL; empty while it is not known.
         clock: wall-clock seconds.
     """
 
@@ -82,11 +83,13 @@ class KubeWorkers:
         api: Api,
         seen: Seen,
         holds_jobs: Callable[[Pool, str, str], Awaitable[bool | Unavailable]],
+        broker_mark: Callable[[Pool], str],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._api = api
         self._seen = seen
         self._holds_jobs = holds_jobs
+        self._broker_mark = broker_mark
         self._clock = clock
         # What was applied, and what the API server made of it: as long as both stand there is nothing to repair.
         self._settled: dict[_Part, tuple[str, str]] = {}
@@ -206,7 +209,8 @@ class KubeWorkers:
 
     async def _settle(self, pool: Pool, tier: Tier, live: LiveDeployment | None, wanted: int) -> LiveDeployment:
         """Create or repair the Deployment, and give its replica count an owner of its own."""
-        manifest = build(pool, tier)
+        # While the Secret cannot be read the pods keep the mark that they have: another one would replace them all.
+        manifest = build(pool, tier, self._broker_mark(pool) or (live.broker_mark if live else ""))
         part, name, digest = (pool.uid, tier.name), name_of(pool, tier), _digest(manifest)
         if live is None:
             created = {**manifest, "spec": {**manifest["spec"], "replicas": wanted}}
