@@ -23,11 +23,13 @@ chaos-long: $(READY) ## The same 20 times each, with 90,000 jobs
 check: $(READY) ## Run what has to pass before a commit: format, lint, types, imports, generated files, unit tests
 	@$(BIN)/python -m tests.levels check
 
-bench: $(READY) ## Measure what admission costs, as ratios (about 2 min; the table of docs/benchmarks.md)
+bench: $(READY) ## Measure what admission costs, as ratios, and put the sample API under load (about 3 min; docs/benchmarks.md)
 	@$(BIN)/python -m benchmarks.admission
+	@$(BIN)/python -m benchmarks.media_api
 
-generate: $(READY) ## Write the files that are made from others: the chart's version, CRD and README, and manifests/
+generate: $(READY) ## Write the files that are made from others: the chart's version, CRD and README, manifests/ and docs/reference/
 	@$(BIN)/python charts/render.py
+	@$(BIN)/python -m docs.render
 
 release-dry-run: $(READY) ## Build all of a release into dist/, with checksums, and publish nothing
 	@$(BIN)/python -m charts.release

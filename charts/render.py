@@ -100,17 +100,23 @@ def main(root: Path, *, check: bool) -> int:
     """Write or check; the files follow from one another, so the order matters."""
     chart = root / "charts" / NAME
     version = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
-    stale = _bring(chart / "Chart.yaml", versioned((chart / "Chart.yaml").read_text(), version), check=check)
-    stale += _bring(chart / "files" / "workerpool.yaml", (root / "crds" / "workerpool.yaml").read_text(), check=check)
+    stale = bring(chart / "Chart.yaml", versioned((chart / "Chart.yaml").read_text(), version), check=check)
+    stale += bring(chart / "files" / "workerpool.yaml", (root / "crds" / "workerpool.yaml").read_text(), check=check)
     described = readme((chart / "Chart.yaml").read_text(), (chart / "values.yaml").read_text())
-    stale += _bring(chart / "README.md", described, check=check)
-    stale += _bring(root / "manifests" / "install.yaml", install(chart), check=check)
+    stale += bring(chart / "README.md", described, check=check)
+    stale += bring(root / "manifests" / "install.yaml", install(chart), check=check)
+    return tell(root, stale, check=check)
+
+
+def tell(root: Path, stale: list[Path], *, check: bool) -> int:
+    """Name what was written, or is out of date; the exit status."""
     for path in stale:
         print(f"{path.relative_to(root)} {'is out of date: make generate' if check else 'written'}")  # noqa: T201
     return int(check and bool(stale))
 
 
-def _bring(path: Path, content: str, *, check: bool) -> list[Path]:
+def bring(path: Path, content: str, *, check: bool) -> list[Path]:
+    """Give a file that content, unless it is only to be checked; the file, if it had another."""
     if path.exists() and path.read_text() == content:
         return []
     if not check:
@@ -118,7 +124,12 @@ def _bring(path: Path, content: str, *, check: bool) -> list[Path]:
     return [path]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def arguments(about: str | None) -> argparse.Namespace:
+    """``--check``, or nothing."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if something is out of date")
-    sys.exit(main(ROOT, check=parser.parse_args().check))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main(ROOT, check=arguments(__doc__).check))

@@ -136,6 +136,7 @@ CHECKS: Mapping[str, Sequence[str]] = {
     "types": ("mypy",),
     "imports": ("lint-imports", "--no-logo"),
     "generated": ("python", "charts/render.py", "--check"),
+    "reference": ("python", "-m", "docs.render", "--check"),
 }
 
 

@@ -30,8 +30,12 @@ from workerpool_routing.wire import ENV_POOL, ENV_TIER, Keyspace, Policy, Presen
 
 logger = logging.getLogger("workerpool_routing")
 
-PUBLISH_TIMEOUT_SECONDS = 5.0
-"""How long Kombu may take for one step of a publish that is Celery's own; its default is to wait for ever."""
+PUBLISH_TIMEOUT_SECONDS = 1.0
+"""How long Kombu may take for one step of a publish that is Celery's own; its default is to wait for ever.
+
+Celery tries again, a few steps each time (``task_publish_retry_policy``), so that the whole is some five times as long. Shorter
+than a second, and Celery would publish again what a busy Redis has only taken late.
+"""
 
 _RESERVED = ("queue", "exchange", "routing_key", "expires", "task_id", "router", "producer", "retry")
 
@@ -188,7 +192,7 @@ class WorkerPool:
         deadline: float | None = None,
         max_wait: float | None = None,
     ) -> Decision:
-        """Decide as :meth:`submit` would, refusals included, and change nothing."""
+        """Decide as :meth:`submit` would, with the same arguments and exceptions, and change nothing: there is no task id yet."""
         request, policy = _request(task, accelerated, content_type, deadline), self.store.policy()
         if policy is None:
             return undecided(None, self._app.conf.task_default_queue)
@@ -222,26 +226,28 @@ class WorkerPool:
             raise PoolUnavailable(f"pool {self.name} cannot decide: {why}")
 
     def job(self, task_id: str) -> Job | None:
-        """The ledger's entry of a job, None when it has none (any more)."""
+        """The ledger's entry of a job, None when it has none (any more); raises :class:`PoolUnavailable`."""
         return self.store.job(task_id)
 
     def workers(self) -> dict[str, Presence]:
-        """The live workers, by owner."""
+        """The live workers by the name of their life, each with tier, queue, slots and busy slots; none while nothing is known of
+        the pool. Raises :class:`PoolUnavailable`.
+        """
         return {worker.owner: worker for state in self._state() for worker in state.workers}
 
     def has_accelerated_workers(self) -> bool:
-        """Whether an accelerated worker has a free slot."""
+        """Whether an accelerated worker has a free slot; raises :class:`PoolUnavailable`."""
         return _free(self._state())
 
     def queue_length(self, queue: str) -> int:
-        """Messages that wait in a queue, over all priority steps."""
+        """Messages that wait in a queue, over all priority steps; raises :class:`PoolUnavailable`."""
         return self.store.queue_length(queue)
 
     def status(self) -> dict[str, Any]:
         """Workers, queues and tiers as plain data, for a status endpoint.
 
         A type is ``gpu`` when the tier is accelerated, else ``cpu``; ``ready`` and ``starting`` count slots; ``oldest_wait`` is
-        in seconds.
+        in seconds, None while nothing waits that was admitted. Raises :class:`PoolUnavailable`.
         """
         states = self._state()
         kinds = {worker.owner: _kind(state) for state in states for worker in state.workers}

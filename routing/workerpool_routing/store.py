@@ -154,7 +154,7 @@ class RedisStore:
                 tuple(report for raw in presence if (report := Presence.load(raw)).alive(now)),
                 starting.get(tier.name, 0),
                 sum(rest[0::2]),
-                held - int(scheduled or 0),
+                max(0, held - int(scheduled or 0)),
                 age,
             )
             for tier, (presence, held, scheduled, *rest), age in zip(policy.tiers, by_tier, ages, strict=True)

@@ -94,8 +94,8 @@ class Double:
             waiting: jobs in its queue.
             service: mean seconds of each task on it; others are unknown.
         """
-        self._tiers[tier] = _Tier(ready, starting, busy, dict(service or {}), self._tiers[tier].leases)
         self._queues[self._named(tier).queue] = waiting
+        self._tiers[tier] = _Tier(ready, starting, busy, dict(service or {}), self._tiers[tier].leases)
 
     def assert_routed(self, task: str, *, tier: str, reason: Reason | None = None) -> Submitted:
         """The last job of that task, which must have gone to that tier, for that reason if one is given."""

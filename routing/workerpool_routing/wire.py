@@ -219,7 +219,15 @@ def wake_channel(prefix: str = "") -> str:
 
 @dataclass(frozen=True, slots=True)
 class TierPolicy:
-    """What the library must know of a tier. ``max_slots`` is None where no operator bounds it."""
+    """What the library must know of a tier.
+
+    Attributes:
+        name: as in the WorkerPool resource; a worker is told it as ``WORKERPOOL_TIER``.
+        queue: the Celery queue that its workers, and nobody else, consume.
+        accelerated: whether its workers have an accelerator.
+        concurrency: jobs that one of its workers runs at a time.
+        max_slots: jobs that it may run at a time when it has grown as far as it may; None where no operator bounds it.
+    """
 
     name: str
     queue: str

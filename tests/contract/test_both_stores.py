@@ -265,6 +265,12 @@ def test_the_double_shows_what_the_worker_would_get_and_says_what_went_elsewhere
         submit(pool)
 
 
+def test_a_tier_that_the_double_has_not_is_named(workerpool_in_memory: Any) -> None:
+    double: Double = workerpool_in_memory(WorkerPool("ml/media", app_of("memory://")), tiers=TIERS)
+    with pytest.raises(AssertionError, match="no tier 'tpu'; it has"):
+        double.set_capacity("tpu", ready=1)
+
+
 def test_a_plain_delay_is_routed_by_the_double_too(workerpool_in_memory: Any) -> None:
     pool = WorkerPool("ml/media", app_of("memory://"))
     double: Double = workerpool_in_memory(pool, tiers=TIERS)

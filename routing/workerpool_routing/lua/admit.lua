@@ -26,7 +26,8 @@ end
 local function measure(tier)
   local load = {waiting = 0}
   for _, list in ipairs(tier.lists) do load.waiting = load.waiting + redis.call('LLEN', list) end
-  load.in_flight = redis.call('HLEN', tier.unacked) - (redis.call('GET', tier.scheduled) or 0)
+  -- Workers tell of what is scheduled once a second: what they have run or given back since is still counted there.
+  load.in_flight = math.max(0, redis.call('HLEN', tier.unacked) - (redis.call('GET', tier.scheduled) or 0))
   load.ready = redis.call('ZCOUNT', tier.slots, '(' .. (now - pool.presence_life), '+inf')
   load.leased = redis.call('ZCOUNT', tier.leases, '(' .. now, '+inf')
   local slots = coming[tier.name]
