@@ -28,6 +28,7 @@ class ConditionType(StrEnum):
     QUEUE_SHARED = "QueueShared"
     AUTOSCALER_CONFLICT = "AutoscalerConflict"
     GRACE_PERIOD_TOO_SHORT = "GracePeriodTooShort"
+    DRAIN_OVERDUE = "DrainOverdue"
     PAUSED = "Paused"
 
 
@@ -38,6 +39,7 @@ WARNS_WHEN = {
     ConditionType.QUEUE_SHARED: "True",
     ConditionType.AUTOSCALER_CONFLICT: "True",
     ConditionType.GRACE_PERIOD_TOO_SHORT: "True",
+    ConditionType.DRAIN_OVERDUE: "True",
 }
 """The status of a condition that makes its Event a Warning."""
 

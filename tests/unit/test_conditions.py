@@ -96,6 +96,7 @@ HEALTHY = {
     "QueueShared": "False",
     "AutoscalerConflict": "False",
     "GracePeriodTooShort": "False",
+    "DrainOverdue": "False",
     "Paused": "False",
 }
 
@@ -105,7 +106,7 @@ def test_a_pool_at_rest_is_healthy_and_silent() -> None:
     assert values(outcome) == HEALTHY
     assert [condition.reason for condition in outcome[0].conditions] == [
         "Working", "Answering", "AsOrdered", "NoJobsElsewhere", "WithinBounds", "QueuesOwned",
-        "NoOtherAutoscaler", "LongEnough", "Active",
+        "NoOtherAutoscaler", "LongEnough", "InTime", "Active",
     ]  # fmt: skip
     assert outcome[1] == ()
     assert {condition.observed_generation for condition in outcome[0].conditions} == {7}
