@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from importlib.resources import files
 
 from workerpool_routing.decide import Reason
@@ -197,6 +198,7 @@ def _fallback(policy: Policy, job: Job) -> TierPolicy | None:
     return policy.plain_tier() if tier and tier.accelerated and not job.required else None
 
 
+@cache
 def script(name: str) -> str:
     """The text of ``lua/<name>.lua``."""
     return files("workerpool_routing").joinpath("lua", f"{name}.lua").read_text()
@@ -237,7 +239,8 @@ def claim(
 
 def settle(
     keys: Keyspace, policy: Policy, task_id: str, *, attempt: int, tag: str, owner: str, tier: str, before: State, after: State,
-    how: str = "", error: str = "", retries: int | None = None,
+    how: str = "", error: str = "", retries: int | None = None, held_as: str = "",
+    message: str = "", queue: str = "",
 ) -> Call:  # fmt: skip
     """Arguments of ``settle.lua``: an attempt enters its next state, if it is still the one that counts.
 
@@ -254,6 +257,9 @@ def settle(
         how: how its run ended, in a word; empty while it goes on.
         error: what it raised, if anything.
         retries: how many its author has asked for, where that has changed.
+        held_as: the delivery tag of a message to acknowledge in the same step, whatever the ledger says of the attempt.
+        message: of the retry that was published, to be found again should it get lost on its way.
+        queue: that it went to.
     """
     life = ENDED_JOB_LIFE_SECONDS if after.ended else JOB_LIFE_SECONDS
     spilled = [keys.spilled(tier.name) for tier in policy.tiers]
@@ -262,7 +268,8 @@ def settle(
             keys.job(task_id), keys.held(owner), keys.waiting(tier), keys.unacked(tier), keys.unacked_index(tier),
             keys.service(tier), keys.served(tier), *spilled,
         ],
-        [task_id, attempt, tag, owner, before, after, life, how, error[:ERROR_CHARACTERS], "" if retries is None else retries],
+        [task_id, attempt, tag, owner, before, after, life, how, error[:ERROR_CHARACTERS],
+            "" if retries is None else retries, held_as, message, queue],
     )  # fmt: skip
 
 

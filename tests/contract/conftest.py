@@ -11,7 +11,9 @@ import pytest
 from redis import Redis
 from tests.contract.workers import APP
 
+from workerpool_operator import salvage
 from workerpool_operator.local.redis_server import RedisServer, private_redis
+from workerpool_routing import wire
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,3 +58,12 @@ def jobs(url: str) -> Iterator[ModuleType]:
         patch.setenv("CELERY_BROKER_URL", url)
         sys.modules.pop(APP, None)
         yield import_module(APP)
+
+
+@pytest.fixture
+def short_life(monkeypatch: pytest.MonkeyPatch) -> float:
+    """The seconds after which this process takes a silent worker for lost; workers report as often as ever."""
+    seconds = 4
+    monkeypatch.setattr(wire, "PRESENCE_LIFE_MS", 1000 * seconds)
+    monkeypatch.setattr(salvage, "UNRENEWED_SECONDS", seconds)
+    return seconds

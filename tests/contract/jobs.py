@@ -20,13 +20,14 @@ TIER = os.environ.get("WORKERPOOL_TIER", "none")
 app = Celery("jobs", broker=URL, backend=os.environ.get("JOBS_BACKEND", URL))
 app.conf.update(
     broker_connection_retry_on_startup=True,
+    worker_pool_start_method=os.environ.get("JOBS_START_METHOD", "fork"),
     broker_transport_options=json.loads(os.environ.get("JOBS_TRANSPORT", "{}")),
 )
 tiers = [Tier("gpu", "gpu-jobs", accelerated=True), Tier("cpu", "cpu-jobs", accelerated=False)]
 further = [
     Tier(name, f"{name}-jobs", accelerated=False) for name in filter(None, os.environ.get("JOBS_FURTHER_TIERS", "").split(","))
 ]
-pool = WorkerPool("test/jobs", app, tiers=[*tiers, *further])
+pool = WorkerPool("test/jobs", app, tiers=[*tiers, *further], timeout=5)
 
 
 def end(how: str) -> None:
@@ -64,8 +65,9 @@ def soft_limited(endings: dict[str, str]) -> str:
 
 
 @app.task(bind=True, max_retries=3)  # type: ignore[untyped-decorator]
-def retried(self: Any, times: int) -> tuple[str, int]:
-    """Ask for some retries, then return the tier and the count."""
+def retried(self: Any, times: int, seconds: float = 0) -> tuple[str, int]:
+    """Take some time, ask for some retries, then return the tier and the count."""
+    time.sleep(seconds)
     if self.request.retries < times:
         raise self.retry(countdown=0)
     return TIER, self.request.retries
@@ -121,8 +123,9 @@ def add_once(n: int, fails: bool = False) -> int:
 
 
 @app.task  # type: ignore[untyped-decorator]
-def total(parts: list[int]) -> int:
-    """The body of a chord."""
+def total(parts: list[int], key: str) -> int:
+    """The body of a chord, which counts how often it ran."""
+    app.backend.client.incr(key)
     return sum(parts)
 
 
@@ -163,6 +166,7 @@ def special(self: Any, how: str) -> Any:
 
 
 @app.task  # type: ignore[untyped-decorator]
-def count(key: str) -> None:
-    """Count how often it ran."""
+def count(key: str, seconds: float = 0) -> None:
+    """Count how often it ran, and take some time."""
     app.backend.client.incr(key)
+    time.sleep(seconds)

@@ -203,8 +203,8 @@ class Fence(RuleBasedStateMachine):
 
     def _close(self, delivery: Delivery) -> None:
         if delivery.step in ("result", "failure"):
-            delivery.attempt.settle(State.FINISHING, State.DONE if delivery.step == "result" else State.FAILED)
-            self._ack(delivery)
+            delivery.attempt.acknowledge(State.DONE if delivery.step == "result" else State.FAILED)
+            self.world.deliveries.remove(delivery)
 
     def _ack(self, delivery: Delivery) -> None:
         keys = self.world.pool.keys
@@ -298,6 +298,19 @@ class Fence(RuleBasedStateMachine):
             self._raise(delivery)
 
     @while_one_is("running")
+    @rule(stored=st.booleans())
+    def a_child_is_killed_and_its_worker_sees_it(self, stored: bool) -> None:
+        """Before or after it stored its result."""
+        delivery = self._pick(0, "running")
+        assert delivery
+        if stored:
+            self._finish(delivery)
+        if delivery.step in ("running", "result"):
+            outcome = delivery.attempt.end(ledger.after_loss, "lost")
+            Fence.reached.add(f"killed when {delivery.step}: {outcome.name}")
+            self._ack(delivery)
+
+    @while_one_is("running")
     @rule(n=st.integers(0, 3))
     def a_worker_that_has_to_leave_gives_its_job_back(self, n: int) -> None:
         delivery = self._pick(n, "running")
@@ -357,7 +370,7 @@ def test_in_any_order_a_job_has_one_outcome_and_is_never_lost(
         Fence,
         settings=settings(
             derandomize=True,
-            max_examples=80,
+            max_examples=100,
             stateful_step_count=40,
             deadline=None,
             phases=[Phase.generate],
@@ -370,6 +383,8 @@ def test_in_any_order_a_job_has_one_outcome_and_is_never_lost(
         "raised MOVED",
         "raised FINAL",
         "raised NOT_OURS",
+        "killed when running: MOVED",
+        "killed when result: MOVED",
         "dropped",
         "interrupted",
         "ended done",

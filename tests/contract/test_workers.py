@@ -16,16 +16,19 @@ from typing import Any
 
 import pytest
 from celery import chord, group
-from tests.contract.test_attempts import claimed, operator_pool, outcome, submit
+from tests.contract.test_attempts import claimed, operator_pool, outcome, parked, submit
 from tests.contract.workers import ROOT, command, environment, until, worker
 
+from workerpool_operator import salvage
 from workerpool_operator.broker import RedisBroker
-from workerpool_routing import Reason
+from workerpool_routing import Reason, ledger
 from workerpool_routing.ledger import State
 
 pytestmark = pytest.mark.contract
 
-ENDINGS = ["return", "raise", "exit"]
+FAR_OFF = 100
+TEN_TIMES_SECONDS = 80
+"""The visibility time-out of these workers is a tenth: the shortest that they accept."""
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,20 @@ def two_tiers(url: str, jobs: ModuleType, tmp_path_factory: pytest.TempPathFacto
     with ExitStack() as stack:
         stack.enter_context(worker(url, "gpu", "gpu-jobs", "gpu-a", log))
         stack.enter_context(worker(url, "cpu", "cpu-jobs", "cpu-a", log))
+        yield jobs
+
+
+@pytest.fixture(scope="module")
+def far_off(url: str, jobs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """A long job, and jobs that are to start late, under a short visibility time-out; they have the time of the other tests."""
+    log = tmp_path_factory.mktemp("far-off")
+    env = {"JOBS_TRANSPORT": json.dumps({"visibility_timeout": TEN_TIMES_SECONDS / 10})}
+    with ExitStack() as stack:
+        for name in ("eta-a", "eta-b"):
+            stack.enter_context(worker(url, "eta", "eta-jobs", name, log, env=env))
+        jobs.count.apply_async(("eta-long", TEN_TIMES_SECONDS), queue="eta-jobs")
+        for _ in range(FAR_OFF):
+            jobs.count.apply_async(("eta-count",), queue="eta-jobs", countdown=TEN_TIMES_SECONDS)
         yield jobs
 
 
@@ -63,13 +80,14 @@ def admit(jobs: ModuleType, signature: Any, tier: str = "gpu") -> Any:
 
 
 @pytest.mark.parametrize("task", ["add", "add_once"])
-def test_a_chord_with_failing_parts_completes_once_with_the_right_result(two_tiers: ModuleType, task: str) -> None:
-    part = getattr(two_tiers, task)
-    header = [admit(two_tiers, part.s(n, fails=n % 4 == 0)) for n in range(12)]
-    result = chord(header)(two_tiers.total.s().set(queue="cpu-jobs"))
-    assert result.get(timeout=30) == sum(range(12)) + 12
+def test_a_chord_of_100_with_10_failing_parts_completes_once_with_the_right_result(two_tiers: ModuleType, task: str) -> None:
+    part, body = getattr(two_tiers, task), f"bodies-of-{task}"
+    header = [admit(two_tiers, part.s(n, fails=n % 10 == 0)) for n in range(100)]
+    result = chord(header)(two_tiers.total.s(body).set(queue="cpu-jobs"))
+    assert result.get(timeout=60) == sum(range(100)) + 100
     starts = [outcome(two_tiers, signature.options["task_id"])[1] for signature in header]
-    assert starts == [{"gpu": 1, "cpu": 1} if n % 4 == 0 else {"gpu": 1} for n in range(12)]
+    assert starts == [{"gpu": 1, "cpu": 1} if n % 10 == 0 else {"gpu": 1} for n in range(100)]
+    assert int(two_tiers.pool.connection.client.get(body)) == 1
 
 
 def test_a_chain_goes_on_after_a_step_that_fell_back(two_tiers: ModuleType) -> None:
@@ -141,17 +159,25 @@ def test_the_seconds_that_a_tier_needs_are_measured(two_tiers: ModuleType) -> No
     assert float(client.hget(key, two_tiers.work.name)) == pytest.approx(0.8 * 0.5 + 0.2 * 1.5, abs=0.1)
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("pool", ["solo", "threads"])
-def test_the_fence_holds_in_other_pools(url: str, two_tiers: ModuleType, tmp_path: Path, pool: str, ending: str) -> None:
-    busy = submit(two_tiers, two_tiers.work, {}, 4)
-    claimed(two_tiers, busy.task_id)
-    with worker(url, "gpu", "gpu-jobs", f"gpu-{pool}", tmp_path, "-P", pool, "-c", "1"):
-        decision = submit(two_tiers, two_tiers.work, {"gpu": ending}, 0.1)
-        tier = "gpu" if ending == "return" else "cpu"
-        assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == tier
-        assert two_tiers.pool.job(decision.task_id).runs[0].owner.startswith(f"gpu-{pool}.")
-        assert outcome(two_tiers, decision.task_id)[1] == ({"gpu": 1} if tier == "gpu" else {"gpu": 1, "cpu": 1})
+def test_the_fence_holds_in_other_pools(url: str, two_tiers: ModuleType, tmp_path: Path, pool: str) -> None:
+    with parked(two_tiers), worker(url, "gpu", "gpu-jobs", f"gpu-{pool}", tmp_path, "-P", pool, "-c", "1"):
+        for ending in ("return", "raise", "exit"):
+            decision = submit(two_tiers, two_tiers.work, {"gpu": ending})
+            tier = "gpu" if ending == "return" else "cpu"
+            assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == tier
+            assert two_tiers.pool.job(decision.task_id).runs[0].owner.startswith(f"gpu-{pool}.")
+            assert outcome(two_tiers, decision.task_id)[1] == ({"gpu": 1} if tier == "gpu" else {"gpu": 1, "cpu": 1})
+
+
+def test_the_fence_holds_over_many_children_that_are_replaced(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
+    options = ("-P", "prefork", "-c", "2", "--max-tasks-per-child", "2")
+    with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-many", tmp_path, *options):
+        endings = ["return", "raise", "kill", "return", "raise", "return"]
+        signatures = [admit(two_tiers, two_tiers.work.s({"gpu": how})) for how in endings]
+        ids = [signature.apply_async().id for signature in signatures]
+        expected = [(State.DONE, {"gpu": 1} if how == "return" else {"gpu": 1, "cpu": 1}) for how in endings]
+        assert [outcome(two_tiers, task_id) for task_id in ids] == expected
 
 
 def test_a_marked_worker_stops_within_a_second_finishes_and_resumes_when_unmarked(
@@ -177,10 +203,9 @@ def test_a_marked_worker_stops_within_a_second_finishes_and_resumes_when_unmarke
 def test_what_cannot_finish_within_the_grace_period_goes_back_uncounted(
     url: str, two_tiers: ModuleType, tmp_path: Path, pool: str
 ) -> None:
-    busy = submit(two_tiers, two_tiers.work, {}, 4)
-    claimed(two_tiers, busy.task_id)
     grace = {"WORKERPOOL_GRACE_SECONDS": "2"}
-    with worker(url, "gpu", "gpu-jobs", "gpu-short", tmp_path, "-P", pool, "-c", "1", env=grace) as leaving:
+    options = ("-P", pool, "-c", "1")
+    with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-short", tmp_path, *options, env=grace) as leaving:
         decision = submit(two_tiers, two_tiers.work, {}, 4)
         owner = claimed(two_tiers, decision.task_id).owner
         assert owner.startswith("gpu-short.")
@@ -195,9 +220,8 @@ def test_what_cannot_finish_within_the_grace_period_goes_back_uncounted(
 
 
 def test_a_worker_that_is_told_to_stop_finishes_and_leaves_at_once(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
-    busy = submit(two_tiers, two_tiers.work, {}, 3)
-    claimed(two_tiers, busy.task_id)
-    with worker(url, "gpu", "gpu-jobs", "gpu-term", tmp_path, env={"WORKERPOOL_GRACE_SECONDS": "60"}) as leaving:
+    grace = {"WORKERPOOL_GRACE_SECONDS": "60"}
+    with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-term", tmp_path, env=grace) as leaving:
         decision = submit(two_tiers, two_tiers.work, {}, 1.5)
         claimed(two_tiers, decision.task_id)
         began = time.monotonic()
@@ -207,24 +231,11 @@ def test_a_worker_that_is_told_to_stop_finishes_and_leaves_at_once(url: str, two
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1})
 
 
-def test_messages_with_a_future_eta_run_once_and_are_neither_in_flight_nor_busy(
-    url: str, two_tiers: ModuleType, tmp_path: Path
-) -> None:
-    client, keys, n = two_tiers.pool.connection.client, two_tiers.pool.keys, 20
-    env = {"JOBS_TRANSPORT": json.dumps({"visibility_timeout": 8})}
-    with ExitStack() as stack:
-        for name in ("eta-a", "eta-b"):
-            stack.enter_context(worker(url, "eta", "eta-jobs", name, tmp_path, env=env))
-        for _ in range(n):
-            two_tiers.count.apply_async(("eta-count",), queue="eta-jobs", countdown=20)
-        until(lambda: client.hlen(keys.unacked("eta")) == n, "all are held")
-        until(lambda: int(client.get(keys.scheduled("eta")) or 0) == n, "all are counted as scheduled")
-        assert sum(json.loads(raw)["busy"] for raw in client.hvals(keys.presence("eta"))) == 0
-        until(lambda: int(client.get("eta-count") or 0) >= n, "all have run", 40)
-        until(lambda: client.hlen(keys.unacked("eta")) == 0, "all are acknowledged")
-        time.sleep(1.5)
-        assert int(client.get("eta-count")) == n
-        assert int(client.get(keys.scheduled("eta"))) == 0
+def test_messages_with_a_future_eta_are_held_and_are_neither_in_flight_nor_busy(far_off: ModuleType) -> None:
+    client, keys = far_off.pool.connection.client, far_off.pool.keys
+    until(lambda: client.hlen(keys.unacked("eta")) == FAR_OFF + 1, "all are held, and the long job")
+    until(lambda: int(client.get(keys.scheduled("eta")) or 0) == FAR_OFF, "all are counted as scheduled")
+    until(lambda: sum(json.loads(raw)["busy"] for raw in client.hvals(keys.presence("eta"))) == 1, "only the long job is busy")
 
 
 def test_a_drained_worker_hands_back_what_waits_for_its_eta(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
@@ -252,25 +263,46 @@ def test_a_message_that_nobody_holds_goes_back_and_one_that_is_nowhere_is_publis
         mapping={**entry, "required": 0, "reason": "FreeSlot", "admitted_at": 1, "message": raw, "queue": "cpu-jobs"},
     )
     client.zadd(keys.waiting("cpu"), {"lost-1": 1})
+    monkeypatch.setattr(ledger, "MISSING_MS", 1_000)
     assert sweep(url) == []  # it may be on its way
     assert client.hget(keys.job("lost-1"), "missing_at")
-    time.sleep(4.2)
+    time.sleep(1.2)
     assert ["published again" in sentence for sentence in sweep(url)] == [True]
     assert sweep(url) == []
     assert two_tiers.app.AsyncResult("lost-1").get(timeout=20) == 2
     assert outcome(two_tiers, "lost-1") == (State.DONE, {"cpu": 1})
 
 
-def test_a_dead_workers_unclaimed_messages_are_delivered_again(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
+def test_a_retry_that_is_lost_between_the_queue_and_a_worker_is_published_again(
+    url: str, two_tiers: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = two_tiers.pool.connection.client
+    decision = submit(two_tiers, two_tiers.retried, 1, 2)
+    claimed(two_tiers, decision.task_id)
+    with parked(two_tiers):
+        raw = until(lambda: client.rpop("gpu-jobs"), "the retry is in the queue")  # a worker takes it and dies
+        monkeypatch.setattr(salvage, "OVERTAKEN_MS", -1_000)
+        monkeypatch.setattr(ledger, "MISSING_MS", 1_000)
+        until(lambda: two_tiers.pool.job(decision.task_id).state is State.ADMITTED, "its author waits for it")
+        until(lambda: not client.hlen(two_tiers.pool.keys.unacked("gpu")), "what asked for it is acknowledged")
+        assert sweep(url) == []
+        time.sleep(1.2)
+        assert ["published again" in sentence for sentence in sweep(url)] == [True]
+        assert json.loads(client.lindex("gpu-jobs", -1))["body"] == json.loads(raw)["body"]
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == ["gpu", 1]
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 2})
+
+
+def test_a_dead_workers_unclaimed_messages_are_delivered_again(
+    url: str, two_tiers: ModuleType, tmp_path: Path, short_life: float
+) -> None:
     client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
-    busy = [submit(two_tiers, two_tiers.work, {}, 4)]
-    claimed(two_tiers, busy[0].task_id)
-    with worker(url, "gpu", "gpu-jobs", "gpu-eta", tmp_path) as doomed:
-        result = two_tiers.add.apply_async((1,), queue="gpu-jobs", countdown=12)
+    with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-eta", tmp_path) as doomed:
+        result = two_tiers.add.apply_async((1,), queue="gpu-jobs", countdown=8)
         until(lambda: "received" in (tmp_path / "gpu-eta.log").read_text(), "it is held")
         time.sleep(1.5)
         os.killpg(doomed.pid, signal.SIGKILL)
-    time.sleep(10)
+    time.sleep(short_life + 1)
     assert any("held by nobody" in sentence for sentence in sweep(url))
     assert result.get(timeout=20) == 2
     until(lambda: client.hlen(keys.unacked("gpu")) == 0, "it is acknowledged")
@@ -341,9 +373,15 @@ def test_the_probe_files_follow_the_worker(url: str, two_tiers: ModuleType, tmp_
             {"WORKERPOOL_POOL": "test/jbos"},
             "workerpool: WORKERPOOL_POOL='test/jbos': the app has 'test/jobs'; the two names must be the same",
         ),
+        (
+            {"JOBS_START_METHOD": "spawn"},
+            "workerpool: worker_pool_start_method='spawn': a WorkerPool needs 'fork', or -P solo or -P threads",
+        ),
     ],
 )
-def test_a_worker_in_the_wrong_place_is_refused_in_one_line(url: str, jobs: ModuleType, env: dict[str, str], says: str) -> None:
+def test_a_worker_that_cannot_keep_the_promise_is_refused_in_one_line(
+    url: str, jobs: ModuleType, env: dict[str, str], says: str
+) -> None:
     ended = subprocess.run(
         command("gpu-jobs", "wrong"), env={**environment(url, "gpu", "gpu-jobs", "wrong"), **env}, cwd=ROOT,
         capture_output=True, text=True, timeout=30, check=False,
@@ -359,3 +397,14 @@ def test_options_that_would_break_the_promise_are_overridden_with_a_warning(url:
         log = (tmp_path / "odd.log").read_text()
     assert "visibility_timeout=3 is below" in log
     assert "prefetch-multiplier=8 is not used" in log
+
+
+@pytest.mark.timeout(240)
+def test_what_takes_ten_times_the_visibility_timeout_or_starts_after_it_runs_once(far_off: ModuleType) -> None:
+    client, keys = far_off.pool.connection.client, far_off.pool.keys
+    until(lambda: int(client.get("eta-count") or 0) >= FAR_OFF, "all have run", 2 * TEN_TIMES_SECONDS)
+    until(lambda: client.hlen(keys.unacked("eta")) == 0, "all are acknowledged", TEN_TIMES_SECONDS)
+    time.sleep(1.5)
+    assert int(client.get("eta-count")) == FAR_OFF
+    assert int(client.get("eta-long")) == 1
+    assert int(client.get(keys.scheduled("eta"))) == 0

@@ -46,7 +46,7 @@ def worker(
             cwd=ROOT, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     try:
-        until(lambda: " ready." in path.read_text(), f"{name} is ready")
+        until(lambda: " ready." in path.read_text(), f"{name} is ready", 60)
         yield process
     finally:
         if process.poll() is None or group_lives(process.pid):

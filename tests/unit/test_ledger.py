@@ -164,7 +164,7 @@ def test_an_entry_lives_longer_while_its_job_can_still_change(after: State) -> N
     call = ledger.settle(KEYS, POLICY, "t1", attempt=2, tag="tag", owner="w.1", tier="gpu", before=State.CLAIMED, after=after)
     ended = after in (State.DONE, State.FAILED, State.EXPIRED)
     life = ENDED_JOB_LIFE_SECONDS if ended else JOB_LIFE_SECONDS
-    assert call.args == ["t1", 2, "tag", "w.1", "claimed", after, life, "", "", ""]
+    assert call.args == ["t1", 2, "tag", "w.1", "claimed", after, life, "", "", "", "", "", ""]
     assert ENDED_JOB_LIFE_SECONDS < JOB_LIFE_SECONDS
 
 

@@ -21,6 +21,8 @@ if tonumber(job[2]) ~= attempt then return 'stale' end
 
 -- The answer was lost on its way, and the client asks again.
 if state == 'claimed' and job[8] == ARGV[11] then return 'run' end
+-- A worker that was silent for too long still has the message, and another delivery of it is on its way.
+if redis.call('HEXISTS', KEYS[4], tag) == 0 then return 'stale' end
 
 -- A retry that the task's author asked for overtakes the attempt that asked: it is a new delivery, but nothing was lost.
 local asked = tonumber(job[3] or 0)

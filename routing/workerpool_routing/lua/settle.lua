@@ -1,10 +1,16 @@
 -- Move an attempt from one state to another, if it is still the one that the ledger knows.
 --
 -- KEYS: job, held:<owner>, waiting:<tier>, unacked hash, unacked index, service:<tier>, served:<tier>, then every spilled:<tier>.
--- ARGV: task id, attempt, delivery tag and owner ('' before a claim), from, to, life, how it ended, error, retries asked for.
+-- ARGV: task id, attempt, delivery tag and owner ('' before a claim), from, to, life, how it ended, error, retries asked for,
+-- delivery tag of a message to acknowledge, whatever the ledger says, the message of that retry ('': it cannot be published again)
+-- and its queue.
 -- Returns 1 when it moved, or had moved and only the answer was lost; -1 when the ledger no longer knows the job (Redis came back
 -- without it): nobody else can have it; 0 when another attempt owns the job now.
 local id, tag, owner, from, to = ARGV[1], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+if ARGV[11] ~= '' then
+  redis.call('HDEL', KEYS[4], ARGV[11])
+  redis.call('ZREM', KEYS[5], ARGV[11])
+end
 local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'tag', 'owner', 'runs', 'claimed_at', 'task')
 if not job[1] then
   redis.call('SREM', KEYS[2], id)
@@ -36,6 +42,10 @@ redis.call('SREM', KEYS[2], id)
 if to == 'admitted' then
   redis.call('HDEL', KEYS[1], 'tag', 'owner')
   if ARGV[10] ~= '' then redis.call('HSET', KEYS[1], 'retries', ARGV[10]) end
+  if ARGV[12] ~= '' then
+    redis.call('HSET', KEYS[1], 'message', ARGV[12], 'queue', ARGV[13])
+    redis.call('ZADD', KEYS[3], now, id)
+  end
   return 1
 end
 redis.call('ZREM', KEYS[3], id)

@@ -27,7 +27,7 @@ from workerpool_routing.wire import (
 from workerpool_routing.worker import transport
 from workerpool_routing.worker.attempt import WorkerLife
 from workerpool_routing.worker.farewell import Farewell
-from workerpool_routing.worker.fencing import fence, settle_unknown
+from workerpool_routing.worker.fencing import fence, note_retry, settle_unknown
 from workerpool_routing.worker.presence import PresenceReporter
 from workerpool_routing.worker.probes import Probes
 
@@ -79,6 +79,7 @@ def install(pool: WorkerPool, app: Celery, environ: Mapping[str, str]) -> None:
     signals.worker_ready.connect(reporter.start, weak=False)
     signals.worker_shutting_down.connect(shut_down, weak=False)
     signals.worker_shutdown.connect(reporter.stop, weak=False)
+    signals.before_task_publish.connect(note_retry, weak=False)
     signals.task_unknown.connect(unknown, weak=False)
     signals.task_rejected.connect(rejected, weak=False)
 
@@ -131,6 +132,8 @@ def refuse_what_cannot_be_kept(life: WorkerLife, controller: Any) -> None:
     if policy and policy.tiers and policy.tier(life.tier) is None:
         tiers = ", ".join(tier.name for tier in policy.tiers)
         _refuse(f"{ENV_TIER}={life.tier!r}: pool {life.pool.name} has the tiers {tiers}")
+    if getattr(controller, "pool_start_method", "fork") != "fork":
+        _refuse("worker_pool_start_method='spawn': a WorkerPool needs 'fork', or -P solo or -P threads")
     if controller.prefetch_multiplier != 1:
         logger.warning(
             "--prefetch-multiplier=%s is not used: a worker of a pool takes what it can run", controller.prefetch_multiplier

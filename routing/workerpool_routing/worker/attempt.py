@@ -14,7 +14,8 @@ from workerpool_routing import ledger
 from workerpool_routing.connection import Connection, unavailable_when_down
 from workerpool_routing.ledger import Claim, Job, Move, State
 from workerpool_routing.policy import PolicySource
-from workerpool_routing.wire import HEADER, Keyspace, Policy
+from workerpool_routing.wire import HEADER, MESSAGE_LIMIT_BYTES, Keyspace, Policy
+from workerpool_routing.worker.transport import give_back
 
 if TYPE_CHECKING:
     from workerpool_routing.pool import WorkerPool
@@ -53,7 +54,7 @@ class WorkerLife:
     connection: Connection
     timer: Any = None
 
-    @property
+    @cached_property
     def keys(self) -> Keyspace:
         return self.pool.keys
 
@@ -135,21 +136,32 @@ class Attempt:
         )  # fmt: skip
         return Claim(life.connection.run("claim", call))
 
-    def settle(self, before: State, after: State, *, how: str = "", error: str = "", retries: int | None = None) -> bool:
+    def settle(self, before: State, after: State, *, how: str = "", error: str = "") -> bool:
         """Enter the next state; False when another attempt counts by now."""
-        return self._settle(before, after, self.tag, self.life.owner, how, error, retries)
+        return self._settle(before, after, self.tag, self.life.owner, how=how, error=error)
+
+    def retry(self, message: str, queue: str) -> None:
+        """Wait for the retry that its author has asked for; the sweep looks for its message if it went to the tier's queue."""
+        tier = self.life.policy.tier(self.life.tier)
+        kept = bool(tier and tier.queue == queue and len(message) <= MESSAGE_LIMIT_BYTES)
+        self._settle(
+            State.CLAIMED, State.ADMITTED, self.tag, self.life.owner, how="retry", retries=self.retries + 1,
+            message=message if kept else "", queue=queue,
+        )  # fmt: skip
+
+    def acknowledge(self, after: State) -> None:
+        """Acknowledge the message and, if this attempt still counts, end its job: Celery has stored what it came to."""
+        self._settle(State.FINISHING, after, self.tag, self.life.owner, held_as=self.tag)
 
     def settle_unclaimed(self, after: State) -> bool:
         """End a job that was never started: it expired, was revoked, or its task is not known here."""
         return self._settle(State.ADMITTED, after, "", "")
 
-    def _settle(
-        self, before: State, after: State, tag: str, owner: str, how: str = "", error: str = "", retries: int | None = None
-    ) -> bool:
+    def _settle(self, before: State, after: State, tag: str, owner: str, **more: Any) -> bool:
         life = self.life
         call = ledger.settle(
             life.keys, life.policy, self.task_id, attempt=self.number, tag=tag, owner=owner, tier=life.tier, before=before,
-            after=after, how=how, error=error, retries=retries,
+            after=after, **more,
         )  # fmt: skip
         return bool(life.connection.run("settle", call))
 
@@ -162,6 +174,9 @@ class Attempt:
             return Outcome.RELEASED
         if job.tag != self.tag and how != LOST_EARLIER:
             return Outcome.NOT_OURS
+        if job.state is State.FINISHING and job.tag == self.tag:  # it may have stored its result: the next to get it looks first
+            give_back(self.life, self.tag)
+            return Outcome.MOVED
         to = follows(self.life.policy, job)
         if to is None:
             finishing = self.settle(State.CLAIMED, State.FINISHING, how=how, error=error)

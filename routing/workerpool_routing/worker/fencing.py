@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from signal import SIGTERM
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Task, states
+from celery._state import get_current_task
 from celery.backends.base import DisabledBackend
 from celery.exceptions import Ignore, Reject, Retry, WorkerShutdown, WorkerTerminate
 from celery.utils.imports import symbol_by_name
@@ -21,8 +22,10 @@ from redis import RedisError
 from workerpool_routing import ledger
 from workerpool_routing.errors import JobLost, PoolUnavailable, TaskExited
 from workerpool_routing.ledger import Claim, Job, Move, State
+from workerpool_routing.message import serialise
 from workerpool_routing.wire import Policy
 from workerpool_routing.worker.attempt import Attempt, Outcome, WorkerLife
+from workerpool_routing.worker.transport import settled
 
 logger = logging.getLogger("workerpool_routing.worker")
 
@@ -30,8 +33,8 @@ logger = logging.getLogger("workerpool_routing.worker")
 RETRY_SECONDS = 2.0
 """How soon the main process asks again when the ledger did not answer; the worker works on meanwhile."""
 
-_ENTERED = "workerpool_entered"
-"""Set on a request whose attempt has been claimed: a task may call itself."""
+_RETRIES = "workerpool_retries"
+"""On a request whose attempt has been claimed: the messages of retries that its author has asked for, each with its queue."""
 
 
 def fence(task: Task, child: WorkerLife, main: WorkerLife) -> None:
@@ -57,6 +60,16 @@ def fence(task: Task, child: WorkerLife, main: WorkerLife) -> None:
     task.acks_late = True
 
 
+def note_retry(body: Any, headers: Mapping[str, Any], properties: Mapping[str, Any], routing_key: str, **_: Any) -> None:
+    """Keep the message of a retry that the author of the running task asks for: Celery is about to publish it."""
+    task = get_current_task()
+    retries = getattr(task.request, _RETRIES, None) if isinstance(task, FencedTask) else None
+    if retries is not None and headers.get("id") == task.request.id:
+        compression = getattr(task, "compression", None) or task.app.conf.task_compression
+        encoding = {"serializer": task.serializer, "compression": compression}
+        retries.append((serialise(body, headers, properties, encoding=encoding).to(routing_key), routing_key))
+
+
 def settle_unknown(life: WorkerLife, message: Any, task: str) -> None:
     """Close the ledger entry of a job whose task this worker does not know: Celery has stored the failure."""
     headers = message.headers or {}
@@ -75,7 +88,7 @@ def _back_to_the_queue_without_redis() -> Iterator[None]:
 
 
 class FencedTask(Task):
-    """Runs in the pool's child: claims before the author's code, commits after it, and falls back when it raises.
+    """Runs in the pool's child: claims before the author's code, is finishing after it, and falls back when it raises.
 
     Attributes:
         fallback_on_failure: the task's own rule: False, or the only exceptions after which another tier may help.
@@ -88,10 +101,10 @@ class FencedTask(Task):
     fallback_on_loss: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        attempt = None if getattr(self.request, _ENTERED, False) else self._attempt()
+        attempt = None if hasattr(self.request, _RETRIES) else self._attempt()  # a task may call itself
         if attempt is None:
             return super().__call__(*args, **kwargs)
-        setattr(self.request, _ENTERED, True)
+        setattr(self.request, _RETRIES, [])
         with _back_to_the_queue_without_redis():
             answer = attempt.claim(self._stored_result)
         match answer:
@@ -108,14 +121,14 @@ class FencedTask(Task):
         try:
             result = super().__call__(*args, **kwargs)
         except Retry:
-            self._close(State.CLAIMED, State.ADMITTED, how="retry", retries=attempt.retries + 1)
+            self._close(partial(attempt.retry, *(getattr(self.request, _RETRIES) or [("", "")])[-1]))
             raise
         except Reject as rejected:
             after = State.ADMITTED if rejected.requeue else State.FAILED
-            self._close(State.CLAIMED, after, how="rejected")
+            self._close(partial(attempt.settle, State.CLAIMED, after, how="rejected"))
             raise
         except Ignore:
-            self._close(State.CLAIMED, State.DONE, how="ignored")
+            self._close(partial(attempt.settle, State.CLAIMED, State.DONE, how="ignored"))
             raise
         except (WorkerShutdown, WorkerTerminate):  # the solo pool: the worker itself is told to end
             raise
@@ -166,21 +179,9 @@ class FencedTask(Task):
             self.backend.on_chord_part_return(request, state, meta["result"])
         return state
 
-    def on_success(self, retval: Any, task_id: str, args: Any, kwargs: Any) -> None:
-        """Close the ledger entry: Celery has stored the result."""
-        self._close(State.FINISHING, State.DONE)
-        super().on_success(retval, task_id, args, kwargs)
-
-    def on_failure(self, exc: Exception, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
-        """Close the ledger entry: Celery has stored the failure."""
-        self._close(State.FINISHING, State.FAILED)
-        super().on_failure(exc, task_id, args, kwargs, einfo)
-
-    def _close(self, before: State, after: State, *, how: str = "", retries: int | None = None) -> None:
-        attempt = self._attempt()
+    def _close(self, settle: Callable[[], object]) -> None:
         try:
-            if attempt:
-                attempt.settle(before, after, how=how, retries=retries)
+            settle()
         except PoolUnavailable as unavailable:
             # What the attempt came to stands in Celery already: an error here would turn it into another outcome.
             logger.warning("not closed task_id=%s task=%s: %s", self.request.id, self.name, unavailable)
@@ -203,9 +204,10 @@ def _stay(_policy: Policy, _job: Job) -> None:
 
 
 class FencedRequest:
-    """Mixed into the task's request class; runs in the worker's main process, which sees the children die."""
+    """Mixed into the task's request class; runs in the worker's main process, which sees children die, and outcomes stored."""
 
     life: WorkerLife
+    _outcome = State.DONE
 
     def on_failure(self, exc_info: ExceptionInfo, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         """Take over from a child that was killed; what the child itself reported is Celery's to handle."""
@@ -218,6 +220,7 @@ class FencedRequest:
         again = partial(self.on_failure, exc_info, send_failed_event, return_ok)
         if attempt and lost and self._dealt_with(attempt, ledger.after_loss, "lost", error, again):
             return None
+        self._outcome = State.FAILED
         return super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc]
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
@@ -230,11 +233,22 @@ class FencedRequest:
         again = partial(self.on_timeout, soft, timeout)
         if self._dealt_with(attempt, self.task.rule_after(error), "over its hard time limit", error, again):
             return
+        self._outcome = State.FAILED
         super().on_timeout(soft, timeout)  # type: ignore[misc]
-        self._settle_soon(partial(attempt.settle, State.FINISHING, State.FAILED))
+
+    def acknowledge(self) -> None:
+        """Acknowledge the message and end its job in one step: Celery has stored what it came to."""
+        attempt = None if self.acknowledged else self._attempt()
+        if attempt is None:
+            super().acknowledge()  # type: ignore[misc]
+            return
+        self.acknowledged = True
+        settled(self._message)
+        self._settle_soon(partial(attempt.acknowledge, self._outcome))
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         """Close the ledger entry of a job that expired, was revoked before it started, or terminated while it ran."""
+        self._outcome = State.EXPIRED
         super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
         if attempt := self._attempt():
             self._settle_soon(
@@ -282,7 +296,7 @@ class FencedRequest:
             return True
         if outcome is Outcome.FINAL:
             return False
-        self.acknowledge()
+        super().acknowledge()  # type: ignore[misc]
         return True
 
     def _settle_soon(self, settle: Callable[[], object]) -> None:
@@ -307,5 +321,3 @@ class FencedRequest:
         _message: Any
         _already_cancelled: bool
         _already_revoked: bool
-
-        def acknowledge(self) -> None: ...

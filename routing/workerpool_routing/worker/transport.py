@@ -83,6 +83,12 @@ class QoS(_OfThisWorker, kombu_redis.QoS):  # type: ignore[misc,unused-ignore]
             give_back(self.life, tag)
 
 
+def settled(message: Any) -> None:
+    """Hold a message no longer: the script that ended its job has acknowledged it."""
+    message._state = "ACK"  # noqa: SLF001 as Kombu marks it
+    virtual.QoS.ack(message.channel.qos, message.delivery_tag)
+
+
 def give_back(life: WorkerLife, tag: str) -> None:
     """Put a message that is in flight back at the head of its queue, unless it is gone by now; raises PoolUnavailable."""
     with unavailable_when_down():
