@@ -1,18 +1,30 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos chaos-long check bench bench-scaling generate release-dry-run lock
+.PHONY: help demo test e2e cluster cluster-down kind chaos chaos-long check bench bench-scaling generate release-dry-run lock
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Run the whole system on this machine; ARGS="--json FILE" also writes what happened
 	@$(BIN)/python -m examples.media.demo $(ARGS)
 
 test: $(READY) ## Run every level of test that this machine can run (the first run builds a cluster's binaries: about 13 min)
 	@$(BIN)/python -m tests.levels test
+
+e2e: $(READY) ## Run the chart, the images and the operator in a real cluster of two nodes (needs root on Linux, or E2E_KUBECONFIG)
+	@$(BIN)/python -m tests.levels e2e
+
+cluster: $(READY) ## Start that cluster in the background and print how to reach it
+	@$(BIN)/python -m e2e.cluster.cluster up
+
+cluster-down: $(READY) ## End it, with all that it left
+	@$(BIN)/python -m e2e.cluster.cluster down
+
+kind: $(READY) ## Make a kind cluster with the same images and pretended GPUs (needs Docker and kind), for E2E_KUBECONFIG
+	@$(BIN)/python -m e2e.cluster.kind
 
 chaos: $(READY) ## Kill everything that can be killed and count every job, 5 times each; ends with a table (CHAOS_SEED=N repeats)
 	@$(BIN)/python -m tests.chaos.suite full

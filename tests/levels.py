@@ -1,11 +1,12 @@
 """Runs the levels of test, or the checks before a commit, one after the other and live, and ends with one table.
 
-``python -m tests.levels test|check``: exit 1 if anything failed. A level that this machine cannot run is "not run", with the
-reason and the remedy; a level that finds no test has failed.
+``python -m tests.levels test|check|LEVEL``: exit 1 if anything failed. A level that this machine cannot run is "not run", with
+the reason and the remedy; a level that finds no test has failed.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from e2e.cluster import binaries
+from e2e.cluster import binaries, cluster, images
 
 from workerpool_operator.local.redis_server import RedisServerError, find_redis_server
 
@@ -70,6 +71,18 @@ def need_control_plane() -> None:
     binaries.ensure(lambda line: print(line, flush=True), binaries.CONTROL_PLANE)
 
 
+def need_cluster() -> None:
+    """Build its programs and the images if need be; with a cluster that is named to us there is nothing to build."""
+    if os.environ.get("E2E_KUBECONFIG"):
+        return
+    try:
+        cluster.need()
+    except cluster.CannotRun as error:
+        raise CannotRun(str(error)) from error
+    need_control_plane()
+    images.ensure(lambda line: print(line, flush=True))
+
+
 @dataclass(frozen=True, slots=True)
 class Level:
     """The tests with one marker, in the folder of the same name."""
@@ -85,7 +98,7 @@ class Level:
             self.need()
         except CannotRun as error:
             return Row(self.name, 0, 0, 0.0, str(error))
-        except binaries.BinariesMissing as error:
+        except (binaries.BinariesMissing, images.ImageFailed) as error:
             return Row(self.name, 0, 1, time.monotonic() - started, str(error))
         passed, failed, note = self._pytest()
         return Row(self.name, passed, failed, time.monotonic() - started, note)
@@ -126,6 +139,7 @@ LEVELS = (
     Level("contract", need_redis),
     Level("chaos", need_redis, ("--capture=no",)),
     Level("api", need_control_plane),
+    Level("e2e", need_cluster, ("--verbose",)),
     Level("demo", need_redis, ("--capture=no",)),
     Level("simulation", need_nothing),
 )
@@ -171,8 +185,11 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def main(what: str) -> int:
-    """Run everything of one kind, failures or not, and show the table."""
-    rows = [level.run() for level in LEVELS] if what == "test" else [*(check(name) for name in CHECKS), UNIT.run()]
+    """Run everything of one kind, or one level, failures or not, and show the table."""
+    if what == "check":
+        rows = [*(check(name) for name in CHECKS), UNIT.run()]
+    else:
+        rows = [level.run() for level in LEVELS if what in ("test", level.name)]
     failed = sum(row.failed for row in rows)
     print(f"\n{table(rows)}\n\n{sum(row.passed for row in rows)} passed, {failed} failed")
     return int(failed > 0)

@@ -87,7 +87,7 @@ def ensure(say: Callable[[str], None], wanted: Collection[str] = ()) -> Path:
     go = find_go()
     directory = _cache(go)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(directory.with_suffix(".lock"), say):
+    with locked(directory.with_suffix(".lock"), say):
         if _absent(directory):
             _build(go, directory, say)
     return directory
@@ -132,8 +132,12 @@ def _declared(pattern: str) -> str:
 def _cache(go: Go) -> Path:
     pins = (MODULE / "go.mod").read_bytes() + (MODULE / "go.sum").read_bytes()
     digest = hashlib.sha256(pins + go.version.encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "celery-workerpool" / "cluster" / digest
+    return cache_home() / "cluster" / digest
+
+
+def cache_home() -> Path:
+    """Where everything is kept that takes long to make; deleting it costs time and nothing else."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "celery-workerpool"
 
 
 def _absent(directory: Path, wanted: Collection[str] = ()) -> list[str]:
@@ -141,12 +145,13 @@ def _absent(directory: Path, wanted: Collection[str] = ()) -> list[str]:
 
 
 @contextmanager
-def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+def locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Wait, and say so, until no other process holds the lock."""
     with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another process is building the cluster's binaries: waiting for it")
+            say("another process is building the same: waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

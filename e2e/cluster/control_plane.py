@@ -24,6 +24,7 @@ from e2e.cluster.pki import Authority, new_key
 
 READY_SECONDS = 60.0
 _LOG_LINES = 20
+_LOOPBACK = "127.0.0.1"
 
 
 class ControlPlaneFailed(RuntimeError):
@@ -33,25 +34,31 @@ class ControlPlaneFailed(RuntimeError):
 class ControlPlane:
     """A context manager; while it is entered the control plane runs, and nothing of it outlives this process.
 
+    Args:
+        binaries_directory: where its programs are.
+        address: where nodes and pods reach the API server; no node can join while it is the loopback address.
+
     Attributes:
+        directory: where all of its files are.
         kubeconfig: the path of an administrator's kubeconfig that holds all it needs.
         url: the address of the API server.
     """
 
-    def __init__(self, binaries_directory: Path) -> None:
+    def __init__(self, binaries_directory: Path, address: str = _LOOPBACK) -> None:
         self._binaries = binaries_directory
+        self._address = address
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
-        self._directory = Path(tempfile.mkdtemp(prefix="celery-workerpool-cluster-"))
+        self.directory = Path(tempfile.mkdtemp(prefix="celery-workerpool-cluster-"))
         self._etcd, self._etcd_peers, self._api, self._controllers = _free_ports(4)
-        self.url = f"https://127.0.0.1:{self._api}"
-        self.kubeconfig = self._directory / "kubeconfig"
-        watchdog = [sys.executable, "-IS", str(Path(__file__).with_name("watchdog.py")), str(self._directory)]
+        self.url = f"https://{self._address}:{self._api}"
+        self.kubeconfig = self.directory / "kubeconfig"
+        watchdog = [sys.executable, "-IS", str(Path(__file__).with_name("watchdog.py")), str(self.directory)]
         self._watchdog = subprocess.Popen(watchdog, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
         try:
             self._issue_certificates()
-            self._start_etcd()
+            self.restart_etcd()
             self.restart_api_server()
             self._start_controller_manager()
         except BaseException:
@@ -69,36 +76,44 @@ class ControlPlane:
     def restart_api_server(self) -> None:
         """Stop the API server if it runs, start it, and wait until it is ready. Address and certificates stay the same."""
         self.stop_api_server()
-        self._start(
+        self.start(
             "kube-apiserver",
             f"--etcd-servers=http://127.0.0.1:{self._etcd}",
-            "--bind-address=127.0.0.1",
-            "--advertise-address=127.0.0.1",
+            f"--bind-address={'127.0.0.1' if self._address == _LOOPBACK else '0.0.0.0'}",
+            f"--advertise-address={self._address}",
             f"--secure-port={self._api}",
-            f"--tls-cert-file={self._directory}/server.crt",
-            f"--tls-private-key-file={self._directory}/server.key",
-            f"--client-ca-file={self._directory}/ca.crt",
-            f"--service-account-key-file={self._directory}/service-accounts.key",
-            f"--service-account-signing-key-file={self._directory}/service-accounts.key",
+            f"--tls-cert-file={self.directory}/server.crt",
+            f"--tls-private-key-file={self.directory}/server.key",
+            f"--client-ca-file={self.directory}/ca.crt",
+            f"--service-account-key-file={self.directory}/service-accounts.key",
+            f"--service-account-signing-key-file={self.directory}/service-accounts.key",
             "--service-account-issuer=https://kubernetes.default.svc",
             "--service-cluster-ip-range=10.0.0.0/24",
-            "--authorization-mode=RBAC",
+            "--authorization-mode=Node,RBAC",
+            "--allow-privileged=true",
+            "--kubelet-preferred-address-types=InternalIP",
             # The Service "kubernetes" may not point at a loopback address, and no pod is there to ask for it.
-            "--endpoint-reconciler-type=none",
+            *(["--endpoint-reconciler-type=none"] if self._address == _LOOPBACK else []),
         )
         self._wait("kube-apiserver", self._api, "/readyz")
 
-    def stop_api_server(self) -> None:
-        """Kill the API server: an outage until :meth:`restart_api_server`."""
-        if process := self._processes.pop("kube-apiserver", None):
+    def stop(self, name: str) -> None:
+        """Kill one process, if it runs."""
+        if process := self._processes.pop(name, None):
             process.kill()
             process.wait()
 
-    def _start_etcd(self) -> None:
+    def stop_api_server(self) -> None:
+        """Kill the API server: an outage until :meth:`restart_api_server`."""
+        self.stop("kube-apiserver")
+
+    def restart_etcd(self) -> None:
+        """Stop etcd if it runs, and start it over what it has stored."""
+        self.stop("etcd")
         client, peers = (f"http://127.0.0.1:{port}" for port in (self._etcd, self._etcd_peers))
-        self._start(
+        self.start(
             "etcd",
-            f"--data-dir={self._directory}/etcd",
+            f"--data-dir={self.directory}/etcd",
             f"--listen-client-urls={client}",
             f"--advertise-client-urls={client}",
             f"--listen-peer-urls={peers}",
@@ -108,53 +123,58 @@ class ControlPlane:
         )
 
     def _start_controller_manager(self) -> None:
-        self._start(
+        self.start(
             "kube-controller-manager",
             f"--kubeconfig={self.kubeconfig}",
             f"--authentication-kubeconfig={self.kubeconfig}",
             f"--authorization-kubeconfig={self.kubeconfig}",
-            f"--service-account-private-key-file={self._directory}/service-accounts.key",
-            f"--root-ca-file={self._directory}/ca.crt",
+            f"--service-account-private-key-file={self.directory}/service-accounts.key",
+            f"--root-ca-file={self.directory}/ca.crt",
             "--leader-elect=false",
             "--bind-address=127.0.0.1",
             f"--secure-port={self._controllers}",
-            f"--tls-cert-file={self._directory}/server.crt",
-            f"--tls-private-key-file={self._directory}/server.key",
+            f"--tls-cert-file={self.directory}/server.crt",
+            f"--tls-private-key-file={self.directory}/server.key",
         )
         self._wait("kube-controller-manager", self._controllers, "/healthz")
 
-    def _start(self, name: str, *flags: str) -> None:
+    def start(self, name: str, *flags: str, program: str = "") -> None:
+        """Start a process that ends with this one; its program is called as it is, unless said otherwise."""
         with self._log(name).open("ab") as log:
             self._processes[name] = subprocess.Popen(
-                [self._binaries / name, *flags],
+                [self._binaries / (program or name), *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                cwd=self._directory,
+                cwd=self.directory,
                 process_group=self._watchdog.pid,
             )
 
     def _wait(self, name: str, port: int, path: str) -> None:
         deadline = time.monotonic() + READY_SECONDS
-        trust = ssl.create_default_context(cafile=self._directory / "ca.crt")
+        trust = ssl.create_default_context(cafile=self.directory / "ca.crt")
         while not _answers(port, path, trust):
-            for started, process in self._processes.items():
-                if process.poll() is not None:
-                    raise ControlPlaneFailed(self._obituary(started, f"ended with code {process.returncode}"))
+            self.check()
             if time.monotonic() > deadline:
                 raise ControlPlaneFailed(self._obituary(name, f"was not ready after {READY_SECONDS:.0f} s"))
             time.sleep(0.1)
+
+    def check(self) -> None:
+        """Raise ``ControlPlaneFailed`` if a process has ended that nobody stopped."""
+        for name, process in self._processes.items():
+            if process.poll() is not None:
+                raise ControlPlaneFailed(self._obituary(name, f"ended with code {process.returncode}"))
 
     def _obituary(self, name: str, what: str) -> str:
         tail = "\n".join(self._log(name).read_text(errors="replace").splitlines()[-_LOG_LINES:])
         return f"{name} {what}; the end of its log:\n{tail}"
 
     def _log(self, name: str) -> Path:
-        return self._directory / f"{name}.log"
+        return self.directory / f"{name}.log"
 
     def _issue_certificates(self) -> None:
         authority = Authority()
-        hosts = ("127.0.0.1", "10.0.0.1", "localhost", "kubernetes.default.svc")
+        hosts = ("127.0.0.1", self._address, "10.0.0.1", "localhost", "kubernetes.default.svc")
         server = authority.issue("control-plane", hosts=hosts)
         admin = authority.issue("admin", organisation="system:masters")
         files = {
@@ -165,7 +185,7 @@ class ControlPlane:
             "kubeconfig": _kubeconfig(self.url, authority.certificate, admin.certificate, admin.key),
         }
         for name, content in files.items():
-            (self._directory / name).write_bytes(content)
+            (self.directory / name).write_bytes(content)
 
 
 def _kubeconfig(url: str, authority: bytes, certificate: bytes, key: bytes) -> bytes:

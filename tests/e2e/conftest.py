@@ -1,0 +1,77 @@
+"""Level ``e2e``: one real cluster for the session, with the operator installed by helm, and a namespace for each scenario."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+from e2e.cluster import cluster, images
+from tests.e2e.kube import Kube, eventually
+from tests.e2e.site import Site, namespace
+
+CHART = images.ROOT / "charts" / "celery-workerpool"
+RELEASE = "celery-workerpool"
+SYSTEM = "workerpool-system"
+# The CPU is what a cluster on two cores is short of: an operator that gets none loses its Lease.
+VALUES = ("--set=image.repository=celery-workerpool", "--set=image.tag=e2e", "--set=resources.requests.cpu=300m")
+
+
+@pytest.fixture(scope="session")
+def kube() -> Iterator[Kube]:
+    if given := os.environ.get("E2E_KUBECONFIG"):
+        yield Kube(Path(given), None)
+        return
+    try:
+        cluster.need()
+    except cluster.CannotRun as error:
+        pytest.fail(str(error), pytrace=False)
+    with cluster.Cluster(print) as nodes:
+        yield Kube(nodes.kubeconfig, nodes)
+
+
+@pytest.fixture(scope="session")
+def operator(kube: Kube) -> Kube:
+    """The cluster, with the operator installed as a user would."""
+    kube.apply("default", namespace(SYSTEM))
+    install(kube)
+    return kube
+
+
+@pytest.fixture
+def site(operator: Kube) -> Iterator[Site]:
+    """A namespace of the scenario's own, gone when it ends."""
+    site = Site(operator)
+    try:
+        site.open()
+        yield site
+    finally:
+        site.close()
+
+
+def install(kube: Kube, *options: str) -> None:
+    """Install or upgrade, and wait until the operator is ready."""
+    kube.helm("upgrade", "--install", RELEASE, str(CHART), f"--namespace={SYSTEM}", *VALUES, *options)
+    kube.kubectl("rollout", "status", f"deployment/{RELEASE}", f"--namespace={SYSTEM}", "--timeout=120s")
+    eventually(lambda: kube.kubectl("get", "workerpools", "--all-namespaces", "--output=name") is not None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show what the cluster looked like when a scenario failed, before its namespace goes."""
+    report = yield
+    kube = getattr(item, "funcargs", {}).get("kube") or getattr(item, "funcargs", {}).get("operator")
+    if report.failed and isinstance(kube, Kube):
+        report.sections.append(("the cluster", diagnosis(kube)))
+    return report
+
+
+def diagnosis(kube: Kube) -> str:
+    questions = (
+        ("get", "nodes,workerpools,deployments,pods", "--all-namespaces", "--output=wide"),
+        ("get", "events", "--all-namespaces", "--sort-by=.lastTimestamp"),
+        ("get", "workerpools", "--all-namespaces", "--output=yaml"),
+        ("logs", f"deployment/{RELEASE}", f"--namespace={SYSTEM}", "--tail=60", "--all-pods"),
+    )
+    return "\n\n".join(f"$ kubectl {' '.join(words)}\n{kube.kubectl(*words, check=False)}" for words in questions)

@@ -1,0 +1,81 @@
+"""Runs in the pods: an app whose jobs take as long as they are told, and a client of it and of the media service.
+
+``python jobs.py submit COUNT SECONDS`` and ``states``; ``upload COUNT`` sends real files to the media service.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from celery import Celery
+
+from workerpool_routing import WorkerPool
+
+URL = os.environ["CELERY_BROKER_URL"]
+TIER = os.environ.get("WORKERPOOL_TIER", "none")
+
+app = Celery("jobs", broker=URL, backend=URL)
+app.conf.update(broker_connection_retry_on_startup=True)
+pool = WorkerPool(os.environ["MEDIA_POOL"], app)
+
+
+@app.task  # type: ignore[untyped-decorator]
+def work(seconds: float) -> str:
+    """Run for some seconds and tell the tier."""
+    time.sleep(seconds)
+    return TIER
+
+
+def submit(count: int, seconds: float) -> list[str | None]:
+    """Ask for a GPU that many times; the task ids."""
+    return [pool.submit(work, args=(seconds,), accelerated=True).task_id for _ in range(count)]
+
+
+def states(tasks: list[str]) -> list[dict[str, Any] | None]:
+    """What the ledger and the result backend hold of each job; None for one that nobody knows."""
+    found: list[dict[str, Any] | None] = []
+    for task in tasks:
+        job = pool.job(task)
+        if job is None:
+            found.append(None)
+        else:
+            result = app.AsyncResult(task).result
+            found.append({"state": job.state, "tier": job.tier, "starts": job.starts, "result": result})
+    return found
+
+
+def upload(count: int) -> list[dict[str, Any]]:
+    """Send that many pictures and recordings; the service's answers."""
+    import httpx2
+    from examples.media import samples
+
+    files = sorted(samples.write(Path("/tmp/samples"), 3).iterdir())
+    address = f"http://{os.environ['MEDIA_API_SERVICE_HOST']}:8000"
+
+    def send(number: int) -> dict[str, Any]:
+        file = files[number % len(files)].read_bytes()
+        key = {"Idempotency-Key": f"upload-{number}"}
+        while True:
+            answer = httpx2.post(f"{address}/process/file", files={"file": file}, data={"gpu": "true"}, headers=key, timeout=60)
+            if answer.status_code != httpx2.codes.SERVICE_UNAVAILABLE:
+                return {"status": answer.status_code, **answer.json()}
+            time.sleep(1)  # what Retry-After asks for
+
+    with ThreadPoolExecutor(8) as senders:
+        return list(senders.map(send, range(count)))
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["submit", count, seconds]:
+            print(json.dumps(submit(int(count), float(seconds))))
+        case ["upload", count]:
+            print(json.dumps(upload(int(count))))
+        case _:
+            print(json.dumps(states(json.load(sys.stdin)), default=str))

@@ -1,0 +1,195 @@
+"""What a user of the operator has in one namespace: Redis in a pod, a volume that pods share, the media service, a WorkerPool."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from e2e.cluster import images
+from tests.e2e.kube import Kube, Object, eventually
+
+SAMPLE = images.ROOT / "examples" / "media" / "workerpool.yaml"
+JOBS = Path(__file__).with_name("jobs.py")
+RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
+SHARED = "/mnt"
+"""What both nodes see: e2e/cluster mounts it so."""
+
+CPU_NODE = {"nodeSelector": {"workerpool.dev/node": "cpu-node"}}
+POD_SECURITY = {"runAsNonRoot": True, "runAsUser": 65532, "runAsGroup": 65532, "seccompProfile": {"type": "RuntimeDefault"}}
+CONTAINER_SECURITY = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+VOLUMES: list[Object] = [
+    {"name": "tmp", "emptyDir": {}},
+    {"name": "jobs", "configMap": {"name": "jobs"}},
+    {"name": "media", "persistentVolumeClaim": {"claimName": "media"}},
+]
+MOUNTS: list[Object] = [
+    {"name": "tmp", "mountPath": "/tmp"},
+    {"name": "jobs", "mountPath": "/jobs"},
+    {"name": "media", "mountPath": "/shared/media"},
+]
+
+
+class Site:
+    """A namespace that enforces the restricted Pod Security level, with all that a pool needs."""
+
+    def __init__(self, kube: Kube) -> None:
+        self.kube = kube
+        self.namespace = f"site-{secrets.token_hex(3)}"
+
+    def open(self) -> None:
+        """Make it, and wait until Redis and the API answer."""
+        self.kube.apply("default", namespace(self.namespace), self._volume())
+        self.kube.apply(self.namespace, self._claim(), service("redis", 6379), service("media-api", 8000))
+        host = self.kube.get(self.namespace, "service", "redis")["spec"]["clusterIP"]
+        url = f"redis://{host}:6379/0"
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "redis"}, "stringData": {"url": url}}
+        jobs = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "jobs"}, "data": {"jobs.py": JOBS.read_text()}}
+        self.kube.apply(self.namespace, secret, jobs, self._redis(), self._api())
+        for name in ("redis", "media-api"):
+            self.kube.kubectl("rollout", "status", f"deployment/{name}", f"--namespace={self.namespace}", "--timeout=120s")
+
+    def close(self) -> None:
+        """Take it away, workers first: they may have to be told by kubectl, not by an operator that a test took away."""
+        delete = ("delete", "--ignore-not-found", "--wait=true", f"--timeout={90}s")
+        self.kube.kubectl(*delete, "workerpools,deployments", "--all", f"--namespace={self.namespace}", check=False)
+        self.kube.kubectl("delete", "pods", "--all", "--force", "--grace-period=0", f"--namespace={self.namespace}", check=False)
+        self.kube.kubectl(*delete, "namespace", self.namespace, check=False)
+        self.kube.kubectl(*delete, "persistentvolume", self.namespace, check=False)
+
+    def pool(self, name: str = "media", app: str = "jobs", **spec: Any) -> Object:
+        """The sample WorkerPool, for this namespace: the same tiers and queues, our image, a broker URL from the Secret."""
+        pool: Object = yaml.safe_load(SAMPLE.read_text())
+        pool["metadata"] = {"name": name, "namespace": self.namespace}
+        pool["spec"] |= {"app": app, "broker": {"urlFrom": {"secretKeyRef": {"name": "redis", "key": "url"}}}, **spec}
+        for tier in pool["spec"]["tiers"]:
+            pod = tier["template"]["spec"]
+            (container,) = pod["containers"]
+            container |= {"image": images.MEDIA.name, "imagePullPolicy": "IfNotPresent", "securityContext": CONTAINER_SECURITY}
+            container |= {"env": self._environment(name), "volumeMounts": MOUNTS, "resources": {"requests": {"cpu": "100m"}}}
+            pod |= {"securityContext": POD_SECURITY, "volumes": VOLUMES, "terminationGracePeriodSeconds": 60}
+            if "accelerator" not in tier:
+                pod |= CPU_NODE
+        return pool
+
+    def apply(self, *objects: Mapping[str, Any]) -> None:
+        self.kube.apply(self.namespace, *objects)
+
+    def status(self, pool: str = "media") -> Object:
+        status: Object = self.kube.get(self.namespace, "workerpool", pool).get("status", {})
+        return status
+
+    def tier(self, name: str, pool: str = "media") -> Object:
+        return next((tier for tier in self.status(pool).get("tiers", []) if tier["name"] == name), {})
+
+    def condition(self, kind: str, pool: str = "media") -> Object:
+        return next((one for one in self.status(pool).get("conditions", []) if one["type"] == kind), {})
+
+    def wait_ready(self, pool: str = "media") -> None:
+        eventually(lambda: self.condition("Ready", pool), lambda condition: condition.get("status") == "True")
+
+    def replicas(self, deployment: str) -> int:
+        return int(self.kube.get(self.namespace, "deployment", deployment)["spec"].get("replicas", 0))
+
+    def workers(self, tier: str, pool: str = "media") -> list[Object]:
+        return self.kube.items(self.namespace, "pods", f"--selector=workerpool.dev/pool={pool},workerpool.dev/tier={tier}")
+
+    def told(self, kind: str) -> list[str]:
+        """The notes of the Events about objects of that kind."""
+        events = self.kube.items(self.namespace, "events.events.k8s.io")
+        return [event["note"] for event in events if event["regarding"]["kind"] == kind]
+
+    def submit(self, count: int, seconds: float) -> list[str]:
+        """Jobs of that length that ask for a GPU; their task ids."""
+        tasks: list[str] = json.loads(self._python("submit", str(count), str(seconds)))
+        return tasks
+
+    def upload(self, count: int) -> list[Object]:
+        answers: list[Object] = json.loads(self._python("upload", str(count)))
+        return answers
+
+    def jobs(self, tasks: Sequence[str]) -> list[Object]:
+        """What the ledger and the result backend say of them."""
+        jobs: list[Object] = json.loads(self._python("states", stdin=json.dumps(list(tasks))))
+        return jobs
+
+    def all_done(self, tasks: Sequence[str], seconds: float = 240) -> list[Object]:
+        """Wait until all are done, and return them."""
+        done = lambda jobs: all(job and job["state"] == "done" for job in jobs)  # noqa: E731
+        return eventually(lambda: self.jobs(tasks), done, seconds)
+
+    def claimed(self, tasks: Sequence[str], tier: str) -> None:
+        """Wait until one of them runs on that tier."""
+        running = lambda jobs: any(job and job["state"] == "claimed" and job["tier"] == tier for job in jobs)  # noqa: E731
+        eventually(lambda: self.jobs(tasks), running)
+
+    def _python(self, *arguments: str, stdin: str = "") -> str:
+        exec_ = ("exec", "--stdin", "deployment/media-api", f"--namespace={self.namespace}", "--")
+        return self.kube.kubectl(*exec_, "python", "/jobs/jobs.py", *arguments, stdin=stdin)
+
+    def _environment(self, pool: str) -> list[Object]:
+        return [
+            {"name": "MEDIA_POOL", "value": f"{self.namespace}/{pool}"},
+            {"name": "PYTHONPATH", "value": "/jobs:/srv"},
+            {"name": "MEDIA_DIR", "value": f"/shared/media/{self.namespace}"},
+        ]
+
+    def _api(self) -> Object:
+        broker = {"name": "CELERY_BROKER_URL", "valueFrom": {"secretKeyRef": {"name": "redis", "key": "url"}}}
+        container = {"name": "api", "image": images.MEDIA.name, "env": [*self._environment("media"), broker]}
+        requests = {"requests": {"cpu": "200m"}}
+        ready = {"httpGet": {"path": "/openapi.json", "port": 8000}, "periodSeconds": 1}
+        return deployment(
+            "media-api", {**container, "readinessProbe": ready, "volumeMounts": MOUNTS, "resources": requests}, VOLUMES
+        )
+
+    def _redis(self) -> Object:
+        save = ["--appendonly", "yes", "--appendfsync", "always", "--dir", "/data", "--appenddirname", f"{self.namespace}-redis"]
+        container = {
+            "name": "redis",
+            "image": images.REDIS.name,
+            "args": save,
+            "readinessProbe": {"exec": {"command": ["redis-cli", "ping"]}, "periodSeconds": 1},
+            # A busy worker must not starve it: without a request it would have a fiftieth of a worker's share.
+            "resources": {"requests": {"cpu": "500m"}},
+            "volumeMounts": [{"name": "media", "mountPath": "/data"}],
+        }
+        return deployment("redis", container, [VOLUMES[2]])
+
+    def _volume(self) -> Object:
+        claim = {"namespace": self.namespace, "name": "media"}
+        spec = {"capacity": {"storage": "1Gi"}, "accessModes": ["ReadWriteMany"], "hostPath": {"path": SHARED}, "claimRef": claim}
+        return {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": self.namespace}, "spec": spec}
+
+    def _claim(self) -> Object:
+        spec = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}, "storageClassName": ""}
+        return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "media"}, "spec": spec}
+
+
+def namespace(name: str) -> Object:
+    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": RESTRICTED}}
+
+
+def service(name: str, port: int) -> Object:
+    spec = {"selector": {"app": name}, "ports": [{"port": port}]}
+    return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": spec}
+
+
+def deployment(name: str, container: Object, volumes: Sequence[Object]) -> Object:
+    """One pod on the node without GPUs, as the restricted level wants it."""
+    pod = {
+        "securityContext": POD_SECURITY,
+        "containers": [{"imagePullPolicy": "IfNotPresent", "securityContext": CONTAINER_SECURITY, **container}],
+        "volumes": list(volumes),
+        "terminationGracePeriodSeconds": 5,
+        **CPU_NODE,
+    }
+    spec = {
+        "selector": {"matchLabels": {"app": name}},
+        "strategy": {"type": "Recreate"},
+        "template": {"metadata": {"labels": {"app": name}}, "spec": pod},
+    }
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name}, "spec": spec}

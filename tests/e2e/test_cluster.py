@@ -1,0 +1,53 @@
+"""The cluster that the scenarios stand on leaves nothing behind."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from e2e.cluster import images
+from tests.e2e.kube import Kube, eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+OWNER = """
+import signal
+from e2e.cluster.cluster import Cluster
+with Cluster(print) as cluster:
+    print(f"up {cluster.kubeconfig}", flush=True)
+    signal.pause()
+"""
+
+
+def left_of(directory: Path) -> list[str]:
+    """Processes, mounts, cgroups and files that bear the name of the cluster's directory."""
+    processes = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            processes.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:
+            continue
+    mounts = Path("/proc/mounts").read_text().splitlines()
+    cgroups = [str(path) for pattern in ("*", "*/*") for path in Path("/sys/fs/cgroup").glob(pattern)]
+    return [found for found in (*processes, *mounts, *cgroups, *map(str, directory.parent.iterdir())) if directory.name in found]
+
+
+def test_nothing_is_left_of_a_cluster_whose_owner_is_killed(kube: Kube) -> None:
+    if kube.cluster is None:
+        pytest.skip("E2E_KUBECONFIG: the cluster is not ours")
+    command = [sys.executable, "-c", OWNER]
+    with subprocess.Popen(command, cwd=images.ROOT, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        kubeconfig = next(line.split()[1] for line in owner.stdout if line.startswith("up "))
+        directory = Path(kubeconfig).parents[1]
+        assert len(left_of(directory)) > 10
+        owner.send_signal(signal.SIGKILL)
+    eventually(lambda: left_of(directory), lambda found: not found)
+
+
+def test_the_scheduler_counts_the_gpus(kube: Kube) -> None:
+    nodes = kube.items("default", "nodes")
+    assert sum(int(node["status"]["allocatable"].get("nvidia.com/gpu", 0)) for node in nodes) == 2

@@ -1,0 +1,48 @@
+"""What the cluster of the e2e tests needs of a machine, and how it says so."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from e2e.cluster import cluster, images
+
+pytestmark = pytest.mark.unit
+
+BRIDGE = "/usr/lib/cni/bridge"
+
+
+def test_without_root_it_says_what_would_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(cluster.CannotRun, match=r"needs root on Linux.*E2E_KUBECONFIG"):
+        cluster.need()
+
+
+def test_missing_packages_are_named_with_the_command_that_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr(shutil, "which", lambda program, **_: None if program in ("runc", BRIDGE) else program)
+    with pytest.raises(cluster.CannotRun, match=r"apt-get install --no-install-recommends containernetworking-plugins runc$"):
+        cluster.need()
+
+
+def test_the_checks_of_a_change_install_every_package_that_is_needed() -> None:
+    script = (images.ROOT / ".ci" / "run").read_text()
+    assert all(f" {package}" in script for package in cluster.PACKAGES.values())
+
+
+def test_an_image_is_built_again_when_what_goes_into_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "ROOT", tmp_path)
+    (tmp_path / "Dockerfile").write_text("FROM scratch\n")
+    source = tmp_path / "package" / "module.py"
+    source.parent.mkdir()
+    source.touch()
+    image = images.Image("docker.io/library/some:e2e", "Dockerfile", ("package",))
+    first = images.digest("base", image)
+    (tmp_path / "else.py").touch()
+    assert images.digest("base", image) == first
+    source.write_text("x = 1\n")
+    second = images.digest("base", image)
+    (tmp_path / "Dockerfile").write_text("FROM other\n")
+    assert len({first, second, images.digest("base", image), images.digest("other", image)}) == 4
