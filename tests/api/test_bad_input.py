@@ -71,7 +71,7 @@ def test_an_image_that_cannot_be_pulled_is_named(ml: Namespace) -> None:
     ml.eventually(lambda: told(ml, "container worker: ImagePullBackOff", "media:typo"))
 
 
-def test_a_namespace_that_is_being_deleted_is_named_and_tried_with_growing_pauses(ml: Namespace, kubectl: Kubectl) -> None:
+def test_a_namespace_that_is_being_deleted_is_outlived(ml: Namespace, kubectl: Kubectl) -> None:
     ml.create_pool()
     ml.settled()
     hold = '{"metadata": {"finalizers": ["test.workerpool.dev/hold"]}}'
