@@ -1,8 +1,8 @@
 """Writes the files that are made from others.
 
-The chart's version follows from ``pyproject.toml``, its copy of the CRD from ``crds/``, its README from ``values.yaml``, and
-``manifests/install.yaml`` from the chart. ``python charts/render.py``; with ``--check`` it writes nothing, names what is out of
-date, and exits 1.
+The version of the chart and of the images follows from ``pyproject.toml``, the chart's copy of the CRD from ``crds/``, its
+README from ``values.yaml``, and ``manifests/install.yaml`` from the chart. ``python charts/render.py``; with ``--check`` it
+writes nothing, names what is out of date, and exits 1.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ _APPLY_FIRST = ("CustomResourceDefinition", "ServiceAccount", "ClusterRole", "Cl
 def versioned(chart: str, version: str) -> str:
     """``Chart.yaml`` with the distribution's version as its own and as that of the image."""
     return re.sub(r"^(version|appVersion): .*$", rf"\1: {version}", chart, flags=re.MULTILINE)
+
+
+def labelled(dockerfile: str, version: str) -> str:
+    """A Dockerfile whose image is labelled with the distribution's version unless the builder says otherwise."""
+    return re.sub(r"^ARG VERSION=.*$", f"ARG VERSION={version}", dockerfile, flags=re.MULTILINE)
 
 
 def readme(chart: str, values: str) -> str:
@@ -101,6 +106,8 @@ def main(root: Path, *, check: bool) -> int:
     chart = root / "charts" / NAME
     version = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
     stale = bring(chart / "Chart.yaml", versioned((chart / "Chart.yaml").read_text(), version), check=check)
+    for dockerfile in (root / "Dockerfile", root / "examples" / "media" / "Dockerfile"):
+        stale += bring(dockerfile, labelled(dockerfile.read_text(), version), check=check)
     stale += bring(chart / "files" / "workerpool.yaml", (root / "crds" / "workerpool.yaml").read_text(), check=check)
     described = readme((chart / "Chart.yaml").read_text(), (chart / "values.yaml").read_text())
     stale += bring(chart / "README.md", described, check=check)

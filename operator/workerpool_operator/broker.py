@@ -21,9 +21,18 @@ from redis.backoff import NoBackoff
 
 from workerpool_operator import salvage
 from workerpool_operator.observation import BrokerReading, QueueReading, Served, Unavailable
-from workerpool_operator.ports import Pool
+from workerpool_operator.ports import NO_MARKS, Marks, Pool
 from workerpool_routing.ledger import CorruptEntry, Job
-from workerpool_routing.wire import CAPACITY_LIFE_MS, Capacity, Milliseconds, Policy, Presence, VersionMismatch, wake_channel
+from workerpool_routing.wire import (
+    CAPACITY_LIFE_MS,
+    MARK_LIFE_MS,
+    Capacity,
+    Milliseconds,
+    Policy,
+    Presence,
+    VersionMismatch,
+    wake_channel,
+)
 
 logger = logging.getLogger("workerpool_operator.broker")
 
@@ -80,13 +89,20 @@ class RedisBroker:
         except (redis.RedisError, OSError) as error:
             return Unavailable(_why(url, error))
 
-    async def publish(self, url: str, pool: Pool, policy: Policy, capacity: Capacity | None) -> Unavailable | None:
+    async def publish(
+        self, url: str, pool: Pool, policy: Policy, capacity: Capacity | None, marks: Marks = NO_MARKS
+    ) -> Unavailable | None:
         """Tell API pods and workers what they may count on."""
         try:
             async with self._client(url).pipeline(transaction=False) as pipe:
                 pipe.set(pool.keys.policy, policy.dump())
                 if capacity:
                     pipe.set(pool.keys.capacity, capacity.dump(), px=CAPACITY_LIFE_MS)
+                if marks.add:
+                    pipe.sadd(pool.keys.drain, *marks.add)
+                if marks.remove:
+                    pipe.srem(pool.keys.drain, *marks.remove)
+                pipe.pexpire(pool.keys.drain, MARK_LIFE_MS)
                 answers = await pipe.execute(raise_on_error=False)
         except (redis.RedisError, OSError) as error:
             return Unavailable(_why(url, error))
@@ -139,7 +155,7 @@ class RedisBroker:
     async def forget(self, url: str, pool: Pool) -> None:
         """Remove what was published for a pool that is gone."""
         with _logged(pool):
-            await self._client(url).delete(pool.keys.policy, pool.keys.capacity)
+            await self._client(url).delete(pool.keys.policy, pool.keys.capacity, pool.keys.drain)
 
     async def close(self) -> None:
         """End subscriptions and connections."""
@@ -233,6 +249,7 @@ def _ask(pipe: Any, pool: Pool) -> None:
     """Queue the commands whose answers :func:`_reading` takes in the same order."""
     keys = pool.keys
     pipe.hgetall(keys.routes)
+    pipe.smembers(keys.drain)
     for tier in pool.spec.tiers:
         for name in keys.queue_lists(tier.queue):
             pipe.llen(name)
@@ -245,14 +262,16 @@ def _ask(pipe: Any, pool: Pool) -> None:
 
 def _reading(pool: Pool, answers: Iterator[Any], run_id: str, database: int, now: Milliseconds) -> BrokerReading | Unavailable:
     """Take this pool's answers, all of them, then make sense of them."""
-    routes = next(answers)
+    routes, marked = next(answers), next(answers)
     answered = {tier.name: [next(answers) for _ in range(len(pool.keys.priority_steps) + 5)] for tier in pool.spec.tiers}
-    for answer in (routes, *chain.from_iterable(answered.values())):
+    for answer in (routes, marked, *chain.from_iterable(answered.values())):
         if isinstance(answer, Unavailable):
             return Unavailable(f"what Redis holds of the pool cannot be read: {answer.why}")
     try:
         tiers = {name: _queue(answer, now) for name, answer in answered.items()}
-        return BrokerReading(tiers, run_id, now, {route: int(count) for route, count in routes.items()}, database)
+        return BrokerReading(
+            tiers, run_id, now, {route: int(count) for route, count in routes.items()}, database, frozenset(marked)
+        )
     except (VersionMismatch, ValueError, TypeError) as error:
         return Unavailable(f"what Redis holds of the pool cannot be read: {error}")
 

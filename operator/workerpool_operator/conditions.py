@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from workerpool_operator import scaling
+from workerpool_operator.drain import OVERDUE_SECONDS
 from workerpool_operator.model import Mode
 from workerpool_operator.observation import Phase, Unavailable
 from workerpool_operator.planning import TierPlan
@@ -53,6 +54,7 @@ def assess(
         _spilling(plans, broker, workers),
         _limited(plans, broker, workers),
         _shared(conflict),
+        _overdue(plans),
         _paused(pool.spec.mode),
     ]
     conditions = [Condition(*fields, pool.generation) for fields in [_ready(found, plans, workers), *found]]
@@ -83,12 +85,12 @@ def _tier(plan: TierPlan) -> TierStatus:
         ready=workers.count(Phase.READY),
         starting=workers.starting,
         unschedulable=workers.count(Phase.UNSCHEDULABLE),
-        draining=workers.count(Phase.STOPPING),
+        draining=workers.count(Phase.STOPPING) + len(plan.drain.marks - workers.names(Phase.STOPPING)),
         waiting=queue.waiting if queue else None,
         in_flight=queue.in_flight if queue else None,
         spilled=queue.spilled if queue else None,
         reason=decision.reason,
-        message=decision.message,
+        message="; ".join(filter(None, (decision.message, plan.drain.message))),
     )
 
 
@@ -172,6 +174,15 @@ def _shared(conflict: Conflict | None) -> _Fields:
         message = f"queue {conflict.queue} belongs to WorkerPool {conflict.owner}, which is older; this pool is held"
         return kind, "True", "QueueTaken", message
     return kind, "False", "QueuesOwned", "no other pool has these queues"
+
+
+def _overdue(plans: Sequence[TierPlan]) -> _Fields:
+    kind = ConditionType.DRAIN_OVERDUE
+    late = [f"{plan.tier.name}: {', '.join(plan.drain.overdue)}" for plan in plans if plan.drain.overdue]
+    if late:
+        message = f"still busy {OVERDUE_SECONDS:.0f} s after it was told to take nothing new; it is not killed"
+        return kind, "True", "WorkersStayBusy", f"{'; '.join(late)}: {message}"
+    return kind, "False", "InTime", "no worker that is to leave has been busy for too long"
 
 
 def _paused(mode: Mode) -> _Fields:

@@ -61,6 +61,7 @@ class BrokerReading:
         run_id: identity of the Redis process; another one means that it restarted.
         time: Redis's own clock.
         routes: decisions so far, by ``tier:reason``.
+        marked: the workers that are marked to drain.
         database: the number of the database; with the process it tells the broker from all others, however its URL is spelled.
     """
 
@@ -69,6 +70,7 @@ class BrokerReading:
     time: Milliseconds
     routes: Mapping[str, int] = field(default_factory=dict)
     database: int = 0
+    marked: frozenset[str] = frozenset()
 
     def arrived(self, tier: str) -> int:
         """Jobs that were ever sent to the tier, by admission or by a fallback."""
@@ -105,14 +107,22 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class TierReplicas:
-    """The workers of one tier: how many are ordered, and the state of each that exists."""
+    """The workers of one tier: how many are ordered, and the state of each that exists.
+
+    ``rolling``: workers are being replaced by those of another template.
+    """
 
     desired: int
     replicas: tuple[Replica, ...] = ()
+    rolling: bool = False
 
     def count(self, phase: Phase) -> int:
         """How many are in that phase."""
         return [replica.phase for replica in self.replicas].count(phase)
+
+    def names(self, phase: Phase) -> frozenset[str]:
+        """Which workers are in that phase."""
+        return frozenset(replica.worker for replica in self.replicas if replica.phase is phase)
 
     @property
     def starting(self) -> int:

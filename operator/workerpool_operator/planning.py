@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from workerpool_operator import scaling
+from workerpool_operator import drain, scaling
 from workerpool_operator.model import Mode, Tier, WorkerPoolSpec
 from workerpool_operator.observation import BrokerReading, Phase, QueueReading, TierReplicas, Unavailable
-from workerpool_operator.ports import Pool
+from workerpool_operator.ports import Marks, Pool
 from workerpool_routing.wire import Capacity, Policy, TaskPolicy, TierCapacity, TierPolicy
 
 _PAUSED = "mode: Paused: nothing is decided, the count is what was seen"
@@ -16,12 +16,16 @@ _PAUSED = "mode: Paused: nothing is decided, the count is what was seen"
 
 @dataclass(frozen=True, slots=True)
 class TierPlan:
-    """One tier: what was seen of it, and what it should have. ``queue`` is None when the broker could not be read."""
+    """One tier: what was seen of it, and what it should have. ``queue`` is None when the broker could not be read.
+
+    ``drain`` says how it comes to what it should have without cutting off a job.
+    """
 
     tier: Tier
     queue: QueueReading | None
     workers: TierReplicas
     decision: scaling.Decision
+    drain: drain.Drain
 
     @property
     def spilled(self) -> int | None:
@@ -29,11 +33,19 @@ class TierPlan:
         return self.queue.spilled if self.queue else None
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What is remembered of one tier from pass to pass."""
+
+    scaling: scaling.Memory = field(default_factory=scaling.Memory)
+    drain: drain.Memory = field(default_factory=drain.Memory)
+
+
 def plan(
     pool: Pool,
     reading: BrokerReading | Unavailable,
     workers: Mapping[str, TierReplicas],
-    memory: Mapping[str, scaling.Memory],
+    memory: Mapping[str, Memory],
     now: float,
 ) -> list[TierPlan]:
     """Decide for every tier; for a paused pool what runs is all there is to say.
@@ -47,7 +59,7 @@ def plan(
     """
     plans = []
     for tier in pool.spec.tiers:
-        live = workers[tier.name]
+        live, known = workers[tier.name], memory.get(tier.name, Memory())
         queue = None if isinstance(reading, Unavailable) else _bounded(reading, tier)
         bounds = scaling.Policy(tier.replicas.min, tier.replicas.max, tier.concurrency, pool.spec.scaling.target_wait_seconds)
         observed: scaling.Demand | scaling.Unread
@@ -57,10 +69,14 @@ def plan(
             observed = scaling.Unread(max(live.desired, tier.replicas.min), reading)
         else:
             observed = demand(queue, live, reading.arrived(tier.name), now)
-        decision = scaling.decide(bounds, observed, memory.get(tier.name, scaling.Memory()), now)
+        decision = scaling.decide(bounds, observed, known.scaling, now)
         if pool.spec.mode is Mode.PAUSED:
             decision = replace(decision, replicas=live.desired, reason=scaling.Reason.PAUSED, message=_PAUSED)
-        plans.append(TierPlan(tier, queue, live, decision))
+        if queue is None or isinstance(reading, Unavailable):
+            leaves = drain.held(live, decision.replicas, known.drain)
+        else:
+            leaves = drain.decide(decision.replicas, live, queue, reading.marked, reading.time, known.drain, now)
+        plans.append(TierPlan(tier, queue, live, decision, leaves))
     return plans
 
 
@@ -123,6 +139,7 @@ def _capacity(plan: TierPlan) -> TierCapacity:
     )
 
 
-def busy(plans: list[TierPlan]) -> frozenset[str]:
-    """The workers that hold a job."""
-    return frozenset(worker.worker for plan in plans if plan.queue for worker in plan.queue.workers if worker.busy)
+def marks(plans: list[TierPlan], marked: frozenset[str]) -> Marks:
+    """Which marks to drain have to be set and taken back, those of workers that are gone among them."""
+    wanted = frozenset[str]().union(*(plan.drain.marks for plan in plans))
+    return Marks(wanted - marked, marked - wanted)

@@ -48,16 +48,29 @@ class Urls(Protocol):
         """The URL, password included: never logged; of sentinels with the name of their master (``Broker.address``)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Which workers are to take nothing new from now on, and which may again."""
+
+    add: frozenset[str] = frozenset()
+    remove: frozenset[str] = frozenset()
+
+
+NO_MARKS = Marks()
+
+
 class Broker(Protocol):
     """The Redis servers of all pools. No method raises for a broker that is down."""
 
     async def read(self, url: str, pools: Sequence[Pool]) -> Mapping[str, BrokerReading | Unavailable] | Unavailable:
         """Read all pools of one broker in one pipeline; by pool id. What one pool alone has wrong is unavailable there."""
 
-    async def publish(self, url: str, pool: Pool, policy: Policy, capacity: Capacity | None) -> Unavailable | None:
+    async def publish(
+        self, url: str, pool: Pool, policy: Policy, capacity: Capacity | None, marks: Marks = NO_MARKS
+    ) -> Unavailable | None:
         """Tell API pods and workers what they may count on; say why not where the broker did not take it.
 
-        Without a capacity the one before stands until it expires.
+        Without a capacity the one before stands until it expires. Marks to drain that stay are kept from running out.
         """
 
     async def take_over(self, url: str, pool: Pool, tier: str, worker: str) -> list[str]:
@@ -79,13 +92,13 @@ class Workers(Protocol):
     async def observe(self, pool: Pool) -> Mapping[str, TierReplicas] | Unavailable:
         """What runs now, by tier name."""
 
-    async def scale(self, pool: Pool, replicas: Mapping[str, int], busy: frozenset[str]) -> None:
+    async def scale(self, pool: Pool, replicas: Mapping[str, int], leaving: frozenset[str]) -> None:
         """Make every tier exist as its spec says, with that many replicas; writes nothing when nothing changed.
 
         Args:
             pool: the pool.
             replicas: by tier name.
-            busy: workers that hold a job; where the place can choose, they leave last.
+            leaving: the workers that go where a count is lowered.
         """
 
 

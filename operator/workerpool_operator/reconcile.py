@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from workerpool_operator import conditions, planning, scaling, sharing
+from workerpool_operator import conditions, planning, sharing
 from workerpool_operator.model import Mode
 from workerpool_operator.observation import BrokerReading, TierReplicas, Unavailable
 from workerpool_operator.planning import TierPlan
-from workerpool_operator.ports import Broker, Pool, Report, Reporter, Urls, Workers
+from workerpool_operator.ports import NO_MARKS, Broker, Pool, Report, Reporter, Urls, Workers
 from workerpool_operator.reaper import Reaper
 from workerpool_operator.sharing import Conflict
 
@@ -83,7 +83,7 @@ class Reconciler:
         self.passes = Passes()
         self._urls, self._broker, self._workers, self._reporter = urls, broker, workers, reporter
         self._wake, self._clock = wake, clock
-        self._memory: dict[str, dict[str, scaling.Memory]] = {}
+        self._memory: dict[str, dict[str, planning.Memory]] = {}
         self._status: dict[str, Mapping[str, Any]] = {}
         self._reaper = Reaper(broker, lambda: self._clock())
         self._places: dict[str, tuple[str, Hashable]] = {}
@@ -200,8 +200,8 @@ class Reconciler:
 
         async def carry_out() -> None:
             if acts and plans:
-                replicas = {plan.tier.name: plan.decision.replicas for plan in plans}
-                await self._workers.scale(pool, replicas, planning.busy(plans))
+                replicas = {plan.tier.name: plan.drain.replicas for plan in plans}
+                await self._workers.scale(pool, replicas, frozenset[str]().union(*(plan.drain.leaving for plan in plans)))
             status, events = conditions.assess(
                 pool,
                 plans,
@@ -219,7 +219,7 @@ class Reconciler:
 
     def _decide(self, pool: Pool, reading: BrokerReading | Unavailable, seen: Mapping[str, TierReplicas]) -> list[TierPlan]:
         plans = planning.plan(pool, reading, seen, self._memory.get(pool.uid, {}), self._clock())
-        self._memory[pool.uid] = {plan.tier.name: plan.decision.memory for plan in plans}
+        self._memory[pool.uid] = {plan.tier.name: planning.Memory(plan.decision.memory, plan.drain.memory) for plan in plans}
         return plans
 
     async def _tell(
@@ -230,7 +230,8 @@ class Reconciler:
             self._reaper.saw(pool, reading)
             return None
         capacity = planning.capacity(plans) if plans else None
-        refused = await self._broker.publish(url, pool, planning.policy(pool.spec), capacity)
+        marks = planning.marks(plans, reading.marked) if plans else NO_MARKS
+        refused = await self._broker.publish(url, pool, planning.policy(pool.spec), capacity, marks)
         # A Redis that takes no write takes no presence either: workers that live fall silent there.
         self._reaper.saw(pool, refused or reading)
         await self._reaper.reap(pool, url, reading)

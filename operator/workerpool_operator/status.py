@@ -26,6 +26,7 @@ class ConditionType(StrEnum):
     SPILLING = "Spilling"
     SCALING_LIMITED = "ScalingLimited"
     QUEUE_SHARED = "QueueShared"
+    DRAIN_OVERDUE = "DrainOverdue"
     PAUSED = "Paused"
 
 
@@ -34,6 +35,7 @@ WARNS_WHEN = {
     ConditionType.BROKER_REACHABLE: "False",
     ConditionType.CAPACITY_AVAILABLE: "False",
     ConditionType.QUEUE_SHARED: "True",
+    ConditionType.DRAIN_OVERDUE: "True",
 }
 """The status of a condition that makes its Event a Warning."""
 

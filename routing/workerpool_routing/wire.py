@@ -23,7 +23,7 @@ key                       type    meaning
 ``service:<tier>``        hash    task → mean seconds from claim to end, an EWMA of weight 0.2; written when a job has ended
 ``sides``                 hash    task → 1 while its jobs spill because the wait is too long
 ``served:<tier>``         hash    ``jobs``, ``seconds``, ``squares``: attempts so far, their time on a slot and the squares of it
-``drain``                 set     workers (by name) that are to stop consuming; written by the operator
+``drain``                 set     workers (by name) that are to stop consuming; written by the operator, expires by itself
 ``aside``                 hash    task id → JSON: a message or entry that nobody could read, and why; for people
 ``aside:count``           string  how many were ever set aside
 ========================  ======  =====================================================================================
@@ -51,6 +51,9 @@ PRESENCE_LIFE_MS = 8_000
 
 PRESENCE_PERIOD_SECONDS = 1.0
 """How often a worker reports."""
+
+MARK_LIFE_MS = 30_000
+"""A mark to drain that no operator renews runs out after this long: the worker then consumes again."""
 
 CAPACITY_LIFE_MS = 10_000
 """Capacity older than this is stale: nothing is on its way any more."""

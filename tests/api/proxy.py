@@ -26,6 +26,7 @@ class Request:
     method: str
     path: str
     agent: str
+    watches: bool = False
 
 
 @dataclass(slots=True)
@@ -50,7 +51,8 @@ class Proxy:
         return [request for request in list(self.requests) if request.at >= at]
 
     async def handle(self, session: aiohttp.ClientSession, incoming: web.Request) -> web.StreamResponse:
-        seen = Request(time.monotonic(), incoming.method, incoming.rel_url.path, incoming.headers.get("User-Agent", ""))
+        agent, watches = incoming.headers.get("User-Agent", ""), "watch" in incoming.query
+        seen = Request(time.monotonic(), incoming.method, incoming.rel_url.path, agent, watches)
         self.requests.append(seen)
         await asyncio.sleep(self.delay)
         if trouble := self.trouble(seen):

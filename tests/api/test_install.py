@@ -122,7 +122,7 @@ def test_a_resource_definition_of_somebody_else_is_named_and_is_taken_over_as_th
     add_pool(run)
     with pytest.raises(HelmError, match=r"workerpools\.workerpool\.dev.*invalid ownership metadata"):
         helm.install(CHART, NAME, namespace="system")
-    how_to = (ROOT / "docs" / "how-to" / "install.md").read_text()
+    how_to = (ROOT / "docs" / "how-to" / "install.md").read_text().replace(" \\\n    ", " ")
     for command in (
         "kubectl label crd workerpools.workerpool.dev app.kubernetes.io/managed-by=Helm",
         f"kubectl annotate crd workerpools.workerpool.dev meta.helm.sh/release-name={NAME} meta.helm.sh/release-namespace={NAME}",

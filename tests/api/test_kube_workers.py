@@ -61,11 +61,11 @@ class Process:
         assert isinstance(pool, Pool), pool
         return pool
 
-    async def scale(self, busy: frozenset[str] = frozenset(), **replicas: int) -> int:
+    async def scale(self, leaving: frozenset[str] = frozenset(), **replicas: int) -> int:
         """Scale; return how many requests it took."""
         pool = await self.look()
         before = self.api.requests
-        await self.workers.scale(pool, replicas, busy)
+        await self.workers.scale(pool, replicas, leaving)
         return self.api.requests - before
 
     async def observe(self, tier: str) -> TierReplicas:
@@ -199,7 +199,7 @@ def test_a_deployment_that_lost_its_labels_is_repaired_before_anything_is_decide
     cluster.run(scenario)
 
 
-def test_the_worker_that_holds_a_job_outlives_the_idle_ones(cluster: Cluster) -> None:
+def test_the_drained_workers_are_the_ones_that_go(cluster: Cluster) -> None:
     def alive() -> list[str]:
         return [pod["metadata"]["name"] for pod in cluster.objects("pods") if "deletionTimestamp" not in pod["metadata"]]
 
@@ -213,7 +213,7 @@ def test_the_worker_that_holds_a_job_outlives_the_idle_ones(cluster: Cluster) ->
             cluster.set_status(pod, {"phase": "Running", "conditions": [ready]})
         assert (await process.observe("gpu")).count(Phase.READY) == 3
         # Left to itself the controller removes first what became ready last.
-        await process.scale(frozenset({busy}), gpu=1)
+        await process.scale(frozenset(pods) - {busy}, gpu=1)
         assert await until(lambda: alive() if len(alive()) == 1 else []) == [busy]
 
     cluster.run(scenario)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
@@ -19,7 +20,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from tests.chaos import drains
 from tests.chaos.parts import KEYS, Line, Server, Worker, job, publish, start_sweep, sweeping
+
+from workerpool_routing.ledger import State
 
 
 @dataclass
@@ -198,6 +202,15 @@ def flood(seed: str, jobs: int, kills: int, *, plain: bool) -> Row:
         return stage.judge(name, kills, lost)
 
 
+def scaled_down(times: int) -> Row:
+    """Scale-downs under load, by the operator's own pass in dev mode: no job is cut off or given back."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        jobs = asyncio.run(drains.scale_down(Path(directory), times))
+    lost = sum(job.state is not State.DONE for job in jobs)
+    again = sum(len(job.runs) > 1 for job in jobs)
+    return Row("scale-down under load", times, len(jobs), lost, 0, again)
+
+
 def until_started(stage: Scene) -> None:
     before = stage.counted()
     while stage.counted() == before:
@@ -353,6 +366,8 @@ def run(size: str, seed: str) -> list[Row]:
             coming.append(pool.submit(redis_emptied, seed, times))
         for row in coming:
             show(row.result())
+    if size != "short":
+        show(scaled_down(40 * times))
     return rows
 
 

@@ -61,8 +61,13 @@ class Driver:
     def __init__(self, pool: Pool, workers: LocalWorkers, wake: asyncio.Event) -> None:
         self.pool, self.workers, self.wake = pool, workers, wake
 
-    async def scale(self, replicas: int, *busy: str) -> None:
-        await self.workers.scale(self.pool, {"cpu": replicas}, frozenset(busy))
+    async def scale(self, replicas: int) -> None:
+        """Bring the tier to that count; of the workers that are too many the last ordered go."""
+        staying = [r.worker for r in await self.replicas() if r.phase is not Phase.STOPPING]
+        await self.let_go(replicas, *staying[replicas:])
+
+    async def let_go(self, replicas: int, *leaving: str) -> None:
+        await self.workers.scale(self.pool, {"cpu": replicas}, frozenset(leaving))
 
     async def replicas(self) -> tuple[Replica, ...]:
         return (await self.workers.observe(self.pool))["cpu"].replicas
@@ -142,20 +147,23 @@ def test_a_tier_goes_from_zero_to_two_ready_workers_and_back(pool: Pool, tmp_pat
     asyncio.run(scenario())
 
 
-def test_the_idle_leave_first_and_a_running_task_is_finished(pool: Pool, tmp_path: Path) -> None:
+def test_the_named_leave_and_a_running_task_is_finished(pool: Pool, tmp_path: Path) -> None:
     result = tmp_path / "result"
 
     async def scenario() -> None:
         async with driving(pool, tmp_path) as driver:
             await driver.scale(2)
             await driver.until([Phase.READY, Phase.READY])
-            driver.submit(result, 3)
+            driver.submit(result, 8)
             busy = (await started(result))["WORKERPOOL_WORKER"]
-            await driver.scale(1, busy)
+            idle = next(replica.worker for replica in await driver.replicas() if replica.worker != busy)
+            await driver.let_go(1, idle)
             (left,) = await driver.until([Phase.READY])
             assert left.worker == busy
-            await driver.scale(0, busy)
-            await driver.scale(0, busy)
+            await driver.let_go(0)
+            assert [replica.phase for replica in await driver.replicas() if replica.worker == busy] == [Phase.READY]
+            await driver.let_go(0, busy)
+            await driver.let_go(0, busy)
             assert not result.exists()
             await driver.until([])
             assert result.exists()

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workerpool_operator import scaling
+from workerpool_operator import planning, scaling
 from workerpool_operator.model import Replicas
 from workerpool_operator.observation import Unavailable
 from workerpool_operator.ports import Pool
@@ -137,9 +137,11 @@ def test_a_reading_that_fails_now_and_then_never_lowers_and_breaks_no_job() -> N
             if int(now) % 60 >= 40:
                 (tier,) = tiers.values()
                 unread = scaling.Unread(tier.desired, Unavailable("Redis is down"))
-                decision = scaling.decide(scaling.Policy(0, 80), unread, self._memory.get("workers", scaling.Memory()), now)
+                decision = scaling.decide(
+                    scaling.Policy(0, 80), unread, self._memory.get("workers", planning.Memory()).scaling, now
+                )
                 assert decision.replicas == tier.desired
-                self._memory = {"workers": decision.memory}
+                self._memory = {"workers": planning.Memory(decision.memory)}
                 return Orders({tier.name: decision.replicas}, now + 1)
             return super().look(tiers, now)
 

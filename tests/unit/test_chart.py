@@ -23,6 +23,8 @@ pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "celery-workerpool"
 MINORS = ["1.33", "1.34", "1.35", "1.36", "1.37"]
+VERSIONED = ["Chart.yaml", "Dockerfile", "examples/media/Dockerfile", "README.md", "manifests/install.yaml"]
+
 Object = dict[str, Any]
 
 NO_GPU = {"key": "nvidia.com/gpu.present", "operator": "DoesNotExist"}
@@ -127,7 +129,12 @@ def test_generated_files_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("changed", "old", "new", "stale"),
     [
-        ("pyproject.toml", 'version = "', 'version = "9', ["Chart.yaml", "README.md", "manifests/install.yaml"]),
+        (
+            "pyproject.toml",
+            'version = "',
+            'version = "9',
+            ["Chart.yaml", "Dockerfile", "examples/media/Dockerfile", "README.md", "manifests/install.yaml"],
+        ),
         ("charts/celery-workerpool/values.yaml", "IfNotPresent", "Always", ["README.md", "manifests/install.yaml"]),
         ("crds/workerpool.yaml", "[wp]", "[wps]", ["files/workerpool.yaml", "manifests/install.yaml"]),
         ("manifests/install.yaml", "kind", "sort", ["manifests/install.yaml"]),
@@ -138,7 +145,10 @@ def test_a_change_makes_what_follows_from_it_stale_until_it_is_generated_anew(
 ) -> None:
     for part in ("charts", "crds", "manifests"):
         shutil.copytree(ROOT / part, tmp_path / part)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for name in ("pyproject.toml", "Dockerfile"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "examples" / "media").mkdir(parents=True)
+    shutil.copy(ROOT / "examples" / "media" / "Dockerfile", tmp_path / "examples" / "media")
     path = tmp_path / changed
     path.write_text(path.read_text().replace(old, new))
     # Nothing is written, so what follows at second hand does not show yet.

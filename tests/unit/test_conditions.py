@@ -85,6 +85,7 @@ HEALTHY = {
     "Spilling": "False",
     "ScalingLimited": "False",
     "QueueShared": "False",
+    "DrainOverdue": "False",
     "Paused": "False",
 }
 
@@ -93,7 +94,7 @@ def test_a_pool_at_rest_is_healthy_and_silent() -> None:
     outcome = told(plans(IDLE))
     assert values(outcome) == HEALTHY
     assert [condition.reason for condition in outcome[0].conditions] == [
-        "Working", "Answering", "AsOrdered", "NoJobsElsewhere", "WithinBounds", "QueuesOwned", "Active"
+        "Working", "Answering", "AsOrdered", "NoJobsElsewhere", "WithinBounds", "QueuesOwned", "InTime", "Active"
     ]  # fmt: skip
     assert outcome[1] == ()
     assert {condition.observed_generation for condition in outcome[0].conditions} == {7}

@@ -1,4 +1,4 @@
-"""What a template means on one machine, who leaves first, and what a worker died of."""
+"""What a template means on one machine, and what a worker died of."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import pytest
 
 from workerpool_operator.local.launch import expand, launch, unsupported
 from workerpool_operator.local.process import last_words
-from workerpool_operator.local.workers import first_to_leave
 from workerpool_operator.model import WorkerPoolSpec
-from workerpool_operator.observation import Phase, Replica
 from workerpool_operator.ports import Pool
 
 pytestmark = pytest.mark.unit
@@ -133,28 +131,6 @@ def test_what_only_a_cluster_can_give_is_named_with_its_field(worker: dict[str, 
 def test_a_broker_url_in_a_secret_needs_a_cluster() -> None:
     pool = pool_with({}, broker={"urlFrom": {"secretKeyRef": {"name": "redis", "key": "url"}}})
     assert [problem.field for problem in unsupported(pool.spec)] == ["spec.broker.urlFrom"]
-
-
-def test_the_useless_leave_first_and_the_busy_last() -> None:
-    replicas = [
-        Replica("busy-old", Phase.READY, ordered_at=1),
-        Replica("idle-old", Phase.READY, ordered_at=2),
-        Replica("idle-young", Phase.READY, ordered_at=3),
-        Replica("busy-young", Phase.READY, ordered_at=4),
-        Replica("starting", Phase.STARTING, ordered_at=0),
-        Replica("failing", Phase.FAILING, ordered_at=0),
-        Replica("died-at-work", Phase.FAILING, ordered_at=5),
-    ]
-    busy = frozenset({"busy-old", "busy-young", "died-at-work"})
-    assert first_to_leave(replicas, busy) == [
-        "died-at-work",
-        "failing",
-        "starting",
-        "idle-young",
-        "idle-old",
-        "busy-young",
-        "busy-old",
-    ]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from workerpool_operator import planning, scaling
 from workerpool_operator.model import WorkerPoolSpec, parse_spec
 from workerpool_operator.observation import BrokerReading, Phase, QueueReading, Replica, Served, TierReplicas, Unavailable
 from workerpool_operator.planning import TierPlan
-from workerpool_operator.ports import Pool
+from workerpool_operator.ports import Marks, Pool
 from workerpool_operator.scaling import Memory, Reason
 from workerpool_routing import wire
 from workerpool_routing.wire import Milliseconds, Presence, TaskPolicy, TierCapacity, TierPolicy
@@ -57,7 +57,8 @@ def plan(
     memory: Mapping[str, Memory] | None = None,
 ) -> dict[str, TierPlan]:
     workers = {"gpu": gpu or replicas(0), "cpu": cpu or replicas(1)}
-    plans = planning.plan(POOL, seen, workers, memory or {}, 1_000.0)
+    known = {tier: planning.Memory(kept) for tier, kept in (memory or {}).items()}
+    plans = planning.plan(POOL, seen, workers, known, 1_000.0)
     assert [plan.tier for plan in plans] == list(POOL.spec.tiers)
     return {plan.tier.name: plan for plan in plans}
 
@@ -202,10 +203,12 @@ def test_capacity_never_promises_more_than_the_maximum_or_less_than_nothing(
     assert capacity.starting + capacity.startable <= 8
 
 
-def test_busy_are_the_workers_that_hold_a_job() -> None:
-    seen = QueueReading(0, 2, 0, workers=(worker("a", busy=1), worker("b"), worker("c", slots=0, busy=1)))
-    assert planning.busy(list(plan(reading(gpu=seen)).values())) == {"a", "c"}
-    assert planning.busy(list(plan(OUTAGE).values())) == frozenset()
+def test_marks_are_set_for_who_is_to_leave_and_taken_back_from_who_stays_or_is_gone() -> None:
+    memory = {"gpu": Memory(start_seconds=1.0, level=0, fell=(0.0, 0.0))}
+    seen = QueueReading(0, 1, 0, workers=(worker("w0", busy=1), worker("w1")))
+    plans = list(plan(reading(gpu=seen), gpu=replicas(2, Phase.READY, Phase.READY), memory=memory).values())
+    assert planning.marks(plans, frozenset()) == Marks(add=frozenset({"w1"}))
+    assert planning.marks(plans, frozenset({"w0", "w1", "gone"})) == Marks(remove=frozenset({"w0", "gone"}))
 
 
 def test_the_policy_says_what_the_spec_says() -> None:

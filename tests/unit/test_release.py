@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -66,3 +67,38 @@ def test_the_packaged_chart_renders_what_the_chart_does(dist: Path, tmp_path: Pa
 def test_the_manifests_are_those_of_the_repository(dist: Path) -> None:
     assert only(dist, "*-install.yaml").read_bytes() == (ROOT / "manifests" / "install.yaml").read_bytes()
     assert only(dist, "*-crd.yaml").read_bytes() == (ROOT / "crds" / "workerpool.yaml").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("buildah", "reason"),
+    [
+        (None, "buildah is not on PATH"),
+        (
+            "echo dial tcp: no route to host >&2; exit 125",
+            "python:3.11-slim-bookworm cannot be pulled: dial tcp: no route to host",
+        ),
+    ],
+)
+def test_an_image_that_cannot_be_had_here_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buildah: str | None, reason: str
+) -> None:
+    stand_in(tmp_path, monkeypatch, buildah)
+    assert release.image(tmp_path / "image.tar", "1").endswith(reason)
+
+
+def test_an_image_that_does_not_build_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(tmp_path, monkeypatch, '[ "$1" = pull ] || { echo STEP 3: no such file >&2; exit 1; }')
+    with pytest.raises(release.CannotRelease, match="buildah failed:\nSTEP 3: no such file"):
+        release.image(tmp_path / "image.tar", "1")
+
+
+def stand_in(directory: Path, monkeypatch: pytest.MonkeyPatch, buildah: str | None) -> None:
+    """A script in the place of buildah, which would need a registry; the image itself is built by the e2e tests."""
+    git = shutil.which("git")
+    if git:
+        (directory / "git").symlink_to(git)
+    if buildah is not None:
+        script = directory / "buildah"
+        script.write_text(f"#!/bin/sh\n{buildah}\n")
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(directory))

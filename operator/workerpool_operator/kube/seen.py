@@ -39,6 +39,7 @@ class LiveDeployment:
         replicas_in_template: the replica count still belongs to the manager of the template.
         failure: why its pods cannot be created.
         queue: what its workers take from; empty where it cannot be told.
+        rolling: pods are being replaced by those of another template.
         broker_mark: what its pods are annotated with.
     """
 
@@ -50,6 +51,7 @@ class LiveDeployment:
     replicas_in_template: bool
     failure: str
     queue: str
+    rolling: bool
     broker_mark: str
 
 
@@ -195,8 +197,13 @@ def deployment(raw: Mapping[str, Any], _before: LiveDeployment | None = None) ->
             (c.get("message", c["type"]) for c in _conditions(raw) if c["type"] == "ReplicaFailure" and c["status"] == "True"), ""
         ),
         queue=_queue(spec),
+        rolling=_rolling(raw.get("status") or {}),
         broker_mark=_annotations(spec.get("template", {})).get(BROKER_MARK, ""),
     )
+
+
+def _rolling(status: Mapping[str, Any]) -> bool:
+    return bool(status.get("updatedReplicas", 0) != status.get("replicas", 0))
 
 
 def _queue(spec: Mapping[str, Any]) -> str:

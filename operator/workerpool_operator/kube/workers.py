@@ -38,8 +38,8 @@ LONGEST_PAUSE_SECONDS = 30.0
 PASSING_TRIES = 3
 """A fault that may pass by itself is shown to the user only after so many tries."""
 
-BUSY_COST = "1000"
-"""The deletion cost of a pod that holds a job."""
+LEAVING_COST = "-1000"
+"""The deletion cost of a pod that is drained: less than that of any other."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -102,10 +102,10 @@ class KubeWorkers:
             return Unavailable("the first listing of Deployments and pods is not complete yet")
         return {tier.name: self._tier(pool, tier) for tier in pool.spec.tiers}
 
-    async def scale(self, pool: Pool, replicas: Mapping[str, int], busy: frozenset[str]) -> None:
+    async def scale(self, pool: Pool, replicas: Mapping[str, int], leaving: frozenset[str]) -> None:
         """Make every tier's Deployment as the spec says, with that many replicas."""
         steps = [
-            self._try(pool, tier.name, partial(self._bring, pool, tier, replicas[tier.name], busy))
+            self._try(pool, tier.name, partial(self._bring, pool, tier, replicas[tier.name], leaving))
             for tier in pool.spec.tiers
             if tier.name in replicas
         ]
@@ -123,16 +123,16 @@ class KubeWorkers:
     def _tier(self, pool: Pool, tier: Tier) -> TierReplicas:
         name = name_of(pool, tier)
         live = self._seen.deployments.get(pool.namespace, name)
-        desired, failure, pods = 0, "", [pod.replica for pod in self._pods(pool, tier)]
+        desired, failure, rolling, pods = 0, "", False, [pod.replica for pod in self._pods(pool, tier)]
         if live is not None and _owned(live, pool, tier):
-            desired, failure = live.replicas, live.failure
+            desired, failure, rolling = live.replicas, live.failure, live.rolling
         trouble = self._troubles.get((pool.uid, tier.name))
         if trouble is not None and trouble.shown:
             failure = trouble.why
         if failure:
             since = trouble.since if trouble else self._clock()
             pods.append(Replica(name, Phase.FAILING, since, detail=failure))
-        return TierReplicas(desired, tuple(pods))
+        return TierReplicas(desired, tuple(pods), rolling)
 
     def _pods(self, pool: Pool, tier: Tier) -> list[LivePod]:
         selector = selector_of(pool, tier)
@@ -161,7 +161,7 @@ class KubeWorkers:
         else:
             self._troubles.pop(part, None)
 
-    async def _bring(self, pool: Pool, tier: Tier, wanted: int, busy: frozenset[str]) -> None:
+    async def _bring(self, pool: Pool, tier: Tier, wanted: int, leaving: frozenset[str]) -> None:
         name = name_of(pool, tier)
         seen = self._seen.deployments.get(pool.namespace, name)
         live = seen or await self._look_up(pool, name)
@@ -175,7 +175,7 @@ class KubeWorkers:
             # The count was decided without having seen this Deployment: the next pass decides anew.
             return
         if wanted < settled.replicas:
-            await self._mark(pool, tier, busy)
+            await self._mark(pool, tier, leaving)
         await self._write_scale(pool, name, settled, wanted)
 
     async def _sweep(self, pool: Pool) -> None:
@@ -239,11 +239,12 @@ class KubeWorkers:
         version = answer["metadata"]["resourceVersion"]
         self._seen.deployments.amend(pool.namespace, name, version, replace(live, replicas=wanted))
 
-    async def _mark(self, pool: Pool, tier: Tier, busy: frozenset[str]) -> None:
-        """Make the pods that hold a job dearer to remove than the idle ones."""
+    async def _mark(self, pool: Pool, tier: Tier, leaving: frozenset[str]) -> None:
+        """Make the pods that leave cheaper to remove than the others; one that was to leave and stays costs as before."""
         for pod in self._pods(pool, tier):
-            cost = BUSY_COST if pod.replica.worker in busy else None
-            if pod.replica.phase is Phase.READY and (pod.deletion_cost or None) != cost:
+            cost = LEAVING_COST if pod.replica.worker in leaving else None
+            ours = (pod.deletion_cost or None) in {None, LEAVING_COST}
+            if pod.replica.phase is not Phase.STOPPING and ours and (pod.deletion_cost or None) != cost:
                 path = path_to("v1", pool.namespace, "pods", pod.replica.worker)
                 self._seen.pods.put(await self._api.merge(path, {"metadata": {"annotations": {DELETION_COST: cost}}}))
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from workerpool_operator.local.guardian import Guardian
 from workerpool_operator.local.launch import launch, unsupported
 from workerpool_operator.local.process import LocalWorker
 from workerpool_operator.model import Tier
-from workerpool_operator.observation import Phase, Replica, TierReplicas
+from workerpool_operator.observation import Phase, TierReplicas
 from workerpool_operator.ports import Pool
 
 _SUFFIX_LETTERS = "bcdfghjklmnpqrstvwxz2456789"
@@ -37,7 +37,7 @@ class LocalWorkers:
         """What runs now, by tier name; a worker that is leaving is no longer counted as desired."""
         return {tier.name: self._observe_tier(pool, tier) for tier in pool.spec.tiers}
 
-    async def scale(self, pool: Pool, replicas: Mapping[str, int], busy: frozenset[str]) -> None:
+    async def scale(self, pool: Pool, replicas: Mapping[str, int], leaving: frozenset[str]) -> None:
         """Start what is missing, tell what is too many to stop; waits for neither.
 
         Raises ValueError for a pool that needs a cluster.
@@ -49,10 +49,8 @@ class LocalWorkers:
             surplus = len(staying) - replicas[tier.name]
             for _ in range(-surplus):
                 self._start(pool, tier)
-            leaving = first_to_leave([worker.replica for worker in staying], busy)[: max(0, surplus)]
-            for worker in staying:
-                if worker.name in leaving:
-                    worker.stop()
+            for worker in [worker for worker in staying if worker.name in leaving][: max(0, surplus)]:
+                worker.stop()
 
     def process_group(self, worker: str) -> int | None:
         """The process group of a worker and all its children; None when it does not run."""
@@ -83,18 +81,3 @@ class LocalWorkers:
         log = self._directory / f"{name}.log"
         worker = LocalWorker(name, launch(pool, tier, name), log, self._guardian, self._wake)
         self._workers[pool.id, tier.name].append(worker)
-
-
-def first_to_leave(replicas: Sequence[Replica], busy: frozenset[str]) -> list[str]:
-    """The workers in the order in which they may go: failing, starting, idle, busy; of equals the youngest first."""
-
-    def order(replica: Replica) -> tuple[int, float]:
-        if replica.phase is Phase.FAILING:
-            rank = 0
-        elif replica.worker in busy:
-            rank = 3
-        else:
-            rank = 1 if replica.phase is Phase.STARTING else 2
-        return rank, -replica.ordered_at
-
-    return [replica.worker for replica in sorted(replicas, key=order)]

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from workerpool_operator import planning, scaling
+from workerpool_operator import planning
 from workerpool_operator.observation import BrokerReading, QueueReading, Served
 from workerpool_operator.ports import Pool
 from workerpool_operator.simulation.engine import Orders, Tier
@@ -21,7 +21,7 @@ class Operator:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._memory: dict[str, scaling.Memory] = {}
+        self._memory: dict[str, planning.Memory] = {}
 
     def look(self, tiers: Mapping[str, Tier], now: float) -> Orders:
         """Plan as :meth:`workerpool_operator.reconcile.Reconciler.reconcile_once` does."""
@@ -30,7 +30,7 @@ class Operator:
         reading = BrokerReading(readings, "", Milliseconds(int(now * 1000)), routes)
         workers = {name: tier.replicas() for name, tier in tiers.items()}
         plans = planning.plan(self._pool, reading, workers, self._memory, now)
-        self._memory = {plan.tier.name: plan.decision.memory for plan in plans}
+        self._memory = {plan.tier.name: planning.Memory(plan.decision.memory) for plan in plans}
         coming = {}
         if len(plans) > 1:
             capacity = planning.capacity(plans).tiers
