@@ -9,11 +9,12 @@ from typing import Any
 from workerpool_operator import scaling
 from workerpool_operator.drain import OVERDUE_SECONDS
 from workerpool_operator.model import Mode
-from workerpool_operator.observation import Phase, Unavailable
+from workerpool_operator.observation import NOTHING_SERVED, Phase, Unavailable
 from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Pool
 from workerpool_operator.sharing import Conflict
 from workerpool_operator.status import Condition, ConditionType, Event, Status, TierStatus, flips, stamp, summary, total
+from workerpool_operator.worker_command import grace_seconds
 from workerpool_routing.wire import PRESENCE_LIFE_MS
 
 _ASIDE = {
@@ -54,6 +55,8 @@ def assess(
         _spilling(plans, broker, workers),
         _limited(plans, broker, workers),
         _shared(conflict),
+        _rivals(plans, workers),
+        _grace(plans, broker, workers),
         _overdue(plans),
         _paused(pool.spec.mode),
     ]
@@ -174,6 +177,40 @@ def _shared(conflict: Conflict | None) -> _Fields:
         message = f"queue {conflict.queue} belongs to WorkerPool {conflict.owner}, which is older; this pool is held"
         return kind, "True", "QueueTaken", message
     return kind, "False", "QueuesOwned", "no other pool has these queues"
+
+
+def _rivals(plans: Sequence[TierPlan], workers: Unavailable | None) -> _Fields:
+    kind = ConditionType.AUTOSCALER_CONFLICT
+    if workers:
+        return kind, "Unknown", "WorkersUnreadable", workers.why
+    if rivals := [f"{plan.tier.name}: {plan.workers.rival} scales it too" for plan in plans if plan.workers.rival]:
+        message = f"{'; '.join(rivals)}; its count is left alone until that is deleted"
+        return kind, "True", "AnotherAutoscaler", message
+    return kind, "False", "NoOtherAutoscaler", "nobody else scales a tier"
+
+
+ENOUGH_JOBS = 20
+"""Of fewer jobs than this nothing is concluded."""
+
+
+def _grace(plans: Sequence[TierPlan], broker: Unavailable | None, workers: Unavailable | None) -> _Fields:
+    """Whether a tier's jobs usually outlast its grace period: longer than the mean by two standard deviations."""
+    kind = ConditionType.GRACE_PERIOD_TOO_SHORT
+    if unread := _unread(kind, broker, workers):
+        return unread
+    short = []
+    for plan in plans:
+        served, grace = plan.queue.served if plan.queue else NOTHING_SERVED, grace_seconds(plan.tier)
+        if served.jobs < ENOUGH_JOBS:
+            continue
+        mean = served.seconds / served.jobs
+        long = mean + 2 * max(0.0, served.squares / served.jobs - mean**2) ** 0.5
+        if long > grace:
+            short.append(f"{plan.tier.name}: jobs take {mean:.0f} s, up to {long:.0f} s, and its grace period is {grace} s")
+    if short:
+        message = "what a rollout or a node's drain cuts off begins anew; raise terminationGracePeriodSeconds in the template"
+        return kind, "True", "JobsOutlastIt", f"{'; '.join(short)}: {message}"
+    return kind, "False", "LongEnough", "no tier is known to have jobs that outlast its grace period"
 
 
 def _overdue(plans: Sequence[TierPlan]) -> _Fields:

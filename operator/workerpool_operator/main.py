@@ -26,7 +26,7 @@ from workerpool_operator.endpoints import Endpoints
 from workerpool_operator.kube.api import USER_AGENT, Api, ApiError
 from workerpool_operator.kube.lease import Candidate
 from workerpool_operator.kube.reporter import KubeReporter
-from workerpool_operator.kube.seen import SELECTOR, Cache, Refused, Seen
+from workerpool_operator.kube.seen import AUTOSCALERS, SELECTOR, Cache, Refused, Seen
 from workerpool_operator.kube.urls import KubeUrls
 from workerpool_operator.kube.workers import KubeWorkers
 from workerpool_operator.metrics import Metrics
@@ -174,7 +174,7 @@ async def _wait_for_resource(api: Api) -> None:
             await asyncio.sleep(RETRY_SECONDS)
 
 
-_WATCHED = (PLURAL, "deployments", "pods")
+_WATCHED = (PLURAL, "deployments", "pods", AUTOSCALERS)
 
 
 class Operator:
@@ -251,6 +251,7 @@ class Operator:
         kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(self._on_pool)
         kopf.on.event("apps", "v1", "deployments", registry=registry)(self._on_deployment)
         kopf.on.event("", "v1", "pods", registry=registry)(self._on_pod)
+        kopf.on.event("autoscaling", "v2", AUTOSCALERS, registry=registry)(self._on_autoscaler)
         return registry
 
     async def _start(self, **_: Any) -> None:
@@ -298,6 +299,11 @@ class Operator:
     async def _on_pod(self, event: kopf.RawEvent, **_: Any) -> None:
         self._watched["pods"] = time.monotonic()
         _take_in(self._seen.pods, event)
+        self._wake.set()
+
+    async def _on_autoscaler(self, event: kopf.RawEvent, **_: Any) -> None:
+        self._watched[AUTOSCALERS] = time.monotonic()
+        _take_in(self._seen.autoscalers, event)
         self._wake.set()
 
     async def _keep_listing(self) -> None:

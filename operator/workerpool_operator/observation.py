@@ -109,12 +109,14 @@ class Replica:
 class TierReplicas:
     """The workers of one tier: how many are ordered, and the state of each that exists.
 
+    ``rival`` names whoever else scales them, in words for the user; empty where nobody does.
     ``rolling``: workers are being replaced by those of another template.
     """
 
     desired: int
     replicas: tuple[Replica, ...] = ()
     rolling: bool = False
+    rival: str = ""
 
     def count(self, phase: Phase) -> int:
         """How many are in that phase."""

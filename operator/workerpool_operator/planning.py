@@ -70,6 +70,9 @@ def plan(
         else:
             observed = demand(queue, live, reading.arrived(tier.name), now)
         decision = scaling.decide(bounds, observed, known.scaling, now)
+        if live.rival:
+            why = f"the count is left to {live.rival}"
+            decision = replace(decision, replicas=live.desired, reason=scaling.Reason.ANOTHER_AUTOSCALER, message=why)
         if pool.spec.mode is Mode.PAUSED:
             decision = replace(decision, replicas=live.desired, reason=scaling.Reason.PAUSED, message=_PAUSED)
         if queue is None or isinstance(reading, Unavailable):
@@ -82,15 +85,19 @@ def plan(
 
 def demand(queue: QueueReading, live: TierReplicas, arrived: int, now: float) -> scaling.Demand:
     """What the rule is told of one tier."""
-    count = live.starting
-    starting = [replica.ordered_at for replica in live.replicas if replica.phase is Phase.STARTING][:count] if count else []
+    # A pod that drains may be un-Ready for it: it is not on its way but back as soon as its mark is taken away.
+    draining = {report.worker for report in queue.workers if report.draining}
+    starts = [replica for replica in live.replicas if replica.phase is Phase.STARTING]
+    back = sum(replica.worker in draining for replica in starts)
+    count = max(0, live.starting - back)
+    starting = [replica.ordered_at for replica in starts if replica.worker not in draining][:count] if count else []
     return scaling.Demand(
         waiting=queue.waiting,
         in_flight=queue.in_flight,
         spilled=queue.spilled,
         replicas=live.desired,
         start_seconds=live.start_seconds,
-        ready=live.count(Phase.READY),
+        ready=live.count(Phase.READY) + back,
         # What was ordered so lately that no worker is to be seen yet is ordered now.
         starting=(*starting, *[now] * (count - len(starting))),
         stuck=live.count(Phase.UNSCHEDULABLE) + live.count(Phase.FAILING),

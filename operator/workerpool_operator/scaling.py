@@ -67,6 +67,7 @@ class Reason(StrEnum):
     AT_MAXIMUM = "AtMaximum"
     AT_MINIMUM = "AtMinimum"
     PAUSED = "Paused"
+    ANOTHER_AUTOSCALER = "AnotherAutoscaler"
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ class ConditionType(StrEnum):
     SPILLING = "Spilling"
     SCALING_LIMITED = "ScalingLimited"
     QUEUE_SHARED = "QueueShared"
+    AUTOSCALER_CONFLICT = "AutoscalerConflict"
+    GRACE_PERIOD_TOO_SHORT = "GracePeriodTooShort"
     DRAIN_OVERDUE = "DrainOverdue"
     PAUSED = "Paused"
 
@@ -35,6 +37,8 @@ WARNS_WHEN = {
     ConditionType.BROKER_REACHABLE: "False",
     ConditionType.CAPACITY_AVAILABLE: "False",
     ConditionType.QUEUE_SHARED: "True",
+    ConditionType.AUTOSCALER_CONFLICT: "True",
+    ConditionType.GRACE_PERIOD_TOO_SHORT: "True",
     ConditionType.DRAIN_OVERDUE: "True",
 }
 """The status of a condition that makes its Event a Warning."""

@@ -162,6 +162,20 @@ def test_the_younger_of_two_pools_on_one_queue_is_held(ml: Namespace) -> None:
 
 
 @pytest.mark.timeout(120)
+def test_another_autoscaler_is_named_and_not_fought(ml: Namespace) -> None:
+    ml.create_pool()
+    ml.settled()
+    ml.kubectl("autoscale", "deployment", "media-cpu", "--min=3", "--max=5", "--cpu=50%")
+    ml.eventually(lambda: ml.condition("AutoscalerConflict")["status"] == "True")
+    assert "cpu: HorizontalPodAutoscaler media-cpu scales it too" in ml.condition("AutoscalerConflict")["message"]
+    ml.eventually(lambda: ml.replicas() == {"media-gpu": 0, "media-cpu": 3}, 60)
+    ml.publish("gpu", 2)
+    ml.settled({"media-gpu": 2, "media-cpu": 3})
+    ml.kubectl("delete", "hpa", "media-cpu")
+    ml.eventually(lambda: ml.condition("AutoscalerConflict")["status"] == "False")
+
+
+@pytest.mark.timeout(120)
 def test_a_deleted_pool_takes_along_its_deployments_and_what_it_published(ml: Namespace) -> None:
     ml.create_pool()
     ml.settled()

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from celery import Celery
 from click.testing import CliRunner
-from redis import Redis
+from redis import Redis, SSLConnection
 from tests.contract.seeds import make_pool
 from tests.contract.workers import until, worker
 
@@ -30,6 +30,7 @@ from workerpool_operator.model import API_VERSION
 from workerpool_operator.observation import BrokerReading, Unavailable
 from workerpool_operator.ports import Pool, Report
 from workerpool_routing import PoolUnavailable, Reason, Tier, WorkerPool
+from workerpool_routing.connection import Connection
 from workerpool_routing.errors import NotConfigured
 from workerpool_routing.ledger import State
 from workerpool_routing.wire import Capacity, TierCapacity, wake_channel
@@ -135,6 +136,14 @@ def test_the_library_and_kombu_find_the_same_master(watched: Watched) -> None:
 def test_sentinels_without_the_name_of_their_master_are_refused() -> None:
     with pytest.raises(NotConfigured, match="master_name"):
         pool_on("sentinel://127.0.0.1:1/0", {}).queue_length("cpu-jobs")
+
+
+def test_the_master_is_spoken_to_through_tls_where_the_app_says_so() -> None:
+    app = Celery("api", broker="sentinel://127.0.0.1:1/0", set_as_current=False)
+    app.conf.update(broker_transport_options=dict(TRANSPORT), broker_use_ssl={"ssl_ca_certs": "/ca.pem"})
+    pool = Connection(app, patient=False).client.connection_pool
+    assert issubclass(pool.connection_class, SSLConnection)
+    assert pool.connection_kwargs["ssl_ca_certs"] == "/ca.pem"
 
 
 async def read(broker: RedisBroker, address: str, pool: Pool) -> BrokerReading | Unavailable:

@@ -180,6 +180,7 @@ def test_the_operator_may_touch_nothing_but_what_it_needs() -> None:
         ("workerpool.dev", "workerpools/finalizers"),
         ("apps", "deployments"),
         ("apps", "deployments/scale"),
+        ("autoscaling", "horizontalpodautoscalers"),
         ("", "pods"),
         ("", "secrets"),
         ("events.k8s.io", "events"),

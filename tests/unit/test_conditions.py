@@ -11,7 +11,16 @@ import pytest
 from workerpool_operator import planning
 from workerpool_operator.conditions import assess
 from workerpool_operator.model import Mode, parse_spec
-from workerpool_operator.observation import BrokerReading, Phase, QueueReading, Replica, TierReplicas, Unavailable
+from workerpool_operator.observation import (
+    NOTHING_SERVED,
+    BrokerReading,
+    Phase,
+    QueueReading,
+    Replica,
+    Served,
+    TierReplicas,
+    Unavailable,
+)
 from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Pool
 from workerpool_operator.sharing import Conflict
@@ -85,6 +94,8 @@ HEALTHY = {
     "Spilling": "False",
     "ScalingLimited": "False",
     "QueueShared": "False",
+    "AutoscalerConflict": "False",
+    "GracePeriodTooShort": "False",
     "DrainOverdue": "False",
     "Paused": "False",
 }
@@ -94,7 +105,8 @@ def test_a_pool_at_rest_is_healthy_and_silent() -> None:
     outcome = told(plans(IDLE))
     assert values(outcome) == HEALTHY
     assert [condition.reason for condition in outcome[0].conditions] == [
-        "Working", "Answering", "AsOrdered", "NoJobsElsewhere", "WithinBounds", "QueuesOwned", "InTime", "Active"
+        "Working", "Answering", "AsOrdered", "NoJobsElsewhere", "WithinBounds", "QueuesOwned",
+        "NoOtherAutoscaler", "LongEnough", "InTime", "Active",
     ]  # fmt: skip
     assert outcome[1] == ()
     assert {condition.observed_generation for condition in outcome[0].conditions} == {7}
@@ -122,6 +134,7 @@ def test_a_broker_that_cannot_be_read_is_named_and_nothing_is_claimed_about_its_
         "BrokerReachable": "False",
         "Spilling": "Unknown",
         "ScalingLimited": "Unknown",
+        "GracePeriodTooShort": "Unknown",
     }
     for kind in ("Ready", "BrokerReachable", "Spilling", "ScalingLimited"):
         assert conditions(outcome)[kind].reason == "BrokerUnreadable"
@@ -141,7 +154,7 @@ def test_a_broker_that_takes_no_writes_is_told_and_its_queues_are_still_shown() 
 
 def test_workers_that_cannot_be_seen_make_what_depends_on_them_unknown() -> None:
     outcome = told([], blind=BLIND)
-    unknown = ("Ready", "CapacityAvailable", "Spilling", "ScalingLimited")
+    unknown = ("Ready", "CapacityAvailable", "Spilling", "ScalingLimited", "AutoscalerConflict", "GracePeriodTooShort")
     assert values(outcome) == HEALTHY | dict.fromkeys(unknown, "Unknown")
     assert {(conditions(outcome)[kind].reason, conditions(outcome)[kind].message) for kind in unknown} == {
         ("WorkersUnreadable", BLIND.why)
@@ -301,7 +314,7 @@ def test_a_condition_that_stays_as_it_is_gives_one_event_and_keeps_its_time() ->
     assert events == ()
     assert again.conditions == first.conditions
     back, events = assess(POOL, plans(IDLE), None, None, None, None, again.dump(), NOON + 120)
-    assert [event.warning for event in events] == [False, False, False, False]
+    assert [event.warning for event in events] == [False] * 5
     assert {c.last_transition_time for c in back.conditions if c.type in ("Ready", "BrokerReachable")} == {"2026-01-01T12:02:00Z"}
 
 
@@ -331,3 +344,30 @@ def test_workers_that_are_ready_and_never_report_are_told_with_the_line_that_the
     capacity = conditions(told(plans({"gpu": workers(0), "cpu": ready}, cpu=queue)))[ConditionType.CAPACITY_AVAILABLE]
     assert capacity.reason == expected
     assert ("WorkerPool('ml/media', app)" in capacity.message) == (expected == "WorkersSilent")
+
+
+def test_another_autoscaler_is_named_and_its_count_is_what_the_status_shows() -> None:
+    rival = "HorizontalPodAutoscaler keda-hpa-media of ScaledObject media"
+    outcome = told(plans({**IDLE, "cpu": replace(workers(3, Phase.READY), rival=rival)}))
+    condition = conditions(outcome)["AutoscalerConflict"]
+    assert (condition.status, condition.reason) == ("True", "AnotherAutoscaler")
+    assert condition.message.startswith(f"cpu: {rival} scales it too; its count is left alone")
+    assert (outcome[0].tiers[1].desired, outcome[0].tiers[1].reason) == (3, "AnotherAutoscaler")
+    assert [event.reason for event in outcome[1] if event.warning] == ["AnotherAutoscaler"]
+
+
+@pytest.mark.parametrize(
+    ("served", "status"),
+    [
+        (NOTHING_SERVED, "False"),
+        (Served(19, 19 * 900.0, 19 * 900.0**2), "False"),  # too few to tell
+        (Served(20, 20 * 900.0, 20 * 900.0**2), "True"),
+        (Served(20, 20 * 590.0, 20 * 590.0**2), "False"),
+        (Served(20, 20 * 500.0, 20 * (500.0**2 + 60.0**2)), "True"),  # the mean ends in time, many do not
+    ],
+    ids=str,
+)
+def test_jobs_that_outlast_the_grace_period_are_told(served: Served, status: str) -> None:
+    condition = conditions(told(plans(IDLE, gpu=QueueReading(0, 0, 0, served=served))))["GracePeriodTooShort"]
+    assert condition.status == status
+    assert ("gpu: jobs take" in condition.message and "grace period is 600 s" in condition.message) == (status == "True")

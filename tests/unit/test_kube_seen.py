@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from workerpool_operator.kube.seen import Cache, LivePod, Refused, deployment, pod, worker_pool
+from workerpool_operator.kube.seen import Cache, LiveAutoscaler, LivePod, Refused, autoscaler, deployment, pod, worker_pool
 from workerpool_operator.observation import Phase
 
 pytestmark = pytest.mark.unit
@@ -168,3 +168,15 @@ def test_a_stored_pool_that_is_not_valid_is_told_apart_from_one_that_is_going() 
     assert isinstance(refused, Refused)
     assert {problem.field for problem in refused.problems} >= {"spec.broker", "spec.tiers"}
     assert worker_pool({"metadata": {**metadata, "deletionTimestamp": "2026-01-01T00:00:00Z"}, "spec": {}}) is None
+
+
+def test_an_autoscaler_is_known_by_its_deployment_and_by_who_made_it() -> None:
+    maker = {"kind": "ScaledObject", "name": "media", "uid": "1", "controller": True}
+    raw: Object = {
+        "metadata": {"name": "keda-hpa-media", "ownerReferences": [maker]},
+        "spec": {"scaleTargetRef": {"kind": "Deployment", "name": "media-cpu"}},
+    }
+    words = "HorizontalPodAutoscaler keda-hpa-media of ScaledObject media"
+    assert autoscaler(raw) == LiveAutoscaler("media-cpu", words)
+    raw["spec"]["scaleTargetRef"]["kind"] = "StatefulSet"
+    assert autoscaler(raw) is None

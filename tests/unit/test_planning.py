@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -201,6 +202,13 @@ def test_capacity_never_promises_more_than_the_maximum_or_less_than_nothing(
     capacity = capacity_of_gpu(there, replicas(desired, *phases), waiting)
     assert min(capacity.starting, capacity.startable, capacity.unschedulable) >= 0
     assert capacity.starting + capacity.startable <= 8
+
+
+def test_a_pod_that_drains_and_is_un_ready_for_it_is_not_one_that_takes_long_to_start() -> None:
+    drains = replace(worker("w1", slots=0, busy=1), draining=True)
+    live = replicas(3, Phase.READY, Phase.STARTING, Phase.STARTING)
+    told = planning.demand(QueueReading(0, 2, 0, workers=(worker("w0", busy=1), drains)), live, 0, 9_000.0)
+    assert (told.ready, told.starting) == (2, (0.0,))
 
 
 def test_marks_are_set_for_who_is_to_leave_and_taken_back_from_who_stays_or_is_gone() -> None:

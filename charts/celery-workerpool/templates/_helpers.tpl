@@ -51,6 +51,9 @@ capabilities: {drop: [ALL]}
 - apiGroups: [apps]
   resources: [deployments/scale]
   verbs: [patch]
+- apiGroups: [autoscaling]
+  resources: [horizontalpodautoscalers]  # another autoscaler on a tier is named, and not fought
+  verbs: [list, watch]
 - apiGroups: [""]
   resources: [pods]
   verbs: [list, watch, patch]

@@ -20,6 +20,9 @@ from workerpool_operator.status import Condition, ConditionType, Event, Status, 
 LONGEST_NOTE = 1024
 """Bytes that the API server takes as the text of an Event."""
 
+LONGEST_PAUSE_SECONDS = 30.0
+"""After a status could not be written, pauses grow to this."""
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -29,6 +32,12 @@ class _Written:
     at: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Trouble:
+    tries: int
+    retry_at: float
+
+
 class KubeReporter:
     """The ``Reporter`` port on Kubernetes."""
 
@@ -36,6 +45,7 @@ class KubeReporter:
         self._api = api
         self._clock = clock
         self._written: dict[str, _Written] = {}
+        self._troubles: dict[str, _Trouble] = {}
 
     async def report(self, report: Report) -> None:
         """Write what changed."""
@@ -59,6 +69,7 @@ class KubeReporter:
     def forget(self, uid: str) -> None:
         """Drop what is remembered of a resource that is gone."""
         self._written.pop(uid, None)
+        self._troubles.pop(uid, None)
 
     def _previous(self, subject: Pool | Refused) -> Mapping[str, Any]:
         written = self._written.get(subject.uid)
@@ -66,8 +77,9 @@ class KubeReporter:
 
     async def _write(self, subject: Pool | Refused, status: Status, events: Sequence[Event]) -> None:
         previous, now = self._previous(subject), self._clock()
-        written = self._written.get(subject.uid)
-        if worth_writing(status, previous, now - written.at if written else float("inf")):
+        written, trouble = self._written.get(subject.uid), self._troubles.get(subject.uid)
+        waits = trouble is not None and now < trouble.retry_at
+        if not waits and worth_writing(status, previous, now - written.at if written else float("inf")):
             await self._write_status(subject, status, previous, now)
         for event in events:
             await self._write_event(subject, event, now)
@@ -80,8 +92,12 @@ class KubeReporter:
             await self._api.merge(path_to(API_VERSION, subject.namespace, PLURAL, subject.name, "status"), body)
         except ApiError as error:
             if error.status != HTTPStatus.NOT_FOUND:
+                tries = self._troubles[subject.uid].tries + 1 if subject.uid in self._troubles else 1
+                pause = max(min(2.0 ** (tries - 1), LONGEST_PAUSE_SECONDS), error.retry_after)
+                self._troubles[subject.uid] = _Trouble(tries, now + pause)
                 _LOG.warning("%s/%s: status not written: %s", subject.namespace, subject.name, error)
             return
+        self._troubles.pop(subject.uid, None)
         self._written[subject.uid] = _Written(new, now)
 
     async def _write_event(self, subject: Pool | Refused, event: Event, now: float) -> None:

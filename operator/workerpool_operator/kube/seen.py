@@ -22,6 +22,8 @@ TEMPLATE_MANAGER = "workerpool"
 SCALE_MANAGER = "workerpool-scale"
 """Field manager of the replica count."""
 
+AUTOSCALERS = "horizontalpodautoscalers"
+
 Key: TypeAlias = tuple[str, str]
 """Namespace and name."""
 
@@ -63,6 +65,14 @@ class LivePod:
     deletion_cost: str
 
 
+@dataclass(frozen=True, slots=True)
+class LiveAutoscaler:
+    """A HorizontalPodAutoscaler: the Deployment that it scales, and in words what it is."""
+
+    target: str
+    words: str
+
+
 SELECTOR = f"{MANAGED_BY}={MANAGER}"
 """Which Deployments and pods are watched."""
 
@@ -78,6 +88,10 @@ class Cache(Generic[T]):
     _groups: dict[Group, set[Key]] = field(default_factory=dict)
     _group_of: dict[Key, Group] = field(default_factory=dict)
     _versions: dict[Key, int] = field(default_factory=dict)
+
+    def within(self, namespace: str) -> list[T]:
+        """Every object of a namespace."""
+        return [value for (place, _), value in self._values.items() if place == namespace]
 
     def get(self, namespace: str, name: str) -> T | None:
         """The object of that name."""
@@ -158,6 +172,7 @@ class Seen:
         self.pools: Cache[Pool | Refused] = Cache(worker_pool)
         self.deployments: Cache[LiveDeployment] = Cache(deployment)
         self.pods: Cache[LivePod] = Cache(pod)
+        self.autoscalers: Cache[LiveAutoscaler] = Cache(autoscaler)
         self.complete = False
         """Whether everything that existed at the start is in."""
 
@@ -167,8 +182,19 @@ class Seen:
             self.pools.relist(namespace, await api.get(path_to(API_VERSION, namespace, PLURAL)))
             deployments = await api.get(path_to("apps/v1", namespace, "deployments"), labelSelector=SELECTOR)
             self.deployments.relist(namespace, deployments)
+            self.autoscalers.relist(namespace, await api.get(path_to("autoscaling/v2", namespace, AUTOSCALERS)))
             self.pods.relist(namespace, await api.get(path_to("v1", namespace, "pods"), labelSelector=SELECTOR))
         self.complete = True
+
+
+def autoscaler(raw: Mapping[str, Any], _before: LiveAutoscaler | None = None) -> LiveAutoscaler | None:
+    """Parse a HorizontalPodAutoscaler; None for one that scales no Deployment."""
+    metadata, target = raw["metadata"], raw["spec"]["scaleTargetRef"]
+    if target["kind"] != "Deployment" or "deletionTimestamp" in metadata:
+        return None
+    maker = _controller(metadata)
+    made = f" of {maker[0]} {maker[1]}" if maker else ""
+    return LiveAutoscaler(target["name"], f"HorizontalPodAutoscaler {metadata['name']}{made}")
 
 
 def worker_pool(raw: Mapping[str, Any], _before: Pool | Refused | None = None) -> Pool | Refused | None:

@@ -132,7 +132,10 @@ class KubeWorkers:
         if failure:
             since = trouble.since if trouble else self._clock()
             pods.append(Replica(name, Phase.FAILING, since, detail=failure))
-        return TierReplicas(desired, tuple(pods), rolling)
+        return TierReplicas(desired, tuple(pods), rolling, self._rival(pool, name))
+
+    def _rival(self, pool: Pool, name: str) -> str:
+        return next((other.words for other in self._seen.autoscalers.within(pool.namespace) if other.target == name), "")
 
     def _pods(self, pool: Pool, tier: Tier) -> list[LivePod]:
         selector = selector_of(pool, tier)
@@ -171,7 +174,7 @@ class KubeWorkers:
             if not _owned(live, pool, tier):
                 raise _Hindered(_taken(name, live))
         settled = await self._settle(pool, tier, live, wanted)
-        if settled.replicas == wanted or (seen is None and live is not None):
+        if settled.replicas == wanted or self._rival(pool, name) or (seen is None and live is not None):
             # The count was decided without having seen this Deployment: the next pass decides anew.
             return
         if wanted < settled.replicas:

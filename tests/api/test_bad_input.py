@@ -1,0 +1,85 @@
+"""What only a cluster can refuse: each cause stands in a condition and in an Event, and no other pool notices.
+
+The pods' side is made by the real admission and the real controllers; what a kubelet would say is written in its stead.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from tests.api.conftest import Kubectl
+from tests.api.operators import SAMPLE, Namespace, Object
+from tests.api.test_operator import set_status
+
+pytestmark = [pytest.mark.api, pytest.mark.timeout(180)]
+
+CONTROLLER_SECONDS = 60.0
+"""The ReplicaSet controller tries a refused pod again with growing pauses."""
+
+
+def told(ml: Namespace, *words: str, pool: str = "media") -> bool:
+    """Whether the condition and a Warning say so."""
+    message = ml.condition("CapacityAvailable", pool)["message"]
+    warnings = [event["message"] for event in ml.objects("events") if event["type"] == "Warning"]
+    warnings = [text for text in warnings if "failing" in text or "unschedulable" in text]
+    return all(word in message for word in words) and any(all(word in text for word in words) for text in warnings)
+
+
+def obj(kind: str, version: str = "v1", **spec: object) -> str:
+    return json.dumps({"apiVersion": version, "kind": kind, "metadata": {"name": "limits"}, "spec": spec})
+
+
+def test_a_quota_that_leaves_no_room_for_a_pod_is_named(ml: Namespace) -> None:
+    ml.kubectl("create", "-f", "-", stdin=obj("ResourceQuota", hard={"pods": "0"}))
+    ml.eventually(lambda: "hard" in ml.get("resourcequota", "limits").get("status", {}))
+    ml.create_pool()
+    ml.eventually(lambda: told(ml, "cpu: 1 of 1 failing", "exceeded quota: limits"), CONTROLLER_SECONDS)
+    ml.kubectl("delete", "resourcequota", "limits")
+    ml.eventually(lambda: len(ml.objects("pods")) == 1, CONTROLLER_SECONDS)
+    ml.eventually(lambda: ml.condition("CapacityAvailable")["status"] == "True", CONTROLLER_SECONDS)
+
+
+def test_a_limit_range_that_refuses_the_pods_is_named(ml: Namespace) -> None:
+    limit = {"type": "Container", "max": {"memory": "1Mi"}}
+    ml.kubectl("create", "-f", "-", stdin=obj("LimitRange", limits=[limit]))
+    tiers: list[Object] = yaml.safe_load(SAMPLE.read_text())["spec"]["tiers"]
+    tiers[1]["template"]["spec"]["containers"][0]["resources"] = {"limits": {"memory": "1Gi"}}
+    ml.create_pool(tiers=tiers)
+    ml.eventually(lambda: told(ml, "cpu: 1 of 1 failing", "maximum memory usage per Container is 1Mi"), CONTROLLER_SECONDS)
+
+
+def test_pod_security_that_refuses_the_pods_is_named_and_keeps_no_other_pool(ml: Namespace) -> None:
+    ml.kubectl("label", "namespace", ml.name, "pod-security.kubernetes.io/enforce=baseline")
+    tiers: list[Object] = yaml.safe_load(SAMPLE.read_text())["spec"]["tiers"]
+    tiers[1]["template"]["spec"]["hostNetwork"] = True
+    ml.create_pool("loose", tiers=tiers)
+    ml.create_pool("strict")
+    ml.eventually(lambda: told(ml, "cpu: 1 of 1 failing", 'violates PodSecurity "baseline', pool="loose"), CONTROLLER_SECONDS)
+    ml.eventually(lambda: ml.condition("CapacityAvailable", "strict")["status"] == "True")
+    assert [pod["metadata"]["labels"]["workerpool.dev/pool"] for pod in ml.objects("pods")] == ["strict"]
+
+
+def test_an_image_that_cannot_be_pulled_is_named(ml: Namespace) -> None:
+    ml.create_pool()
+    ml.settled()
+    [pod] = ml.eventually(lambda: ml.objects("pods"))
+    waiting = {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "media:typo"'}
+    container = {"name": "worker", "image": "media:typo", "imageID": "", "ready": False, "restartCount": 0}
+    set_status(ml, pod, {"phase": "Pending", "containerStatuses": [{**container, "state": {"waiting": waiting}}]})
+    ml.eventually(lambda: told(ml, "container worker: ImagePullBackOff", "media:typo"))
+
+
+def test_a_namespace_that_is_being_deleted_is_named_and_tried_with_growing_pauses(ml: Namespace, kubectl: Kubectl) -> None:
+    ml.create_pool()
+    ml.settled()
+    hold = '{"metadata": {"finalizers": ["test.workerpool.dev/hold"]}}'
+    ml.kubectl("patch", "wp", "media", "--type=merge", "--patch", hold)
+    kubectl("delete", "namespace", ml.name, "--wait=false")
+    try:
+        ml.eventually(lambda: "deletionTimestamp" in ml.get("wp", "media")["metadata"], CONTROLLER_SECONDS)
+        ml.eventually(lambda: ml.objects("deployments") == [], CONTROLLER_SECONDS)
+        assert ml.operator.running()
+    finally:
+        ml.kubectl("patch", "wp", "media", "--type=merge", "--patch", '{"metadata": {"finalizers": null}}')
