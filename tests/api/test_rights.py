@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 from pathlib import Path
@@ -15,7 +14,6 @@ from tests.api.conftest import Kubectl
 from tests.api.operators import Namespace, Operator, log_in
 from tests.api.proxy import Request, proxy
 
-from workerpool_operator.kube.seen import DELETION_COST
 from workerpool_operator.local.guardian import Guardian
 from workerpool_operator.local.redis_server import RedisServer
 
@@ -99,13 +97,6 @@ def live_through_everything(ml: Namespace) -> None:
     )
     ml.settled({"media-gpu": 0, "media-cpu": 2})
     ml.eventually(lambda: len(ml.objects("pods")) == 2)
-    for pod in ml.objects("pods"):
-        name = pod["metadata"]["name"]
-        ready = {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}
-        ml.kubectl("annotate", "pod", name, f"{DELETION_COST}=7")
-        status = json.dumps({"status": {"phase": "Running", "conditions": [ready]}})
-        ml.kubectl("patch", "pod", name, "--subresource=status", "--type=strategic", "--patch", status)
-    ml.eventually(lambda: ml.get("workerpool", "media")["status"]["replicas"] == "gpu 0/0, cpu 2/2")
     ml.kubectl(
         "patch", "wp", "media", "--type=json", "--patch", '[{"op": "replace", "path": "/spec/tiers/1/replicas/min", "value": 0}]'
     )

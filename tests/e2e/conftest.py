@@ -14,8 +14,14 @@ from tests.e2e.site import Site, namespace
 CHART = images.ROOT / "charts" / "celery-workerpool"
 RELEASE = "celery-workerpool"
 SYSTEM = "workerpool-system"
-# The CPU is what a cluster on two cores is short of: an operator that gets none loses its Lease.
-VALUES = ("--set=image.repository=celery-workerpool", "--set=image.tag=e2e", "--set=resources.requests.cpu=300m")
+VALUES = (
+    "--set=image.repository=celery-workerpool",
+    "--set=image.tag=e2e",
+    # What a cluster on two cores is short of: an operator that gets no CPU loses its Lease.
+    "--set=resources.requests.cpu=200m",
+    # A lost GPU node is to be seen by an operator that is not on it.
+    r"--set=nodeSelector.workerpool\.dev/node=cpu-node",
+)
 
 
 @pytest.fixture(scope="session")

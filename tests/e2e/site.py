@@ -140,7 +140,7 @@ class Site:
     def _api(self) -> Object:
         broker = {"name": "CELERY_BROKER_URL", "valueFrom": {"secretKeyRef": {"name": "redis", "key": "url"}}}
         container = {"name": "api", "image": images.MEDIA.name, "env": [*self._environment("media"), broker]}
-        requests = {"requests": {"cpu": "200m"}}
+        requests = {"requests": {"cpu": "100m"}}
         ready = {"httpGet": {"path": "/openapi.json", "port": 8000}, "periodSeconds": 1}
         return deployment(
             "media-api", {**container, "readinessProbe": ready, "volumeMounts": MOUNTS, "resources": requests}, VOLUMES
@@ -154,7 +154,7 @@ class Site:
             "args": save,
             "readinessProbe": {"exec": {"command": ["redis-cli", "ping"]}, "periodSeconds": 1},
             # A busy worker must not starve it: without a request it would have a fiftieth of a worker's share.
-            "resources": {"requests": {"cpu": "500m"}},
+            "resources": {"requests": {"cpu": "300m"}},
             "volumeMounts": [{"name": "media", "mountPath": "/data"}],
         }
         return deployment("redis", container, [VOLUMES[2]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from tests.e2e.conftest import RELEASE, SYSTEM, install
 from tests.e2e.kube import Kube, eventually
@@ -73,7 +75,7 @@ def test_an_upgrade_kills_no_job_and_a_release_that_is_installed_again_adopts_it
     site.wait_ready()
     tasks = site.submit(6, 5)
     site.claimed(tasks, "gpu")
-    install(site.kube, "--set=resources.requests.cpu=310m")
+    install(site.kube, "--set=resources.requests.cpu=210m")
     jobs = site.all_done(tasks)
     assert all(sum(job["starts"].values()) == 1 for job in jobs), jobs
     before = site.kube.get(site.namespace, "deployment", "media-cpu")["metadata"]["uid"]
@@ -83,3 +85,14 @@ def test_an_upgrade_kills_no_job_and_a_release_that_is_installed_again_adopts_it
     install(site.kube)
     site.all_done(waiting)
     assert site.kube.get(site.namespace, "deployment", "media-cpu")["metadata"]["uid"] == before
+
+
+def test_an_operator_takes_no_more_than_128_mebibytes(site: Site) -> None:
+    site.apply(site.pool())
+    site.wait_ready()
+    pods = site.kube.items(SYSTEM, "pods", f"--selector=app.kubernetes.io/instance={RELEASE}")
+    for pod in pods:
+        node, name = pod["spec"]["nodeName"], pod["metadata"]["name"]
+        summary = json.loads(site.kube.kubectl("get", "--raw", f"/api/v1/nodes/{node}/proxy/stats/summary"))
+        memory = next(one["memory"] for one in summary["pods"] if one["podRef"]["name"] == name)
+        assert memory["workingSetBytes"] <= 128 * 1024 * 1024, (name, memory)
