@@ -7,6 +7,7 @@ there are none, made-up ones of the same kind are used, and the table says so.
 from __future__ import annotations
 
 import argparse
+import heapq
 import os
 import random
 import statistics
@@ -155,51 +156,110 @@ def draw(
     frontier(f"{scenario.name}: {jobs.name}", curves, others, plots / f"scaling-{scenario.name.lower()}.png")
 
 
-def outage_jobs(seed: int) -> Trace:
-    """An hour at half the load that 8 fast and 16 slow workers can take, in bursts."""
+OUTAGE = Outage("gpu", 1200, 1800)
+FAST, SLOW, SLOWDOWN = 8, 16, 6.0
+
+
+def outage_jobs(seed: int, hours: int) -> Trace:
+    """Hours at half the load that 8 fast and 16 slow workers can take, in bursts."""
     rng = random.Random(seed)
     shape, at = 0.25, 0.0
     arrivals: list[float] = []
-    while at < 3600:
+    while at < 3600 * hours:
         at += rng.gammavariate(shape, 1 / (1.07 * shape))
         arrivals.append(at)
     return Trace(f"bursty, seed {seed}", arrivals, [rng.expovariate(1 / 5) for _ in arrivals])
 
 
-def two_tiers(plain_maximum: int) -> Pool:
-    """Eight accelerated workers, and some without, none of them at rest."""
+def two_tiers(fast: Replicas, slow: Replicas, *, rebalance: bool) -> Pool:
+    """Accelerated workers, and some without."""
     template = {"spec": {"containers": [{"name": "worker"}]}}
     gpu = {
         "name": "gpu",
         "queue": "g",
         "accelerator": {"resource": "nvidia.com/gpu"},
-        "replicas": {"max": 8},
+        "replicas": fast,
         "template": template,
     }
-    cpu = {"name": "cpu", "queue": "c", "replicas": {"max": plain_maximum}, "template": template}
-    spec = {"app": "simulated", "broker": {"url": "redis://simulated"}, "tiers": [gpu, cpu]}
+    cpu = {"name": "cpu", "queue": "c", "replicas": slow, "template": template}
+    spec = {
+        "app": "simulated", "broker": {"url": "redis://simulated"}, "tiers": [gpu, cpu], "routing": {"rebalance": rebalance},
+    }  # fmt: skip
     return Pool("simulation", "outage", "simulation/outage", 1, 0.0, WorkerPoolSpec.model_validate(spec))
 
 
+def one_queue(jobs: Trace) -> list[float]:
+    """The waits of ideal late binding.
+
+    8 fast and 16 slow workers that are always there take the head of one queue, the fast first. The fast are gone for the outage,
+    give back what they had, and return at its very end.
+    """
+    waits: dict[int, float] = {}
+    events: list[tuple[float, int, int]] = [(at, _COMES, job) for job, at in enumerate(jobs.arrivals)]
+    events += [(OUTAGE.start, _FAST_GONE, 0), (OUTAGE.end, _FAST_BACK, 0)]
+    heapq.heapify(events)
+    fast, slow, queue, running = FAST, SLOW, list[int](), dict[int, float]()
+    while events:
+        now, what, job = heapq.heappop(events)
+        if what == _COMES:
+            heapq.heappush(queue, job)
+        elif what == _FAST_GONE:
+            for cut in running:
+                heapq.heappush(queue, cut)
+            fast, running = 0, {}
+        elif what == _FAST_BACK:
+            fast = FAST
+        elif what == _SLOW_ENDS:
+            slow += 1
+        elif running.get(job) == now:
+            del running[job]
+            fast += 1
+        while queue and (fast or slow):
+            job = heapq.heappop(queue)
+            waits.setdefault(job, now - jobs.arrivals[job])
+            if fast:
+                fast, running[job] = fast - 1, now + jobs.services[job]
+                heapq.heappush(events, (running[job], _FAST_ENDS, job))
+            else:
+                slow -= 1
+                heapq.heappush(events, (now + SLOWDOWN * jobs.services[job], _SLOW_ENDS, job))
+    return [waits[job] for job in range(len(jobs))]
+
+
+_COMES, _FAST_GONE, _FAST_BACK, _FAST_ENDS, _SLOW_ENDS = range(5)
+
+
 def run_outage() -> None:
-    """All accelerators are gone for ten minutes of an hour; jobs run six times as long without one."""
+    """All accelerators are gone for ten minutes; jobs run six times as long without one."""
     print("\n### Outage: all accelerated workers gone for 10 minutes, jobs 6 times slower without, starts of 45 s\n")
-    print("| most plain workers | waiting jobs may still move | p50 s | p95 s | p99 s | max s | GPU-h | CPU-h |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| hours | accelerated | plain | waiting jobs move | p50 s | p95 s | p99 s | max s | GPU-h | CPU-h |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    always = Replicas(min=FAST, max=FAST), Replicas(min=SLOW, max=SLOW)
+    from_zero = [(Replicas(max=FAST), Replicas(max=plain)) for plain in (SLOW, 24, 40)]
+    for hours in (1, 4):
+        for fast, slow in (always, *from_zero):
+            for rebalance in (False, True):
+                outage_row(hours, fast, slow, rebalance=rebalance)
+        waits = [sorted(one_queue(outage_jobs(seed, hours))) for seed in range(1, 6)]
+        means = [statistics.fmean(quantile(one, part) for one in waits) for part in (0.5, 0.95, 0.99, 1.0)]
+        print(f"| {hours} | {FAST} | {SLOW} | one queue for all | {' | '.join(f'{value:.0f}' for value in means)} | | |")
+
+
+def outage_row(hours: int, fast: Replicas, slow: Replicas, *, rebalance: bool) -> None:
+    """Means of five seeds."""
     start: Callable[[random.Random], float] = lambda _: 45.0  # noqa: E731
-    for maximum in (16, 40):
-        for late_binding in (False, True):
-            results = []
-            for seed in range(1, 6):
-                tiers = (TierSetup("gpu", start), TierSetup("cpu", start, slowdown=6.0))
-                world = World(tiers, outages=(Outage("gpu", 1200, 1800),), late_binding=late_binding)
-                found = engine.run(outage_jobs(seed), world, Operator(two_tiers(maximum)))
-                waits = sorted(found.waits)
-                hours = [seconds / 3600 for seconds in found.replica_seconds.values()]
-                results.append((*(quantile(waits, part) for part in (0.5, 0.95, 0.99)), waits[-1], *hours))
-            means = [statistics.fmean(column) for column in zip(*results, strict=True)]
-            shown = " | ".join(f"{value:.0f}" for value in means[:4]) + " | " + " | ".join(f"{value:.1f}" for value in means[4:])
-            print(f"| {maximum} | {'yes' if late_binding else 'no'} | {shown} |")
+    results = []
+    for seed in range(1, 6):
+        tiers = (TierSetup("gpu", start, initial=fast.min), TierSetup("cpu", start, slowdown=SLOWDOWN, initial=slow.min))
+        world = World(tiers, outages=(OUTAGE,))
+        found = engine.run(outage_jobs(seed, hours), world, Operator(two_tiers(fast, slow, rebalance=rebalance)))
+        waits = sorted(found.waits)
+        spent = [seconds / 3600 for seconds in found.replica_seconds.values()]
+        results.append((*(quantile(waits, part) for part in (0.5, 0.95, 0.99, 1.0)), *spent))
+    means = [statistics.fmean(column) for column in zip(*results, strict=True)]
+    shown = " | ".join(f"{value:.0f}" for value in means[:4]) + " | " + " | ".join(f"{value:.1f}" for value in means[4:])
+    bounds = " | ".join(f"{tier.min} to {tier.max}" if tier.min < tier.max else f"{tier.max}" for tier in (fast, slow))
+    print(f"| {hours} | {bounds} | {'yes' if rebalance else 'no'} | {shown} |", flush=True)
 
 
 def run_speed() -> None:

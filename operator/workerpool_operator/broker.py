@@ -19,9 +19,10 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 
-from workerpool_operator import salvage
+from workerpool_operator import moving, salvage
 from workerpool_operator.observation import BrokerReading, QueueReading, Served, Unavailable
 from workerpool_operator.ports import NO_MARKS, Marks, Pool
+from workerpool_operator.rebalancing import Transfer
 from workerpool_routing.ledger import CorruptEntry, Job
 from workerpool_routing.wire import (
     CAPACITY_LIFE_MS,
@@ -134,6 +135,13 @@ class RedisBroker:
         with _logged(pool):
             sentences += await salvage.sweep(self._client(url), pool)
         return sentences
+
+    async def rebalance(self, url: str, pool: Pool, policy: Policy, transfer: Transfer) -> int:
+        """Move waiting jobs from one tier's queue to another's; return how many moved."""
+        moved = 0
+        with _logged(pool):
+            moved += await moving.move(self._client(url), pool.keys, policy, transfer)
+        return moved
 
     async def job(self, url: str, pool: Pool, task_id: str) -> Job | Unavailable | None:
         """The ledger's entry of a job, None when it has none (any more)."""

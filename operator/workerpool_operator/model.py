@@ -266,6 +266,7 @@ class Routing(_Model):
     tasks: Annotated[tuple[TaskRoute, ...], Field(max_length=128)] = ()
     max_wait_seconds: Annotated[Int, Field(ge=1, le=86400)] | None = None
     fallback: Fallback = Fallback()
+    rebalance: Bool = True
 
 
 class Scaling(_Model):

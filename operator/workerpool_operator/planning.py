@@ -9,6 +9,7 @@ from workerpool_operator import drain, scaling
 from workerpool_operator.model import Mode, Tier, WorkerPoolSpec
 from workerpool_operator.observation import BrokerReading, Phase, QueueReading, TierReplicas, Unavailable
 from workerpool_operator.ports import Marks, Pool
+from workerpool_routing.decide import Load
 from workerpool_routing.wire import Capacity, Policy, TaskPolicy, TierCapacity, TierPolicy
 
 _PAUSED = "mode: Paused: nothing is decided, the count is what was seen"
@@ -143,6 +144,22 @@ def _capacity(plan: TierPlan) -> TierCapacity:
         # Where one worker cannot be placed or does not come up, another would not either.
         startable=0 if stuck else slots * max(0, plan.tier.replicas.max - plan.decision.replicas),
         unschedulable=slots * plan.workers.count(Phase.UNSCHEDULABLE),
+    )
+
+
+def loads(plans: list[TierPlan]) -> Mapping[str, Load]:
+    """Every tier as admission measures it, ``service`` being the mean over all its jobs; none where a queue was not read."""
+    coming = capacity(plans).tiers
+    return {plan.tier.name: _load(plan.queue, coming[plan.tier.name]) for plan in plans if plan.queue}
+
+
+def _load(queue: QueueReading, capacity: TierCapacity) -> Load:
+    return Load(
+        waiting=queue.waiting,
+        in_flight=queue.in_flight,
+        ready=sum(worker.slots for worker in queue.workers),
+        coming=capacity.starting + capacity.startable,
+        service=queue.served.seconds / queue.served.jobs if queue.served.jobs else None,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from workerpool_operator.model import WorkerPoolSpec
 from workerpool_operator.observation import BrokerReading, TierReplicas, Unavailable
+from workerpool_operator.rebalancing import Transfer
 from workerpool_operator.status import Event, Status
 from workerpool_routing.wire import Capacity, Keyspace, Policy
 
@@ -78,6 +79,9 @@ class Broker(Protocol):
 
     async def sweep(self, url: str, pool: Pool) -> list[str]:
         """Find jobs that no worker holds any more and that no lost worker accounts for; return a sentence for each."""
+
+    async def rebalance(self, url: str, pool: Pool, policy: Policy, transfer: Transfer) -> int:
+        """Move waiting jobs from one tier's queue to another's; return how many moved."""
 
     async def keep_only(self, pools: Sequence[tuple[str, Pool]]) -> None:
         """Let go of every broker but those of these URLs and pools."""

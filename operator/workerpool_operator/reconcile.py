@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from workerpool_operator import conditions, planning, sharing
+from workerpool_operator import conditions, planning, rebalancing, sharing
 from workerpool_operator.model import Mode
 from workerpool_operator.observation import BrokerReading, TierReplicas, Unavailable
 from workerpool_operator.planning import TierPlan
@@ -225,7 +225,7 @@ class Reconciler:
     async def _tell(
         self, pool: Pool, url: str, reading: BrokerReading | Unavailable, plans: list[TierPlan]
     ) -> Unavailable | None:
-        """Publish and reap; return why the broker took nothing, where it could be read."""
+        """Publish, reap and rebalance; return why the broker took nothing, where it could be read."""
         if isinstance(reading, Unavailable):
             self._reaper.saw(pool, reading)
             return None
@@ -235,7 +235,15 @@ class Reconciler:
         # A Redis that takes no write takes no presence either: workers that live fall silent there.
         self._reaper.saw(pool, refused or reading)
         await self._reaper.reap(pool, url, reading)
+        if pool.spec.routing.rebalance and plans and not refused:
+            await self._rebalance(pool, url, plans)
         return refused
+
+    async def _rebalance(self, pool: Pool, url: str, plans: list[TierPlan]) -> None:
+        policy, spilled = planning.policy(pool.spec), {plan.tier.name: plan.spilled or 0 for plan in plans}
+        for transfer in rebalancing.transfers(policy, planning.loads(plans), spilled):
+            if moved := await self._broker.rebalance(url, pool, policy, transfer):
+                logger.info("%s: %d waiting jobs go %s", pool.id, moved, transfer.message)
 
     def _forget_all_but(self, uids: set[str]) -> None:
         self._reaper.forget_all_but(uids)

@@ -63,6 +63,7 @@ class Reason(StrEnum):
     ADMISSION_FAILED = "AdmissionFailed"
     ATTEMPT_FAILED = "AttemptFailed"
     ATTEMPT_LOST = "AttemptLost"
+    REBALANCED = "Rebalanced"
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,4 +252,5 @@ _WORDS = {
     Reason.ADMISSION_FAILED: "the admission script failed, the last tier takes the job",
     Reason.ATTEMPT_FAILED: "its accelerated attempt failed",
     Reason.ATTEMPT_LOST: "the worker of its last attempt was lost",
+    Reason.REBALANCED: "it waited elsewhere, and this tier starts it sooner",
 }

@@ -22,6 +22,7 @@ from workerpool_routing.wire import (
     ENDED_JOB_LIFE_SECONDS,
     HEADER,
     JOB_LIFE_SECONDS,
+    MESSAGE_LIMIT_BYTES,
     SCHEMA_VERSION,
     Keyspace,
     Milliseconds,
@@ -42,6 +43,10 @@ ERROR_CHARACTERS = 1_000
 
 MISSING_MS = 4_000
 """A message that is nowhere for this long was lost by a worker that died between taking and recording it."""
+
+
+PLACES = 100
+"""How far from the head of a queue a job that moves there looks for its place by age."""
 
 
 class State(StrEnum):
@@ -318,6 +323,41 @@ def move(
     )  # fmt: skip
 
 
+def may_move(job: Job, source: TierPolicy, target: TierPolicy) -> bool:
+    """Whether a job that waits on ``source`` may wait on ``target`` instead: one that nobody has started and that is not bound to
+    its tier, away from the accelerated tier that it asked for, or home again.
+    """
+    waits = job.state is State.ADMITTED and job.tier == source.name and not job.required and not job.runs
+    leaves = job.tier == job.wanted and source.accelerated and not target.accelerated
+    return waits and (leaves or target.name == job.wanted)
+
+
+def rebalance(keys: Keyspace, job: Job, source: TierPolicy, target: TierPolicy, *, raw: str, delivery_tag: str) -> Call:
+    """Arguments of ``rebalance.lua``: a waiting job goes to the queue of another tier, to the place of its age.
+
+    Args:
+        keys: the pool's.
+        job: as the caller has read it; the script refuses when that is no longer so.
+        source: where it waits.
+        target: where it goes.
+        raw: its message as it stands in its list.
+        delivery_tag: a fresh one.
+    """
+    message = json.loads(raw)
+    priority = priority_of(message)
+    renewed = rewrite(message, queue=target.queue, attempt=job.attempt, delivery_tag=delivery_tag)
+    return Call(
+        [
+            keys.job(job.task_id), keys.queue_list(source.queue, priority), keys.queue_list(target.queue, priority),
+            keys.waiting(source.name), keys.waiting(target.name), keys.spilled(job.wanted), keys.routes,
+        ],
+        [
+            job.task_id, job.attempt, source.name, raw, json.dumps(renewed), target.name, target.queue, Reason.REBALANCED,
+            JOB_LIFE_SECONDS, MESSAGE_LIMIT_BYTES, PLACES,
+        ],
+    )  # fmt: skip
+
+
 def again(policy: Policy, job: Job) -> Move | None:
     """The same attempt on the same tier, for a worker that has to leave; None when the tier is no longer in the policy."""
     own = policy.tier(job.tier)
@@ -346,7 +386,7 @@ def requeue(keys: Keyspace, tier: str, *, tag: str, raw: str, delivery_tag: str)
     task_id, attempt = str(headers.get("id")), (headers.get(HEADER) or {}).get("attempt", "")
     return Call(
         [keys.unacked(tier), keys.unacked_index(tier), list_name, keys.job(task_id), keys.waiting(tier)],
-        [tag, json.dumps(renewed), queue, task_id, attempt],
+        [tag, json.dumps(renewed), queue, task_id, attempt, tier],
     )
 
 
@@ -356,7 +396,7 @@ def republish(keys: Keyspace, job: Job, tier: TierPolicy, *, delivery_tag: str) 
     renewed = rewrite(message, queue=tier.queue, attempt=job.attempt, delivery_tag=delivery_tag)
     return Call(
         [keys.job(job.task_id), keys.queue_list(tier.queue, priority_of(message))],
-        [job.attempt, json.dumps(renewed), MISSING_MS, wake_channel(keys.prefix), keys.pool],
+        [job.attempt, json.dumps(renewed), MISSING_MS, wake_channel(keys.prefix), keys.pool, tier.name],
     )
 
 

@@ -40,6 +40,8 @@ def end(how: str) -> None:
         sys.exit(3)
     if how == "hang":
         time.sleep(60)
+    while how == "gate" and not app.backend.client.get("gate"):
+        time.sleep(0.05)
 
 
 @app.task  # type: ignore[untyped-decorator]

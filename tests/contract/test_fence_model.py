@@ -23,9 +23,10 @@ from redis import Redis
 from redis import asyncio as aioredis
 from tests.contract.seeds import make_pool
 
-from workerpool_operator import planning, salvage
+from workerpool_operator import moving, planning, salvage
 from workerpool_operator.local.redis_server import private_redis
 from workerpool_operator.ports import Pool
+from workerpool_operator.rebalancing import Transfer
 from workerpool_routing import ledger
 from workerpool_routing.connection import Connection
 from workerpool_routing.ledger import Claim, Job, State
@@ -79,6 +80,9 @@ class World:
         job = Job.load(JOB, self.client.hgetall(self.pool.keys.job(JOB)))
         assert job
         return job
+
+    def waits_for_its_first_start(self) -> bool:
+        return not self.job().runs and any(place.startswith("queue") for place in self.places())
 
     def places(self) -> list[str]:
         """Everywhere that a message of the job is."""
@@ -360,23 +364,61 @@ class Fence(RuleBasedStateMachine):
         assert job.state.ended or self.world.places() or job.message, "nobody has it"
 
 
-def test_in_any_order_a_job_has_one_outcome_and_is_never_lost(
-    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+class Rebalanced(Fence):
+    """The same, while an operator moves what waits from one tier to the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moves: list[str] = []
+
+    @precondition(lambda self: self.world.waits_for_its_first_start())
+    @rule(away=st.booleans(), steps=st.integers(0, 2))
+    def an_operator_moves_it_to_another_tier_whose_worker_may_take_it(self, away: bool, steps: int) -> None:
+        """Copies of it may be with workers; what one has claimed stays."""
+        before = self.world.job()
+        source, target = ("gpu", "cpu") if away else ("cpu", "gpu")
+        policy = planning.policy(self.world.pool.spec)
+
+        async def once() -> int:
+            client = aioredis.Redis.from_url(self.world.url, decode_responses=True)
+            try:
+                return await moving.move(client, self.world.pool.keys, policy, Transfer(source, target, 1, "here"))
+            finally:
+                await client.aclose()
+
+        if asyncio.run(once()):
+            assert (before.state, before.tier, self.world.job().tier) == (State.ADMITTED, source, target)
+            assert not before.runs
+            self.moves.append(target)
+            Fence.reached.add(f"moved to {' and '.join(self.moves)}")
+            if taken := self._take(target) if steps else None:
+                for step in (self._hold, self._claim)[:steps]:
+                    step(taken)
+
+
+def explore(
+    fence: type[Fence], url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, *, examples: int
 ) -> None:
     caplog.set_level(logging.ERROR, "workerpool_routing.worker")
     monkeypatch.setattr(ledger, "MISSING_MS", 0)
-    Fence.url, Fence.reached = url, set()
+    fence.url, Fence.reached = url, set()
     run_state_machine_as_test(
-        Fence,
+        fence,
         settings=settings(
             derandomize=True,
-            max_examples=100,
+            max_examples=examples,
             stateful_step_count=40,
             deadline=None,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+def test_in_any_order_a_job_has_one_outcome_and_is_never_lost(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    explore(Fence, url, monkeypatch, caplog, examples=100)
     # A model that never gets anywhere would hold too.
     assert {f"claim {c}" for c in Claim if c not in (Claim.UNKNOWN, Claim.CORRUPT, Claim.FINISHING)} <= Fence.reached
     assert {
@@ -390,3 +432,13 @@ def test_in_any_order_a_job_has_one_outcome_and_is_never_lost(
         "ended done",
         "ended failed",
     } <= Fence.reached
+
+
+def test_it_is_so_too_while_an_operator_moves_waiting_jobs_between_the_tiers(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    explore(Rebalanced, url, monkeypatch, caplog, examples=50)
+    assert {
+        "moved to cpu", "moved to cpu and gpu", "claim run", "claim stale", "raised MOVED", "dropped", "ended done",
+        "ended failed",
+    } <= Fence.reached  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 
 from workerpool_routing import ledger
 from workerpool_routing.decide import Reason
-from workerpool_routing.ledger import Claim, CorruptEntry, Job, Move, State, after_failure, after_loss
+from workerpool_routing.ledger import Claim, CorruptEntry, Job, Move, Run, State, after_failure, after_loss
 from workerpool_routing.wire import (
     ENDED_JOB_LIFE_SECONDS,
     HEADER,
@@ -252,6 +252,7 @@ def test_the_scripts_know_the_states_by_their_names() -> None:
         ("hold", ledger.hold(KEYS, "gpu", tag="a", value="b")),
         ("requeue", ledger.requeue(KEYS, "gpu", tag="a", raw=RAW, delivery_tag="fresh")),
         ("republish", ledger.republish(KEYS, replace(JOB, message=json.dumps(json.loads(RAW)[0])), GPU, delivery_tag="fresh")),
+        ("rebalance", ledger.rebalance(KEYS, JOB, GPU, CPU, raw=json.dumps(json.loads(RAW)[0]), delivery_tag="fresh")),
         ("aside", ledger.aside(KEYS, "gpu", "t1", tag="a", reason="b", message="c")),
         (
             "settle",
@@ -265,6 +266,30 @@ def test_a_script_reads_exactly_the_keys_and_arguments_that_it_is_given(name: st
     text = ledger.script(name)
     for array, given in (("KEYS", call.keys), ("ARGV", call.args)):
         assert {int(n) for n in re.findall(rf"{array}\[(\d+)\]", text)} == set(range(1, len(given) + 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "source", "target", "moves"),
+    [
+        ({}, GPU, CPU, True),
+        ({"tier": "cpu"}, CPU, GPU, True),
+        ({"required": True}, GPU, CPU, False),
+        ({"tier": "cpu", "wanted": "cpu"}, CPU, GPU, False),
+        ({"tier": "cpu"}, GPU, CPU, False),
+        ({"state": State.CLAIMED}, GPU, CPU, False),
+        ({"state": State.FINISHING}, GPU, CPU, False),
+        ({"runs": (Run(1, "gpu", "w.1", Milliseconds(1)),)}, GPU, CPU, False),
+        ({"tier": "cpu", "attempt": 2, "runs": (Run(1, "gpu", "w.1", Milliseconds(1)),)}, CPU, GPU, False),
+    ],
+    ids=[
+        "away", "home", "required", "plain", "elsewhere", "claimed", "finishing", "started before", "fell back",
+    ],
+)  # fmt: skip
+def test_a_waiting_job_may_leave_the_tier_that_it_asked_for_and_come_home(
+    changes: dict[str, Any], source: TierPolicy, target: TierPolicy, moves: bool
+) -> None:
+    waiting = replace(JOB, state=State.ADMITTED, owner="", tag="")
+    assert ledger.may_move(replace(waiting, **changes), source, target) is moves
 
 
 def test_every_start_is_read_with_its_end_and_its_error() -> None:

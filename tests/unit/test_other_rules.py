@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import pytest
+from benchmarks import scaling
 from benchmarks.rules import BacklogPerInstance, DelayedOff, Judoscale, Knative, Rule, Static, backlog_target, knative_clamp
 
 from workerpool_operator.model import Replicas
 from workerpool_operator.simulation.compare import Setting, pool_of, tier_of
-from workerpool_operator.simulation.engine import Controller, Pod, Tier, TierSetup
+from workerpool_operator.simulation.engine import Controller, Outage, Pod, Tier, TierSetup
 from workerpool_operator.simulation.policies import Keda, hpa, hpa_up
+from workerpool_operator.simulation.trace import Trace
 
 pytestmark = pytest.mark.unit
 
@@ -118,3 +120,12 @@ def test_no_rule_leaves_its_bounds() -> None:
         BacklogPerInstance(acceptable_wait=1, mean_service=1, maximum=3),
     ]
     assert [obeyed(rule, [(0, 50, 0)], desired=1) for rule in rules] == [[3], [3], [3]]
+
+
+def test_one_queue_for_all_serves_the_oldest_first_and_counts_a_wait_to_the_first_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "FAST", 1)
+    monkeypatch.setattr(scaling, "SLOW", 1)
+    monkeypatch.setattr(scaling, "OUTAGE", Outage("gpu", 12.0, 32.0))
+    # The first is on the fast one until 10, the second on the slow one until 61; the third starts fast at 10 and is cut off at
+    # 12, so that the fourth starts after it, when it is done at 32 + 5.
+    assert scaling.one_queue(Trace("by hand", [0, 1, 2, 13], [10, 10, 5, 1])) == [0, 0, 8, 24]

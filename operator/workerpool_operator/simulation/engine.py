@@ -11,12 +11,14 @@ import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import merge
 from typing import Protocol
 
 from workerpool_operator.observation import Phase, Replica, TierReplicas
+from workerpool_operator.rebalancing import Transfer
 from workerpool_operator.simulation.trace import Trace
 from workerpool_routing import decide as routing
-from workerpool_routing.wire import PRESENCE_LIFE_MS, TierPolicy
+from workerpool_routing.wire import PRESENCE_LIFE_MS, Milliseconds, Presence, TierPolicy
 
 GRACE_SECONDS = 30.0
 """How long a worker that is told to stop may still work, the default of Kubernetes."""
@@ -63,14 +65,12 @@ class World:
     Attributes:
         look_seconds: the time between two looks of the controller.
         lag_seconds: from what a look saw to what it changed.
-        late_binding: whether jobs that wait may still move to the tier that can start them sooner.
     """
 
     tiers: Sequence[TierSetup]
     look_seconds: float = 1.0
     lag_seconds: float = 0.0
     outages: Sequence[Outage] = ()
-    late_binding: bool = False
     seed: int = 0
 
 
@@ -103,7 +103,7 @@ class Tier:
         self.killed = 0
         self.seconds = 0.0
         self.coming = 0
-        self.ghost_slots = 0
+        self.ghosts: list[Pod] = []
         self.down = False
         self.served_seconds = 0.0
         self.served_squares = 0.0
@@ -129,6 +129,11 @@ class Tier:
         """Workers that hold a job."""
         return sum(bool(pod.jobs) for pod in self.pods)
 
+    def workers(self) -> tuple[Presence, ...]:
+        """What the workers report, the vanished ones too while nobody misses them."""
+        there = [pod for pod in self.pods if pod.ready_at is not None and not pod.closing]
+        return tuple(_presence(pod) for pod in (*there, *self.ghosts))
+
     def replicas(self) -> TierReplicas:
         """The workers as the operator sees them."""
         if self._replicas is None:
@@ -141,16 +146,22 @@ def _replica(pod: Pod) -> Replica:
     return Replica(pod.name, Phase.STOPPING if pod.closing else phase, pod.ordered_at, pod.ready_at)
 
 
+def _presence(pod: Pod) -> Presence:
+    tier, never = pod.tier, Milliseconds(0)
+    return Presence(pod.name, pod.name, tier.name, tier.name, tier.concurrency, len(pod.jobs), since=never, at=never)
+
+
 @dataclass(frozen=True, slots=True)
 class Orders:
     """What a controller wants: replicas by tier, and when it wants to be asked again even if nothing happens.
 
-    ``coming`` is what the routers are told: slots on their way or still to be had.
+    ``coming`` is what the routers are told: slots on their way or still to be had; ``transfers`` are waiting jobs that move.
     """
 
     replicas: Mapping[str, int]
     again_at: float
     coming: Mapping[str, int] = field(default_factory=dict)
+    transfers: Sequence[Transfer] = ()
 
 
 class Controller(Protocol):
@@ -194,7 +205,8 @@ class _Run:
         self.now = 0.0
         self.look_at = float("inf")
         self.again_at = 0.0
-        self.wanted = [self.first.name] * len(trace) if len(self.tiers) > 1 else []
+        self.routed = len(self.tiers) > 1
+        self.spilling = False
         self.outcome = Outcome([-1.0] * len(trace), [0.0] * len(trace), {}, 0, 0)
         self.open = len(trace)
 
@@ -253,8 +265,8 @@ class _Run:
 
     def _arrive(self, job: int) -> None:
         tier = self.first
-        if self.wanted:
-            tier = self._routed()
+        if self.routed:
+            tier = self._route()
             if tier is not self.first:
                 self.first.spilled += 1
         tier.arrived += 1
@@ -262,12 +274,15 @@ class _Run:
         self._dispatch(tier)
         self._changed()
 
-    def _routed(self) -> Tier:
-        return (self.first, self.last)[self._verdict().index]
-
-    def _verdict(self) -> routing.Verdict:
-        """The library's own rule, service times unknown."""
-        return routing.place(_CANDIDATES, (_load(self.first), _load(self.last)), limit=None)
+    def _route(self) -> Tier:
+        """The library's own rule; all jobs are of one task."""
+        loads = (_load(self.first), _load(self.last))
+        verdict = routing.place(_CANDIDATES, loads, limit=None, spilling=self.spilling)
+        if verdict.reason is routing.Reason.WAIT_TOO_LONG:
+            self.spilling = True
+        elif verdict.reason in (routing.Reason.FREE_SLOT, routing.Reason.WORTH_THE_WAIT):
+            self.spilling = False
+        return (self.first, self.last)[verdict.index]
 
     def _dispatch(self, tier: Tier) -> None:
         while tier.waiting and tier.idle:
@@ -280,8 +295,6 @@ class _Run:
         if self.outcome.waits[job] < 0:
             self.outcome.waits[job] = wait
             self.outcome.starts[job] = self.now
-        if self.wanted and tier is not self.first and self.wanted[job]:
-            self.wanted[job] = ""
         end = self.now + self.trace.services[job] * tier.setup.slowdown
         pod.jobs[job] = end
         tier.in_flight += 1
@@ -297,7 +310,7 @@ class _Run:
         seconds = self.trace.services[job] * tier.setup.slowdown
         tier.served_seconds += seconds
         tier.served_squares += seconds * seconds
-        if self.wanted and tier is not self.first:
+        if self.routed and tier is not self.first:
             self.first.spilled -= 1
         self.open -= 1
         if pod.closing:
@@ -343,7 +356,7 @@ class _Run:
                 self._at(self.now + tier.setup.start_seconds(self.rng), _READY, pod)
             tier.changed()
             return
-        tier.ghost_slots = sum(tier.concurrency for pod in tier.pods if pod.ready_at is not None)
+        tier.ghosts = [pod for pod in tier.pods if pod.ready_at is not None]
         for pod in list(tier.pods):
             lost = list(pod.jobs)
             pod.jobs.clear()
@@ -354,7 +367,7 @@ class _Run:
 
     def _recover(self, tier: Tier, jobs: Sequence[int]) -> None:
         """The jobs of a lost worker go to the last tier, ahead of what waits there."""
-        tier.ghost_slots = 0
+        tier.ghosts = []
         tier.in_flight -= len(jobs)
         to = self.last
         if to is not tier:
@@ -383,24 +396,18 @@ class _Run:
             self._at(self.now + self.world.lag_seconds, _ACT, orders)
         else:
             self._act(orders)
-        if self.world.late_binding:
-            self._rebind()
         first = self.first
         self.outcome.series.append((self.now, len(first.waiting), first.ready(), first.desired))
         self._look_by(max(orders.again_at, self.now + self.world.look_seconds))
 
-    def _rebind(self) -> None:
-        """Waiting jobs go where a slot is free, and away from where the routers would not send them now."""
-        first, last = self.first, self.last
-        if self._verdict().reason is routing.Reason.NO_CAPACITY:
-            last.waiting = deque(sorted((*first.waiting, *last.waiting)))
-            self.first.spilled += len(first.waiting)
-            first.waiting.clear()
-            self._dispatch(last)
-        while last.waiting and _load(first).free > 0:
-            first.waiting.append(last.waiting.popleft())
-            first.spilled -= 1
-            self._dispatch(first)
+    def _shift(self, transfer: Transfer) -> None:
+        """The oldest go, and take the place that is theirs by age; jobs are numbered in order of arrival."""
+        source, target = self.tiers[transfer.source], self.tiers[transfer.target]
+        moved = [source.waiting.popleft() for _ in range(min(transfer.jobs, len(source.waiting)))]
+        target.waiting = deque(merge(moved, target.waiting))
+        target.arrived += len(moved)
+        self.first.spilled += len(moved) if source is self.first else -len(moved)
+        self._dispatch(target)
 
     def _act(self, orders: Orders) -> None:
         for name, replicas in orders.replicas.items():
@@ -410,6 +417,8 @@ class _Run:
                 self._scale(tier, replicas)
         for name, slots in orders.coming.items():
             self.tiers[name].coming = slots
+        for transfer in orders.transfers:
+            self._shift(transfer)
 
     def _scale(self, tier: Tier, replicas: int) -> None:
         tier.desired = replicas
@@ -468,5 +477,6 @@ _CANDIDATES = routing.Candidates(
 
 
 def _load(tier: Tier) -> routing.Load:
-    ready = tier.concurrency * tier.ready() + tier.ghost_slots
-    return routing.Load(len(tier.waiting), tier.in_flight, ready, tier.coming)
+    ready = tier.concurrency * (tier.ready() + len(tier.ghosts))
+    service = tier.served_seconds / tier.finished if tier.finished else None
+    return routing.Load(len(tier.waiting), tier.in_flight, ready, tier.coming, service=service)

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from workerpool_operator import planning
+from workerpool_operator import planning, rebalancing
 from workerpool_operator.observation import BrokerReading, QueueReading, Served
 from workerpool_operator.ports import Pool
 from workerpool_operator.simulation.engine import Orders, Tier
@@ -25,24 +25,28 @@ class Operator:
 
     def look(self, tiers: Mapping[str, Tier], now: float) -> Orders:
         """Plan as :meth:`workerpool_operator.reconcile.Reconciler.reconcile_once` does."""
-        readings = {name: _reading(tier) for name, tier in tiers.items()}
+        readings = {name: _reading(tier, routed=len(tiers) > 1) for name, tier in tiers.items()}
         routes = {f"{name}:": tier.arrived for name, tier in tiers.items()}
         reading = BrokerReading(readings, "", Milliseconds(int(now * 1000)), routes)
         workers = {name: tier.replicas() for name, tier in tiers.items()}
         plans = planning.plan(self._pool, reading, workers, self._memory, now)
         self._memory = {plan.tier.name: planning.Memory(plan.decision.memory) for plan in plans}
-        coming = {}
-        if len(plans) > 1:
-            capacity = planning.capacity(plans).tiers
-            coming = {name: tier.starting + tier.startable for name, tier in capacity.items()}
-        return Orders(
-            {plan.tier.name: plan.decision.replicas for plan in plans}, min(plan.decision.again_at for plan in plans), coming
-        )
+        replicas = {plan.tier.name: plan.decision.replicas for plan in plans}
+        again_at = min(plan.decision.again_at for plan in plans)
+        if len(plans) == 1:
+            return Orders(replicas, again_at)
+        loads = planning.loads(plans)
+        coming = {name: load.coming for name, load in loads.items()}
+        if not self._pool.spec.routing.rebalance:
+            return Orders(replicas, again_at, coming)
+        spilled = {name: tier.spilled for name, tier in tiers.items()}
+        return Orders(replicas, again_at, coming, rebalancing.transfers(planning.policy(self._pool.spec), loads, spilled))
 
 
-def _reading(tier: Tier) -> QueueReading:
+def _reading(tier: Tier, *, routed: bool) -> QueueReading:
     served = Served(tier.finished, tier.served_seconds, tier.served_squares)
-    return QueueReading(len(tier.waiting), tier.in_flight, tier.spilled, served=served)
+    # Who is there matters to the routers alone.
+    return QueueReading(len(tier.waiting), tier.in_flight, tier.spilled, workers=tier.workers() if routed else (), served=served)
 
 
 HPA_SYNC_SECONDS = 15.0

@@ -10,7 +10,7 @@ local moves_on, no_result = ARGV[9] == '1', ARGV[10] == '1'
 local kind = redis.call('TYPE', KEYS[1]).ok
 if kind == 'none' then return 'unknown' end
 if kind ~= 'hash' then return 'corrupt' end
-local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'retries', 'losses', 'required', 'tag', 'runs', 'claim')
+local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'retries', 'losses', 'required', 'tag', 'runs', 'claim', 'left')
 local state = job[1]
 
 if state == 'done' or state == 'failed' or state == 'expired' then return 'ended' end
@@ -18,6 +18,7 @@ local known = state == 'admitted' or state == 'claimed' or state == 'finishing'
 local numbers = tonumber(job[2]) and tonumber(job[3] or 0) and tonumber(job[4] or 0) and tonumber(job[7] or 0)
 if not known or not numbers then return 'corrupt' end
 if tonumber(job[2]) ~= attempt then return 'stale' end
+if state == 'admitted' and job[9] == tier then return 'stale' end
 
 -- The answer was lost on its way, and the client asks again.
 if state == 'claimed' and job[8] == ARGV[11] then return 'run' end
@@ -43,7 +44,7 @@ local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 redis.call('HSET', KEYS[1], 'state', 'claimed', 'tag', tag, 'owner', owner, 'tier', tier, 'retries', retries,
   'stays', moves_on and '0' or '1', 'claim', ARGV[11],
   'claimed_at', now)
-redis.call('HDEL', KEYS[1], 'message', 'missing_at')
+redis.call('HDEL', KEYS[1], 'message', 'missing_at', 'left')
 redis.call('EXPIRE', KEYS[1], life)
 redis.call('SADD', KEYS[2], id)
 redis.call('EXPIRE', KEYS[2], life)

@@ -1,0 +1,91 @@
+"""Which waiting jobs go to another tier: how many, from where to where, and why.
+
+Admission decides once, by what it sees then; an outage, its end, or jobs that took longer than most leave jobs in a queue where
+they would not be put now. They move by admission's own rule (:func:`workerpool_routing.decide.place`), so that the two never
+disagree:
+
+* *Away* from an accelerated tier goes what admission would send elsewhere now: everything where no slot is ready or may still
+  start; else no more than can start at once on the other side.
+* *Home* goes what the slots that are ready there start sooner, until both queues are expected to take as long.
+
+What came home does not leave again for its own sake: it came because the wait there was shorter, and to leave it has to be longer
+by the threshold of admission.
+
+The oldest go first, and what the ledger holds for bound to its tier never goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import inf
+
+from workerpool_routing.decide import Candidates, Load, Reason, explain, place
+from workerpool_routing.wire import Policy, TierPolicy
+
+AT_ONCE = 100
+"""The most jobs that one pass moves between two tiers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Up to ``jobs`` of the oldest jobs that may move go from one tier's queue to another's."""
+
+    source: str
+    target: str
+    jobs: int
+    message: str
+
+
+def transfers(policy: Policy, loads: Mapping[str, Load], spilled: Mapping[str, int]) -> list[Transfer]:
+    """What should move now; at most one transfer for each accelerated tier.
+
+    Args:
+        policy: the pool's tiers.
+        loads: of every tier; ``service`` is the mean over its jobs.
+        spilled: by accelerated tier, how many of its jobs wait or run elsewhere.
+    """
+    plain = [tier for tier in policy.tiers if not tier.accelerated]
+    if not plain:
+        return []
+    found = (_away(tier, plain, loads) or _home(tier, plain, loads, spilled) for tier in policy.tiers if tier.accelerated)
+    return [transfer for transfer in found if transfer]
+
+
+def _away(fast: TierPolicy, plain: list[TierPolicy], loads: Mapping[str, Load]) -> Transfer | None:
+    candidates = Candidates((fast, *plain), accelerated=1)
+    held = [loads[tier.name] for tier in candidates.tiers]
+    serves = held[0].ready + held[0].coming > 0
+    to, jobs, reason = 0, 0, Reason.NO_CAPACITY
+    while held[0].waiting and jobs < AT_ONCE:
+        without = replace(held[0], waiting=held[0].waiting - 1)
+        verdict = place(candidates, [without, *held[1:]], limit=None)
+        if verdict.index == 0 or verdict.wait == inf or verdict.index != (to or verdict.index):
+            break
+        if serves and held[verdict.index].free <= 0:
+            break
+        to, reason, jobs, held[0] = verdict.index, verdict.reason, jobs + 1, without
+        held[to] = replace(held[to], waiting=held[to].waiting + 1)
+    if not jobs:
+        return None
+    return _transfer(fast, candidates.tiers[to], jobs, explain(reason, fast.name, loads[fast.name]))
+
+
+def _home(fast: TierPolicy, plain: list[TierPolicy], loads: Mapping[str, Load], spilled: Mapping[str, int]) -> Transfer | None:
+    source = max(plain, key=lambda tier: (loads[tier.name].waiting > 0, loads[tier.name].wait))
+    # What is only on its way may not come, and would send them back.
+    there, slow, jobs = replace(loads[fast.name], coming=0), loads[source.name], 0
+    most = min(spilled.get(fast.name, 0), slow.waiting, AT_ONCE)
+    while jobs < most:
+        slow = replace(slow, waiting=slow.waiting - 1)
+        if there.wait >= slow.wait:
+            break
+        jobs, there = jobs + 1, replace(there, waiting=there.waiting + 1)
+    if not jobs:
+        return None
+    before, after = loads[source.name].wait, there.wait
+    return _transfer(source, fast, jobs, f"the last of its queue would wait {before:.0f} s, there it waits at most {after:.0f} s")
+
+
+def _transfer(source: TierPolicy, target: TierPolicy, jobs: int, why: str) -> Transfer:
+    return Transfer(source.name, target.name, jobs, f"from {source.name} to {target.name}: {why}")

@@ -1,0 +1,38 @@
+-- Move the message of a job that no worker has started to the queue of another tier, behind what has waited longer there.
+-- A message that a worker has taken is in no list, so that it cannot be moved; of several callers one wins.
+--
+-- KEYS: job, queue list, new queue list, waiting:<tier>, waiting:<new tier>, spilled:<wanted tier>, routes.
+-- ARGV: task id, attempt, tier, the message as it stands in its list, the message for the new list, new tier, new queue, reason, life,
+-- the longest message that the ledger keeps, how far from the head of the new list its place is looked for.
+-- Returns 1 when it moved, 0 when the job, or its message, is no longer where the caller saw it.
+local id, tier, message, to, far = ARGV[1], ARGV[3], ARGV[5], ARGV[6], tonumber(ARGV[11])
+local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'tier', 'required', 'runs', 'wanted', 'admitted_at')
+if job[1] ~= 'admitted' or job[2] ~= ARGV[2] or job[3] ~= tier or job[4] == '1' or job[5] then return 0 end
+if redis.call('LREM', KEYS[2], -1, ARGV[4]) == 0 then return 0 end
+local since = tonumber(redis.call('ZSCORE', KEYS[4], id) or job[7])
+
+local function queued_at(text)
+  local known, score = pcall(function() return redis.call('ZSCORE', KEYS[5], cjson.decode(text).headers.id) end)
+  return known and tonumber(score or nil) or -math.huge
+end
+local line = redis.call('LRANGE', KEYS[3], -far, -1)
+local place = #line
+while place > 0 and queued_at(line[place]) <= since do place = place - 1 end
+if place > 0 then
+  redis.call('LINSERT', KEYS[3], 'AFTER', line[place], message)
+elseif #line == far then
+  redis.call('LINSERT', KEYS[3], 'BEFORE', line[1], message)
+else
+  redis.call('LPUSH', KEYS[3], message)
+end
+
+-- A copy that comes up where it has left counts no more: "left" says so to a claim, a requeue and a sweep.
+redis.call('HSET', KEYS[1], 'tier', to, 'queue', ARGV[7], 'reason', ARGV[8], 'left', tier)
+redis.call('HDEL', KEYS[1], 'missing_at', 'message')
+if #message <= tonumber(ARGV[10]) then redis.call('HSET', KEYS[1], 'message', message) end
+redis.call('EXPIRE', KEYS[1], ARGV[9])
+redis.call('ZREM', KEYS[4], id)
+redis.call('ZADD', KEYS[5], since, id)
+if job[6] == to then redis.call('ZREM', KEYS[6], id) else redis.call('ZADD', KEYS[6], since, id) end
+redis.call('HINCRBY', KEYS[7], to .. ':' .. ARGV[8], 1)
+return 1

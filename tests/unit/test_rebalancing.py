@@ -1,0 +1,127 @@
+"""Which waiting jobs move, from where to where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workerpool_operator.rebalancing import AT_ONCE, Transfer, transfers
+from workerpool_routing.decide import Load
+from workerpool_routing.wire import Policy, TierPolicy
+
+pytestmark = pytest.mark.unit
+
+POLICY = Policy((TierPolicy("gpu", "g", accelerated=True), TierPolicy("cpu", "c", accelerated=False)))
+
+
+def load(waiting: int = 0, busy: int = 0, ready: int = 0, coming: int = 0, service: float | None = None) -> Load:
+    return Load(waiting, busy, ready, coming, service=service)
+
+
+def moves(gpu: Load, cpu: Load, spilled: int = 1_000) -> tuple[str, int] | None:
+    """Where to, and how many."""
+    found = transfers(POLICY, {"gpu": gpu, "cpu": cpu}, {"gpu": spilled})
+    assert len(found) <= 1
+    return (found[0].target, found[0].jobs) if found else None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cpu", "moved"),
+    [
+        (load(12), load(busy=1, ready=1), ("cpu", 12)),
+        (load(12, service=5), load(40, 4, 4, service=30), ("cpu", 12)),
+        (load(12), load(coming=4), ("cpu", 12)),
+        (load(AT_ONCE + 1), load(ready=1), ("cpu", AT_ONCE)),
+        (load(12), load(), None),
+        (load(5, coming=8), load(ready=4), None),
+        (load(9, coming=8), load(ready=4), ("cpu", 2)),
+        (load(9, coming=8), load(busy=4, ready=4), None),
+        (load(9, 1, 1, service=5), load(ready=4, service=30), ("cpu", 4)),
+        (load(9, 1, 1, service=5), load(busy=4, ready=4, service=30), None),
+        (load(1, 8, 8, service=5), load(ready=4, service=30), None),
+        (load(), load(ready=4), None),
+    ],
+    ids=[
+        "an outage: all", "an outage: all, however long the other queue", "an outage: all, workers for them will come",
+        "an outage: so many at once", "nothing anywhere: none", "slots are coming: few wait for them",
+        "slots are coming: those that are too many, one free slot each", "no free slot on the other side: none",
+        "a long queue: as many as start at once", "a long queue, and a busy other side: none", "a short queue: none",
+        "no job: none",
+    ],
+)  # fmt: skip
+def test_jobs_leave_an_accelerated_tier_that_admission_would_not_send_them_to(
+    gpu: Load, cpu: Load, moved: tuple[str, int] | None
+) -> None:
+    assert moves(gpu, cpu) == moved
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cpu", "spilled", "moved"),
+    [
+        (load(ready=8), load(3, 4, 4), 7, ("gpu", 3)),
+        (load(ready=8), load(30, 4, 4), 3, ("gpu", 3)),
+        (load(ready=8, service=5), load(300, 16, 16, service=30), 400, ("gpu", AT_ONCE)),
+        (load(busy=8, ready=8, service=5), load(10, 4, 4, service=30), 400, ("gpu", 10)),
+        (load(20, 8, 8, service=5), load(1, 4, 4, service=30), 400, None),
+        (load(coming=8), load(30, 4, 4), 7, None),
+        (load(ready=8), load(30, 4, 4), 0, None),
+        (load(ready=8), load(0, 4, 4), 4, None),
+    ],
+    ids=[
+        "free slots: what waits", "free slots: those that belong there", "so many at once", "no free slot, but a shorter wait",
+        "a longer wait: none", "slots that may not come: none", "none belong there", "none wait",
+    ],
+)  # fmt: skip
+def test_jobs_come_home_to_slots_that_start_them_sooner(
+    gpu: Load, cpu: Load, spilled: int, moved: tuple[str, int] | None
+) -> None:
+    assert moves(gpu, cpu, spilled) == moved
+
+
+def test_the_transfer_says_why() -> None:
+    (away,) = transfers(POLICY, {"gpu": load(2), "cpu": load(ready=1)}, {})
+    assert away == Transfer(
+        "gpu", "cpu", 2,
+        "from gpu to cpu: gpu: no accelerated slot is free and none can be started"
+        " (0 slots ready, 0 may still start, 0 in flight, 2 waiting)",
+    )  # fmt: skip
+    (home,) = transfers(POLICY, {"gpu": load(ready=1, service=5), "cpu": load(2, 1, 1, service=30)}, {"gpu": 2})
+    assert home.message == "from cpu to gpu: the last of its queue would wait 90 s, there it waits at most 10 s"
+
+
+def test_with_several_tiers_jobs_leave_for_the_one_that_starts_them_soonest_and_return_from_the_slowest() -> None:
+    slow = TierPolicy("slow", "s", accelerated=False)
+    policy = replace(POLICY, tiers=(*POLICY.tiers, slow))
+    loads = {"gpu": load(3), "cpu": load(9, 1, 1), "slow": load(ready=4)}
+    assert [(t.target, t.jobs) for t in transfers(policy, loads, {})] == [("slow", 3)]
+    loads = {"gpu": load(ready=4), "cpu": load(2, 4, 4), "slow": load(9, 1, 1)}
+    assert [(t.source, t.target) for t in transfers(policy, loads, {"gpu": 9})] == [("slow", "gpu")]
+
+
+def test_a_pool_without_both_kinds_of_tier_has_nothing_to_move() -> None:
+    for tier in POLICY.tiers:
+        assert transfers(Policy((tier,)), {tier.name: load(9)}, {}) == []
+
+
+counts = st.integers(0, 30)
+services = st.one_of(st.none(), st.floats(0.01, 600))
+held = st.builds(Load, counts, counts, counts, counts, service=services)
+
+
+@given(gpu=held, cpu=held, spilled=counts)
+def test_a_job_is_never_moved_there_and_back(gpu: Load, cpu: Load, spilled: int) -> None:
+    loads: Mapping[str, Load] = {"gpu": gpu, "cpu": cpu}
+    for transfer in transfers(POLICY, loads, {"gpu": spilled}):
+        assert 0 < transfer.jobs <= loads[transfer.source].waiting
+        after = {
+            name: replace(
+                one, waiting=one.waiting + transfer.jobs * ((name == transfer.target) - (name == transfer.source))
+            )
+            for name, one in loads.items()
+        }  # fmt: skip
+        left = spilled + transfer.jobs * (1 if transfer.source == "gpu" else -1)
+        assert transfer.source not in [next_one.target for next_one in transfers(POLICY, after, {"gpu": left})]
