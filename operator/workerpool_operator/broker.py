@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -151,6 +152,23 @@ class RedisBroker:
             return Unavailable(str(error))
         except (redis.RedisError, OSError) as error:
             return Unavailable(_why(url, error))
+
+    async def ended_jobs(self, url: str, pool: Pool) -> list[Job] | Unavailable:
+        """The jobs that the ledger still has of those that ended, in no order; entries that cannot be read are left out.
+
+        For a command: it walks all keys of the database.
+        """
+        jobs, client = [], self._client(url)
+        try:
+            pattern = re.sub(r"([\\*?\[\]])", r"\\\1", pool.keys.job("")) + "*"
+            async for key in client.scan_iter(pattern, count=1_000):
+                with contextlib.suppress(CorruptEntry, VersionMismatch):
+                    job = Job.load(key.removeprefix(pool.keys.job("")), await client.hgetall(key))
+                    if job and job.state.ended:
+                        jobs.append(job)
+        except (redis.RedisError, OSError) as error:
+            return Unavailable(_why(url, error))
+        return jobs
 
     async def keep_only(self, pools: Sequence[tuple[str, Pool]]) -> None:
         """End the subscriptions and connections that none of these needs."""

@@ -103,6 +103,8 @@ def dev(file: Path, broker_url: str | None, logs: Path | None, debug: bool) -> N
 @click.option("--trace", "trace_file", type=_FILE, help="A CSV with arrival_s and service_s (or exec_s), in seconds.")
 @click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN", help="The trace's own name of arrival_s or service_s.")
 @click.option("--synthetic", type=click.Choice(["images", "bursts", "steady"]), help="Made-up jobs, where there is no trace.")
+@click.option("--from-redis", is_flag=True, help="The jobs of the last hour that the ledger of the --pool still has.")
+@click.option("--broker-url", metavar="URL", help="With --from-redis: use this Redis in place of the pool's.")
 @click.option("--pool", "pool_file", type=_FILE, help="A YAML file with one WorkerPool; its first tier is simulated.")
 @click.option("--policy", "policies", multiple=True, type=click.Choice(["workerpool", "keda", "keda-inflight", "bound"]),
               help="May be repeated. Default: all.")  # fmt: skip
@@ -116,6 +118,8 @@ def simulate(
     trace_file: Path | None,
     columns: Sequence[str],
     synthetic: str | None,
+    from_redis: bool,
+    broker_url: str | None,
     pool_file: Path | None,
     policies: Sequence[str],
     start_seconds: float,
@@ -132,12 +136,21 @@ def simulate(
     from workerpool_operator.simulation import command, trace
     from workerpool_operator.simulation.compare import Setting
 
-    if (trace_file is None) == (synthetic is None):
-        _fail("give either --trace FILE or --synthetic NAME")
+    if sum((trace_file is not None, synthetic is not None, from_redis)) != 1:
+        _fail("give one of --trace FILE, --synthetic NAME and --from-redis")
     pool = _read(pool_file) if pool_file else None
+    if from_redis and pool is None:
+        _fail("--from-redis needs --pool FILE: it names the ledger, and the tier")
     try:
-        given = command.load(trace_file, command.mapping(columns)) if trace_file else trace.SYNTHETIC[str(synthetic)](seed)
         tier, notes = command.chosen(pool.spec.tiers[0] if pool else None)
+        if trace_file:
+            given = command.load(trace_file, command.mapping(columns))
+        elif synthetic:
+            given = trace.SYNTHETIC[synthetic](seed)
+        else:
+            assert pool is not None
+            given, note = command.replayed(pool.id, tier.name, _ended_jobs(pool, _address(pool, broker_url)))
+            notes.append(note)
         setting = Setting(
             start_seconds=start_seconds,
             target_wait=target_wait
@@ -150,6 +163,20 @@ def simulate(
         command.simulate(request, Console(), json_file, plot_file)
     except (command.CannotSimulate, OSError) as error:
         _fail(str(error))
+
+
+def _ended_jobs(pool: Pool, address: str) -> list[Job]:
+    async def ask() -> list[Job] | Unavailable:
+        broker = RedisBroker(asyncio.Event())
+        try:
+            return await broker.ended_jobs(address, pool)
+        finally:
+            await broker.close()
+
+    found = asyncio.run(ask())
+    if isinstance(found, Unavailable):
+        _fail(found.why)
+    return found
 
 
 @main.command()

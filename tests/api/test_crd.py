@@ -162,6 +162,7 @@ BAD = [
     Bad("routing", {"maxWaitSeconds": 86401}, "spec.routing.maxWaitSeconds"),
     Bad("routing", {"fallback": {"onLoss": "yes"}}, "spec.routing.fallback.onLoss"),
     Bad("routing", {"fallback": {"onFailure": 1}}, "spec.routing.fallback.onFailure"),
+    Bad("routing", {"rebalance": "no"}, "spec.routing.rebalance"),
     Bad("scaling", {"targetWaitSeconds": -1}, "spec.scaling.targetWaitSeconds"),
     Bad("scaling", {"targetWaitSeconds": 86_401}, "spec.scaling.targetWaitSeconds"),
     Bad("scaling", {"targetWaitSeconds": "60"}, "spec.scaling.targetWaitSeconds"),

@@ -32,7 +32,7 @@ from workerpool_routing.connection import Connection
 from workerpool_routing.ledger import Claim, Job, State
 from workerpool_routing.worker.attempt import Attempt, Outcome, WorkerLife
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.timeout(300)]
 
 TIERS = {"gpu": "gpu-tasks", "cpu": "celery"}
 JOB = "t1"

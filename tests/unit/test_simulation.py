@@ -13,6 +13,9 @@ from workerpool_operator.cli import main
 from workerpool_operator.simulation import bound, engine, trace
 from workerpool_operator.simulation.engine import Orders, Outage, Outcome, Tier, TierSetup, World
 from workerpool_operator.simulation.trace import BadTrace, Trace
+from workerpool_routing.decide import Reason
+from workerpool_routing.ledger import Job, Run, State
+from workerpool_routing.wire import Milliseconds
 
 pytestmark = pytest.mark.unit
 
@@ -130,6 +133,32 @@ def test_made_up_jobs_are_in_order_and_the_same_for_the_same_seed(name: str) -> 
     assert jobs != trace.SYNTHETIC[name](4)
 
 
+def job(admitted: int, *runs: Run, wanted: str = "gpu") -> Job:
+    return Job(
+        "t", "media.t", State.DONE, 1, "gpu", wanted, required=False, reason=Reason.FREE_SLOT,
+        times={State.ADMITTED: Milliseconds(admitted)}, runs=runs,
+    )  # fmt: skip
+
+
+def ran(tier: str, began: int, ended: int, how: str = "done") -> Run:
+    return Run(1, tier, "w.1", Milliseconds(began), Milliseconds(ended), how)
+
+
+def test_the_jobs_of_a_ledger_come_as_they_came_and_what_ran_elsewhere_takes_the_mean() -> None:
+    jobs = [
+        job(9_000, ran("gpu", 9_500, 13_500)),
+        job(5_000, ran("gpu", 5_000, 5_900, "returned"), ran("gpu", 6_000, 8_000)),
+        job(7_000, ran("gpu", 7_000, 7_500, "failed"), ran("cpu", 8_000, 38_000)),
+        job(1_000, ran("cpu", 1_000, 2_000), wanted="cpu"),
+    ]
+    assert trace.of_jobs("ml/media", "gpu", jobs) == (Trace("ml/media", [0.0, 2.0, 4.0], [2.0, 3.0, 4.0]), 1)
+
+
+def test_a_ledger_that_says_nothing_about_a_tier_is_no_trace() -> None:
+    with pytest.raises(BadTrace, match="the ledger of ml/media has no job"):
+        trace.of_jobs("ml/media", "gpu", [job(1, ran("cpu", 1, 2)), job(1, wanted="cpu")])
+
+
 def simulate(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, ["simulate", *map(str, arguments)])
 
@@ -173,7 +202,9 @@ def test_the_command_takes_bounds_target_and_slots_from_the_pool_and_says_what_i
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "give either --trace FILE or --synthetic NAME"),
+        ([], "give one of --trace FILE, --synthetic NAME and --from-redis"),
+        (["--trace", "JOBS", "--from-redis"], "give one of --trace FILE, --synthetic NAME and --from-redis"),
+        (["--from-redis"], "--from-redis needs --pool FILE"),
         (["--synthetic", "images", "--target-wait", "-1"], "--target-wait"),
         (["--synthetic", "images", "--start-seconds", "-1"], "--start-seconds"),
         (["--synthetic", "images", "--slots", "0"], "--slots"),

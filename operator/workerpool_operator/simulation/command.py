@@ -18,6 +18,7 @@ from workerpool_operator.simulation.compare import Score, Setting, lower_bound, 
 from workerpool_operator.simulation.engine import Outcome
 from workerpool_operator.simulation.policies import POLICIES
 from workerpool_operator.simulation.trace import BadTrace, Trace
+from workerpool_routing.ledger import Job
 
 BOUND = "bound"
 NAMES = (*POLICIES, BOUND)
@@ -58,6 +59,16 @@ def load(file: Path, columns: Mapping[str, str]) -> Trace:
             return traces.read(file.name, lines, columns)
     except (BadTrace, UnicodeDecodeError) as error:
         raise CannotSimulate(str(error)) from error
+
+
+def replayed(pool: str, tier: str, jobs: Sequence[Job]) -> tuple[Trace, str]:
+    """The ended jobs of a running pool as a trace, and what to know of it; raises :class:`CannotSimulate` where none serves."""
+    try:
+        trace, assumed = traces.of_jobs(pool, tier, jobs)
+    except BadTrace as error:
+        raise CannotSimulate(str(error)) from error
+    since = f"{pool}: {len(trace)} jobs of the last {trace.arrivals[-1] / 60:.0f} min that wanted tier {tier}"
+    return trace, f"{since}; {assumed} of them were not done there and are given the mean length" if assumed else since
 
 
 def chosen(tier: Tier | None) -> tuple[Tier, list[str]]:

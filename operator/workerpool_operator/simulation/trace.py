@@ -8,6 +8,8 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from workerpool_routing.ledger import Job, State
+
 DAY_SECONDS = 86_400.0
 
 
@@ -87,6 +89,36 @@ def _number(name: str, line: int, column: str, raw: str | None) -> float:
         shown = repr(raw) if raw else "missing"
         raise BadTrace(f"{name}: line {line}: {column} is {shown}: it must be a number of seconds, 0 or more")
     return value
+
+
+def of_jobs(pool: str, tier: str, jobs: Iterable[Job]) -> tuple[Trace, int]:
+    """The ended jobs of a pool that wanted a tier, from the first one's admission on.
+
+    Returns:
+        the trace, and for how many of its jobs no run that was done on that tier is known, because they ran elsewhere or failed:
+        these are given the mean length of the others.
+
+    Raises:
+        BadTrace: no job of that tier was done there, so that nothing says how long one takes.
+    """
+    wanted = sorted((job for job in jobs if job.wanted == tier and State.ADMITTED in job.times), key=_admitted)
+    lengths = [_seconds_on(tier, job) for job in wanted]
+    known = [seconds for seconds in lengths if seconds is not None]
+    if not known:
+        raise BadTrace(f"the ledger of {pool} has no job (any more) that was done on tier {tier}: there is nothing to replay")
+    mean = sum(known) / len(known)
+    arrivals = [(_admitted(job) - _admitted(wanted[0])) / 1000 for job in wanted]
+    return Trace(pool, arrivals, [mean if seconds is None else seconds for seconds in lengths]), len(lengths) - len(known)
+
+
+def _admitted(job: Job) -> int:
+    return job.times[State.ADMITTED]
+
+
+def _seconds_on(tier: str, job: Job) -> float | None:
+    """Of the run that was done there, None without one."""
+    runs = [run for run in job.runs if run.tier == tier and run.how == State.DONE]
+    return (runs[-1].ended - runs[-1].began) / 1000 if runs and runs[-1].ended is not None else None
 
 
 HOUR_SHARES = (
