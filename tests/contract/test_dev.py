@@ -188,7 +188,7 @@ def test_advisory_mode_decides_and_starts_nothing(tmp_path: Path) -> None:
     with dev(tmp_path) as running:
         running.until_it_prints(r"gpu 0/1 ready")
         time.sleep(1)
-        assert [name for name in running.processes().values() if "celery" in name] == []
+        assert [name for name in running.processes().values() if " -m celery " in name] == []
         assert list((tmp_path / "logs").iterdir()) == []
 
 
