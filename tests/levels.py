@@ -136,7 +136,8 @@ def judge(status: int, passed: int, failed: int, skipped: int) -> tuple[int, int
 UNIT = Level("unit", need_nothing)
 LEVELS = (
     UNIT,
-    Level("contract", need_redis),
+    # Most of it waits for others: three files at a time take a third of the time.
+    Level("contract", need_redis, ("--numprocesses=3", "--dist=loadfile")),
     Level("chaos", need_redis, ("--capture=no",)),
     Level("api", need_control_plane),
     Level("e2e", need_cluster, ("--verbose",)),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import http.client
 import json
-import signal
 import socket
 import ssl
 import subprocess
@@ -231,7 +230,8 @@ def main() -> int:
         directory = binaries.ensure(lambda line: print(line, file=sys.stderr, flush=True), binaries.CONTROL_PLANE)
         with ControlPlane(directory) as plane:
             print(f"KUBECONFIG={plane.kubeconfig}", flush=True)
-            signal.pause()
+            while True:
+                time.sleep(1)  # not pause(): it would sleep on where the signal came just before it
     except (binaries.BinariesMissing, ControlPlaneFailed) as error:
         print(error, file=sys.stderr)
         return 1

@@ -234,6 +234,8 @@ class _UnreadableUrl(redis.RedisError):
 def _connect(url: str) -> Any:
     options: dict[str, Any] = {
         "decode_responses": True,
+        # What is no text must not end a pass: it comes back as it went in.
+        "encoding_errors": "surrogateescape",
         **_TIMEOUTS,
         # A connection that broke since the last pass is made again at once; an answer is waited for only once.
         "retry": Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),

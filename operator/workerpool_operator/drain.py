@@ -2,8 +2,8 @@
 
 The marks in Redis are the state, so that a new leader needs no other.
 
-1. A worker that is to leave is marked, so that it takes nothing new: those that never came up first, then the idle, then those
-   with the fewest jobs.
+1. A worker that is to leave is marked, so that it takes nothing new: those that never came up first, then the busy ones that are
+   un-Ready, then the idle, then those with the fewest jobs.
 2. It may go once its own report, made since the mark was seen, says that it drains and holds nothing. Only then the count is
    lowered, by no more than there are such workers.
 3. Not while workers are replaced by those of another template (which of them go is then not ours to say), and not while a worker
@@ -105,10 +105,10 @@ class _Worker:
         settled = now - since > PRESENCE_LIFE_MS / 1000
         return settled and empty_since is not None and now - empty_since >= EMPTY_WINDOW_SECONDS
 
-    def order(self) -> tuple[bool, bool, int, bool, bool, float]:
-        """Who goes first."""
+    def order(self) -> tuple[bool, bool, bool, int, bool, bool, float]:
+        """Who goes first. What the cluster would remove before any idle one has to become idle before anybody may go."""
         ready = self.replica.phase is Phase.READY
-        return self.up, self.silent, self.busy, ready, self.marked_at is None, -self.replica.ordered_at
+        return self.up, self.silent, not self.endangered, self.busy, ready, self.marked_at is None, -self.replica.ordered_at
 
 
 def decide(
@@ -139,7 +139,7 @@ def decide(
     chosen = sorted(staying, key=_Worker.order)[: max(0, len(staying) - wanted)]
     surplus = live.desired - wanted
     rolling = live.rolling and any(one.up for one in staying)
-    if surplus <= 0 or rolling:
+    if surplus <= 0 or (rolling and wanted > 0):
         chosen = [one for one in chosen if one.marked_at is not None]
     marks = frozenset(one.replica.worker for one in chosen) | stopping
     if surplus <= 0:
@@ -148,6 +148,8 @@ def decide(
     gone = [one.replica.worker for one in chosen if one.may_go(now, memory.empty_since)]
     unseen = live.desired - len(staying)  # below zero while those that were let go are still there
     endangered = [one.replica.worker for one in staying if one.endangered]
+    if len(gone) == len(staying):
+        rolling = False  # with all of them idle it does not matter which ones the cluster takes
     step = 0 if endangered or rolling else max(0, min(surplus, unseen + len(gone)))
     overdue = tuple(
         sorted(

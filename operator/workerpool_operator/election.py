@@ -56,6 +56,9 @@ def look(before: Sighting | None, lease: Lease | None, now: float) -> Sighting:
     """What is known after the Lease was read: what has not changed since the sighting before has been so since then."""
     if before is not None and before.lease == lease:
         return before
+    if lease is None and before is not None:
+        # Somebody deleted it, and whoever held it has not been told.
+        return Sighting(None, max(now, before.free_at))
     return Sighting(lease, now)
 
 

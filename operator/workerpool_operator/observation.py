@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from workerpool_routing.decide import Reason
 from workerpool_routing.wire import Milliseconds, Presence
 
 
@@ -73,8 +74,12 @@ class BrokerReading:
     marked: frozenset[str] = frozenset()
 
     def arrived(self, tier: str) -> int:
-        """Jobs that were ever sent to the tier, by admission or by a fallback."""
-        return sum(count for route, count in self.routes.items() if route.partition(":")[0] == tier)
+        """Jobs that were ever sent to the tier, by admission or by a fallback.
+
+        One that moved while it waited has been counted since it was admitted.
+        """
+        moved = f"{tier}:{Reason.REBALANCED}"
+        return sum(count for route, count in self.routes.items() if route.partition(":")[0] == tier and route != moved)
 
 
 class Phase(StrEnum):

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,9 @@ SHORTEST_PAUSE_SECONDS = 0.1
 
 PATIENCE_SECONDS = 0.5
 """How long a pass waits for a broker, and for what it began: what takes longer must not delay the others."""
+
+LOOK_AGAIN_SECONDS = 3.0
+"""How long a queue is left alone in which nothing was found that may move: each look reads a thousand messages."""
 
 
 @dataclass(slots=True)
@@ -86,6 +90,7 @@ class Reconciler:
         self._memory: dict[str, dict[str, planning.Memory]] = {}
         self._status: dict[str, Mapping[str, Any]] = {}
         self._reaper = Reaper(broker, lambda: self._clock())
+        self._looked_in_vain: dict[str, dict[tuple[str, str], float]] = {}
         self._places: dict[str, tuple[str, Hashable]] = {}
         self._held: dict[str, Conflict] = {}
         self._readings: dict[tuple[str, int], BrokerReading | Unavailable] = {}
@@ -231,6 +236,9 @@ class Reconciler:
             return None
         capacity = planning.capacity(plans) if plans else None
         marks = planning.marks(plans, reading.marked) if plans else NO_MARKS
+        if ("carry out", pool.id) in self._underway:
+            # A count may be on its way down that stands on them.
+            marks = replace(marks, remove=frozenset())
         refused = await self._broker.publish(url, pool, planning.policy(pool.spec), capacity, marks)
         # A Redis that takes no write takes no presence either: workers that live fall silent there.
         self._reaper.saw(pool, refused or reading)
@@ -241,13 +249,19 @@ class Reconciler:
 
     async def _rebalance(self, pool: Pool, url: str, plans: list[TierPlan]) -> None:
         policy, spilled = planning.policy(pool.spec), {plan.tier.name: plan.spilled or 0 for plan in plans}
+        looked_in_vain = self._looked_in_vain.setdefault(pool.uid, {})
         for transfer in rebalancing.transfers(policy, planning.loads(plans), spilled):
+            way = (transfer.source, transfer.target)
+            if self._clock() - looked_in_vain.get(way, -math.inf) < LOOK_AGAIN_SECONDS:
+                continue
             if moved := await self._broker.rebalance(url, pool, policy, transfer):
                 logger.info("%s: %d waiting jobs go %s", pool.id, moved, transfer.message)
+            else:
+                looked_in_vain[way] = self._clock()
 
     def _forget_all_but(self, uids: set[str]) -> None:
         self._reaper.forget_all_but(uids)
-        for kept in (self._memory, self._status, self._places):
+        for kept in (self._memory, self._status, self._places, self._looked_in_vain):
             for uid in kept.keys() - uids:
                 del kept[uid]
 

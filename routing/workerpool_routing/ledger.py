@@ -386,7 +386,7 @@ def requeue(keys: Keyspace, tier: str, *, tag: str, raw: str, delivery_tag: str)
     task_id, attempt = str(headers.get("id")), (headers.get(HEADER) or {}).get("attempt", "")
     return Call(
         [keys.unacked(tier), keys.unacked_index(tier), list_name, keys.job(task_id), keys.waiting(tier)],
-        [tag, json.dumps(renewed), queue, task_id, attempt, tier],
+        [tag, json.dumps(renewed), queue, task_id, attempt, tier, int(headers.get("retries") or 0)],
     )
 
 

@@ -50,7 +50,7 @@ def granted(documents: list[dict[str, Any]]) -> set[Right]:
 
 def asked(request: Request) -> Right | None:
     """The right that a request needs; None for discovery, which is everybody's."""
-    found = re.fullmatch(r"/apis?/(?:[^/]+\.[^/]+/|apps/)?v\w+/namespaces/[^/]+/(\w+)(?:/([^/]+))?(?:/(\w+))?", request.path)
+    found = re.fullmatch(r"/(?:api|apis/[^/]+)/v\w+/namespaces/[^/]+/(\w+)(?:/([^/]+))?(?:/(\w+))?", request.path)
     if found is None:
         return None
     resource, name, subresource = found.groups()

@@ -100,14 +100,16 @@ def factorial(n: int) -> int:
 
 @signals.task_prerun.connect  # type: ignore[untyped-decorator]
 def die_before_the_claim(task_id: str, args: Any, **_: Any) -> None:
-    """Kill the child once, before the fence, when the job's first argument says so."""
-    if (
-        args
-        and isinstance(args[0], dict)
-        and args[0].get("before") == TIER
-        and app.backend.client.set(f"died:{task_id}", 1, nx=True)
-    ):
+    """Kill the child before the fence, once or at every start, when the job's first argument says so."""
+    where = args[0].get("before") if args and isinstance(args[0], dict) else None
+    if where == "always" or (where == TIER and app.backend.client.set(f"died:{task_id}", 1, nx=True)):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task(acks_on_failure=False)  # type: ignore[untyped-decorator]
+def not_acknowledged() -> None:
+    """Fail, without an acknowledgement of the message."""
+    raise RuntimeError(TIER)
 
 
 @app.task  # type: ignore[untyped-decorator]

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from celery.exceptions import WorkerLostError
 from tests.contract.workers import APP, until, worker
 
 from workerpool_operator.broker import RedisBroker
@@ -129,6 +130,20 @@ def test_a_child_that_dies_before_it_claims_has_started_the_job_too(two_tiers: M
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
 
 
+def test_a_job_whose_child_always_dies_before_it_claims_fails_for_good(two_tiers: ModuleType) -> None:
+    decision = submit(two_tiers, two_tiers.work, {"before": "always"})
+    with pytest.raises(WorkerLostError):
+        two_tiers.app.AsyncResult(decision.task_id).get(timeout=30)
+    assert outcome(two_tiers, decision.task_id) == (State.FAILED, {"gpu": 1, "cpu": 2})
+
+
+def test_a_failure_that_is_not_acknowledged_ends_its_job_all_the_same(two_tiers: ModuleType) -> None:
+    decision = submit(two_tiers, two_tiers.not_acknowledged)
+    with pytest.raises(RuntimeError, match="cpu"):
+        two_tiers.app.AsyncResult(decision.task_id).get(timeout=20)
+    assert outcome(two_tiers, decision.task_id) == (State.FAILED, {"gpu": 1, "cpu": 1})
+
+
 def test_a_job_whose_ledger_entry_is_gone_keeps_its_result(two_tiers: ModuleType) -> None:
     decision = submit(two_tiers, two_tiers.work, {}, 1)
     claimed(two_tiers, decision.task_id)
@@ -218,7 +233,7 @@ def test_the_job_of_a_killed_worker_is_taken_over_once_and_runs_on_the_plain_tie
         decision = submit(two_tiers, two_tiers.work, {"gpu": "hang"})
         assert claimed(two_tiers, decision.task_id).owner.startswith("gpu-killed.")
         os.killpg(doomed.pid, signal.SIGKILL)
-    assert asyncio.run(take_over_the_lost(url, "gpu")) == []  # its presence has not run out
+        assert asyncio.run(take_over_the_lost(url, "gpu")) == []  # its presence has not run out
     time.sleep(short_life + 1)
     sentences = asyncio.run(take_over_the_lost(url, "gpu"))
     assert any(decision.task_id in sentence and "cpu" in sentence for sentence in sentences)

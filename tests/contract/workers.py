@@ -46,7 +46,8 @@ def worker(
             cwd=ROOT, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     try:
-        until(lambda: " ready." in path.read_text(), f"{name} is ready", 60)
+        until(lambda: " ready." in path.read_text() or process.poll() is not None, f"{name} is ready", 45)
+        assert process.poll() is None, path.read_text()
         yield process
     finally:
         if process.poll() is None or group_lives(process.pid):

@@ -198,3 +198,21 @@ def test_never_a_busy_worker_never_too_many_never_a_mark_without_need(
     if wanted >= desired:
         assert outcome.replicas == wanted
         assert outcome.marks <= set(marked)
+
+
+def test_what_the_cluster_would_remove_first_has_to_become_idle_first() -> None:
+    workers = [up("a", Phase.STARTING), up("b"), up("c")]
+    asked = decide(1, workers, [says("a", 1), says("b"), says("c")])
+    assert found(asked) == (3, set(), {"a", "c"})
+    idle = decide(1, workers, [says("a", draining=True), says("b", 1), says("c", draining=True)], ["a", "c"])
+    assert found(idle) == (1, {"a", "c"}, {"a", "c"})
+
+
+def test_a_rollout_that_is_stuck_does_not_keep_a_tier_that_nobody_needs() -> None:
+    workers = [up("a"), up("b"), Replica("new", Phase.FAILING, 0.0)]
+    asked = decide(0, workers, [says("a"), says("b", 1)], rolling=True)
+    assert found(asked) == (3, set(), {"a", "b", "new"})
+    still = decide(0, workers, [says("a", draining=True), says("b", 1, draining=True)], ["a", "b"], rolling=True)
+    assert found(still)[:2] == (3, set())
+    idle = decide(0, workers, [says("a", draining=True), says("b", draining=True)], ["a", "b"], rolling=True)
+    assert found(idle)[:2] == (0, {"a", "b", "new"})

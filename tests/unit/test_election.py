@@ -20,9 +20,15 @@ def test_a_lease_that_was_not_renewed_is_free_after_its_duration_by_the_clock_of
     assert look(seen, Lease("a", LEASE_SECONDS, 0, "2"), 105.0).free_at == 115.0
 
 
-@pytest.mark.parametrize("lease", [None, Lease("", 1.0, 3, "9")])
-def test_a_lease_that_nobody_holds_is_free_at_once(lease: Lease | None) -> None:
-    assert look(look(None, HELD, 100.0), lease, 101.0).free_at == 101.0
+def test_a_lease_that_was_given_back_or_never_there_is_free_at_once() -> None:
+    assert look(look(None, HELD, 100.0), Lease("", 1.0, 3, "9"), 101.0).free_at == 101.0
+    assert look(None, None, 101.0).free_at == 101.0
+
+
+def test_a_lease_that_somebody_deleted_is_still_its_holders_for_its_time() -> None:
+    gone = look(look(None, HELD, 100.0), None, 101.0)
+    assert gone.free_at == 110.0
+    assert look(gone, None, 105.0).free_at == 110.0
 
 
 @given(asked=st.floats(0, 1e6), answered=st.floats(0, 60), seen=st.floats(0, 60))

@@ -106,8 +106,8 @@ def test_the_rule_is_told_what_starts_what_is_stuck_and_what_was_served() -> Non
     assert told == scaling.Demand(3, 1, 2, 6, 30.0, 1, (90.0, 100.0, 100.0), 2, 11, Served(7, 70.0, 900.0))
 
 
-def test_what_was_ever_sent_to_a_tier_is_the_sum_of_its_routes() -> None:
-    routes = {"gpu:FreeSlot": 3, "gpu:SlotStarting": 4, "gpu2:FreeSlot": 50, "cpu:NoCapacity": 5}
+def test_what_was_ever_sent_to_a_tier_is_the_sum_of_its_routes_but_for_what_moved_while_it_waited() -> None:
+    routes = {"gpu:FreeSlot": 3, "gpu:SlotStarting": 4, "gpu:Rebalanced": 100, "gpu2:FreeSlot": 50, "cpu:NoCapacity": 5}
     seen = BrokerReading({}, "r1", Milliseconds(0), routes)
     assert (seen.arrived("gpu"), seen.arrived("cpu"), seen.arrived("other")) == (7, 5, 0)
 

@@ -103,7 +103,10 @@ class Api:
     async def watch(self, path: str, seconds: int, **query: str) -> AsyncIterator[dict[str, Any]]:
         """Follow a resource for so long at most: events as the API server sends them."""
         query |= {"watch": "true", "timeoutSeconds": str(seconds)}
-        response = await self._send("GET", path, query, None, "application/json", seconds + TIMEOUT_SECONDS)
+        try:
+            response = await self._send("GET", path, query, None, "application/json", seconds + TIMEOUT_SECONDS)
+        except (aiohttp.ClientError, OSError) as error:
+            raise ApiError(0, f"the API server does not begin a watch: {error!r}") from error
         try:
             if response.status >= HTTPStatus.BAD_REQUEST:
                 raise _refusal(response, await response.response.read())

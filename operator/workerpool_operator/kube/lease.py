@@ -91,8 +91,12 @@ class Candidate:
         if not self.leads or self._seen is None or self._seen.lease is None:
             return
         self._until = 0.0
+        given_back = {"holderIdentity": "", "leaseDurationSeconds": 1, "renewTime": _now()}
         try:
-            await self._write(self._seen.lease, {"holderIdentity": "", "leaseDurationSeconds": 1, "renewTime": _now()})
+            # A renewal that was cut off may have been taken: the version that is known here would be an old one.
+            lease = (await self._look()).lease
+            if lease is not None and lease.holder == self.identity:
+                await self._write(lease, given_back)
         except ApiError as error:
             _LOG.warning("the lease was not given back, it ends by itself: %s", error)
 

@@ -249,7 +249,11 @@ class KubeWorkers:
             ours = (pod.deletion_cost or None) in {None, LEAVING_COST}
             if pod.replica.phase is not Phase.STOPPING and ours and (pod.deletion_cost or None) != cost:
                 path = path_to("v1", pool.namespace, "pods", pod.replica.worker)
-                self._seen.pods.put(await self._api.merge(path, {"metadata": {"annotations": {DELETION_COST: cost}}}))
+                try:
+                    self._seen.pods.put(await self._api.merge(path, {"metadata": {"annotations": {DELETION_COST: cost}}}))
+                except ApiError as error:
+                    if error.status != HTTPStatus.NOT_FOUND:  # one that is gone already need not be made cheaper
+                        raise
 
 
 def _path(pool: Pool, name: str, *subresource: str) -> str:

@@ -140,6 +140,7 @@ end
 if tier.name ~= wanted.name then
   redis.call('ZADD', wanted.spilled, now, ask.id)
   redis.call('ZREMRANGEBYSCORE', wanted.spilled, '-inf', now - pool.job_life * 1000)
+  redis.call('EXPIRE', wanted.spilled, pool.job_life)
 end
 if ask.step then redis.call('LPUSH', tier.lists[ask.step], message) end
 return answer

@@ -18,7 +18,6 @@ local known = state == 'admitted' or state == 'claimed' or state == 'finishing'
 local numbers = tonumber(job[2]) and tonumber(job[3] or 0) and tonumber(job[4] or 0) and tonumber(job[7] or 0)
 if not known or not numbers then return 'corrupt' end
 if tonumber(job[2]) ~= attempt then return 'stale' end
-if state == 'admitted' and job[9] == tier then return 'stale' end
 
 -- The answer was lost on its way, and the client asks again.
 if state == 'claimed' and job[8] == ARGV[11] then return 'run' end
@@ -29,6 +28,8 @@ if redis.call('HEXISTS', KEYS[4], tag) == 0 then return 'stale' end
 local asked = tonumber(job[3] or 0)
 if retries < asked then return 'stale' end
 local retried = retries > asked
+-- A copy that comes up where the job has left, before or after its first start elsewhere.
+if job[9] == tier and not retried then return 'stale' end
 -- Another delivery of the same attempt, while the one that claimed is still in flight, is a copy and no loss.
 if state ~= 'admitted' and not retried and job[6] ~= tag and redis.call('HEXISTS', KEYS[4], job[6]) == 1 then return 'stale' end
 if state == 'finishing' and not retried and not no_result then return 'finishing' end
@@ -44,7 +45,7 @@ local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 redis.call('HSET', KEYS[1], 'state', 'claimed', 'tag', tag, 'owner', owner, 'tier', tier, 'retries', retries,
   'stays', moves_on and '0' or '1', 'claim', ARGV[11],
   'claimed_at', now)
-redis.call('HDEL', KEYS[1], 'message', 'missing_at', 'left')
+redis.call('HDEL', KEYS[1], 'message', 'missing_at')
 redis.call('EXPIRE', KEYS[1], life)
 redis.call('SADD', KEYS[2], id)
 redis.call('EXPIRE', KEYS[2], life)

@@ -12,6 +12,7 @@ if job[2] ~= ARGV[2] or job[3] ~= ARGV[3] then return 0 end
 if redis.call('HDEL', KEYS[3], ARGV[4]) == 0 then return 0 end
 redis.call('ZREM', KEYS[4], ARGV[4])
 redis.call('HDEL', KEYS[1], 'tag', 'owner')
+if ARGV[5] ~= ARGV[2] then redis.call('HDEL', KEYS[1], 'left') end
 redis.call('HSET', KEYS[1], 'state', 'admitted', 'attempt', ARGV[5], 'tier', ARGV[6], 'reason', ARGV[7], 'message', ARGV[9],
   'queue', ARGV[13])
 if ARGV[8] == '1' then redis.call('HINCRBY', KEYS[1], 'losses', 1) end

@@ -34,5 +34,6 @@ redis.call('EXPIRE', KEYS[1], ARGV[9])
 redis.call('ZREM', KEYS[4], id)
 redis.call('ZADD', KEYS[5], since, id)
 if job[6] == to then redis.call('ZREM', KEYS[6], id) else redis.call('ZADD', KEYS[6], since, id) end
+redis.call('EXPIRE', KEYS[6], ARGV[9])
 redis.call('HINCRBY', KEYS[7], to .. ':' .. ARGV[8], 1)
 return 1

@@ -41,7 +41,10 @@ if to == 'finishing' then return 1 end
 redis.call('SREM', KEYS[2], id)
 if to == 'admitted' then
   redis.call('HDEL', KEYS[1], 'tag', 'owner')
-  if ARGV[10] ~= '' then redis.call('HSET', KEYS[1], 'retries', ARGV[10]) end
+  if ARGV[10] ~= '' then
+    redis.call('HSET', KEYS[1], 'retries', ARGV[10])
+    redis.call('HDEL', KEYS[1], 'left')
+  end
   if ARGV[12] ~= '' then
     redis.call('HSET', KEYS[1], 'message', ARGV[12], 'queue', ARGV[13])
     redis.call('ZADD', KEYS[3], now, id)

@@ -246,6 +246,12 @@ class FencedRequest:
         settled(self._message)
         self._settle_soon(partial(attempt.acknowledge, self._outcome))
 
+    def reject(self, requeue: bool = False) -> None:
+        """A failure that is not to be acknowledged (``task_acks_on_failure=False``) ends its job all the same."""
+        if not requeue and self._attempt() is not None:
+            self.acknowledge()
+        super().reject(requeue)  # type: ignore[misc]
+
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         """Close the ledger entry of a job that expired, was revoked before it started, or terminated while it ran."""
         self._outcome = State.EXPIRED
@@ -287,9 +293,13 @@ class FencedRequest:
         task_ready(self)
         try:
             outcome = attempt.end(follows, how, repr(error))
-            if outcome is Outcome.RELEASED and not self.acknowledged and attempt.claim(str) is Claim.RUN:
+            if outcome is Outcome.RELEASED and not self.acknowledged:
                 # The child died before it could claim: that was a start too, or a job that kills at once would never end.
-                outcome = attempt.end(follows, how, repr(error))
+                answer = attempt.claim(str)
+                if answer is Claim.POISON:
+                    return False  # final: Celery stores the failure and acknowledges
+                if answer is Claim.RUN:
+                    outcome = attempt.end(follows, how, repr(error))
         except (PoolUnavailable, RedisError) as unavailable:
             logger.warning("undecided task_id=%s, asked again in %.0f s: %s", self.id, RETRY_SECONDS, unavailable)
             self.life.call_later(RETRY_SECONDS, again)
