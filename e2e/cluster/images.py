@@ -95,8 +95,7 @@ class _Base:
     def _bootstrap(self, say: Callable[[str], None]) -> None:
         with tempfile.TemporaryDirectory(dir=self._cache) as directory:
             root = Path(directory) / "root"
-            mirror = _mirror()
-            debootstrap = ["debootstrap", "--variant=minbase", f"--include={_PACKAGES}", _DEBIAN, str(root), mirror]
+            debootstrap = ["debootstrap", "--variant=minbase", f"--include={_PACKAGES}", _DEBIAN, str(root), *_mirror()]
             _run(debootstrap, f"base image: Debian {_DEBIAN} with Python", say)
             for path in _NOT_NEEDED:
                 shutil.rmtree(root / path, ignore_errors=True)
@@ -157,13 +156,13 @@ def _files(names: Iterable[str]) -> list[Path]:
     return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
 
 
-def _mirror() -> str:
-    """The mirror that apt itself uses."""
+def _mirror() -> list[str]:
+    """The mirror that apt itself uses; none where it does not say: debootstrap has a default of its own."""
     try:
         listed = _run(["apt-get", "indextargets", "--format", "$(SITE)", f"Codename: {_DEBIAN}"], "apt")
     except (ImageFailed, FileNotFoundError):
         listed = ""
-    return listed.split()[0] if listed.split() else "http://deb.debian.org/debian"
+    return listed.split()[:1]
 
 
 def _run(command: Sequence[str], title: str, say: Callable[[str], None] | None = None) -> str:
