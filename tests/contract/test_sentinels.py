@@ -81,7 +81,7 @@ def sentinel_of(master: RedisServer, directory: Path) -> Iterator[int]:
     port, conf = free_port(), directory / "sentinel.conf"
     conf.write_text(
         f"port {port}\nbind 127.0.0.1\nsentinel monitor {MASTER} 127.0.0.1 {master.port} 1\n"
-        f"sentinel down-after-milliseconds {MASTER} 500\nsentinel failover-timeout {MASTER} 2000\n"
+        f"sentinel down-after-milliseconds {MASTER} 1000\nsentinel failover-timeout {MASTER} 2000\n"
     )
     process = subprocess.Popen([find_redis_server(), conf, "--sentinel"], stdout=subprocess.DEVNULL, cwd=directory)
     try:
@@ -99,6 +99,10 @@ def knows_a_replica(client: Redis) -> bool:
     return False
 
 
+TIMEOUT = 1.0
+"""Of the API, in seconds: a call that is made once has to be answered on a busy machine too."""
+
+
 def pool_on(url: str, transport: Mapping[str, str] = TRANSPORT, tiers: tuple[Tier, ...] | None = None) -> WorkerPool:
     app = Celery("api", broker=url, set_as_current=False)
     app.conf.broker_transport_options = dict(transport)
@@ -107,7 +111,7 @@ def pool_on(url: str, transport: Mapping[str, str] = TRANSPORT, tiers: tuple[Tie
     def index(path: str) -> str:
         return path
 
-    return WorkerPool("test/media", app, tiers=tiers)
+    return WorkerPool("test/media", app, tiers=tiers, timeout=TIMEOUT)
 
 
 def submit(pool: WorkerPool) -> str:
@@ -119,7 +123,7 @@ def test_the_library_and_kombu_find_the_same_master(watched: Watched) -> None:
     task = pool._app.tasks["media.index"]
     started = time.monotonic()
     submitted = submit(pool)
-    assert time.monotonic() - started < 1, "a sentinel that is gone is not waited for"
+    assert time.monotonic() - started < 4 * TIMEOUT, "a sentinel that is gone is not waited for"
     plain = task.apply_async(("b",), headers={"workerpool": {"accelerated": True}}).id
     with pool._app.connection_for_read() as connection:
         for task_id in (submitted, plain):
@@ -213,7 +217,7 @@ def admitted_again(submitted: Callable[[], str]) -> tuple[str, list[str]]:
             return submitted(), refused
         except PoolUnavailable as error:
             refused.append(str(error))
-        assert time.monotonic() - started < 3, "an answer within a few time-outs, whatever happens"
+        assert time.monotonic() - started < 10 * TIMEOUT, "an answer within a few time-outs, whatever happens"
         time.sleep(0.05)
     pytest.fail("not admitted again within 30 s")
 
