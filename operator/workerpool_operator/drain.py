@@ -6,8 +6,8 @@ The marks in Redis are the state, so that a new leader needs no other.
    un-Ready, then the idle, then those with the fewest jobs.
 2. It may go once its own report, made since the mark was seen, says that it drains and holds nothing. Only then the count is
    lowered, by no more than there are such workers.
-3. Not while workers are replaced by those of another template (which of them go is then not ours to say), and not while a worker
-   that holds a job is un-Ready: the cluster would remove that one first.
+3. Not while workers are replaced by those of another template (which of them go is then not ours to say, unless all of them may),
+   and not while a worker that holds a job is un-Ready: the cluster would remove that one first.
 4. New demand takes the marks back before anything is ordered.
 5. A worker that never reports (no library in it) cannot be marked. It goes once the queue has been empty for
    :data:`EMPTY_WINDOW_SECONDS`, protected by its grace period alone.
