@@ -322,7 +322,7 @@ def test_the_status_of_a_tier_shows_what_was_seen_and_what_was_decided() -> None
     gpu = workers(3, Phase.READY, Phase.UNSCHEDULABLE, Phase.STOPPING, Phase.STOPPING)
     status, _ = told(plans({"gpu": gpu, "cpu": workers(1, Phase.READY)}, gpu=QueueReading(4, 1, 2), cpu=QueueReading(1, 3, 0)))
     tier = status.tiers[0]
-    assert (tier.name, tier.desired, tier.ready, tier.starting, tier.unschedulable, tier.draining) == ("gpu", 7, 1, 1, 1, 2)
+    assert (tier.name, tier.desired, tier.ready, tier.starting, tier.unschedulable, tier.draining) == ("gpu", 5, 1, 1, 1, 2)
     assert (tier.waiting, tier.in_flight, tier.spilled) == (4, 1, 2)
     assert tier.reason == "BacklogExceedsCapacity"
     assert tier.message == (
