@@ -455,6 +455,8 @@ def _sentence(policy: Policy, observed: Demand, memory: Memory, reason: Reason, 
     wants = f"{observed.waiting} waiting + {observed.in_flight} in flight"
     if observed.spilled:
         wants += f" + {observed.spilled} spilled"
+    if observed.settled:
+        wants += f" ({observed.settled} of these served elsewhere)"
     tail = {
         Reason.WAITING_TO_LOWER: f"; lowers when the need has stayed lower for {_linger(policy, memory):.0f} s",
         Reason.AT_MAXIMUM: "; the maximum limits it",

@@ -356,9 +356,10 @@ def test_the_status_of_a_tier_shows_what_was_seen_and_what_was_decided() -> None
     assert (tier.waiting, tier.in_flight, tier.spilled) == (4, 1, 2)
     assert tier.reason == "BacklogExceedsCapacity"
     assert tier.message == (
-        "4 waiting + 1 in flight + 2 spilled need 7 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 7"
+        "4 waiting + 1 in flight + 2 spilled (2 of these served elsewhere) need 5 to start within 60 s "
+        "(jobs of 30 s, starts of 240 s), ordered 5"
     )
-    assert (status.waiting, status.in_flight, status.replicas) == (5, 4, "gpu 1/7, cpu 1/4")
+    assert (status.waiting, status.in_flight, status.replicas) == (5, 4, "gpu 1/5, cpu 1/4")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.unit
 
 GPU = POOL.spec.tiers[0]
 CREATED = datetime(2026, 1, 1, tzinfo=UTC)
-AWAY = {"phase": "Failed", "reason": "UnexpectedAdmissionError", "message": "Allocate failed"}
+AWAY: Object = {"phase": "Failed", "reason": "UnexpectedAdmissionError", "message": "Allocate failed"}
 
 
 def observed(replicas: int, *pods: Object, after: float = 0.0, **status: Any) -> TierReplicas:

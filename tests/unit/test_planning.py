@@ -132,7 +132,7 @@ def test_a_spilled_job_that_is_not_started_in_time_where_it_waits_calls_for_the_
     seen = reading(gpu=served(0, 0, waiting), cpu=served(waiting, 160, 0, seconds=200.0))
     plans = plan(seen, gpu=replicas(0), cpu=replicas(40, *[Phase.READY] * 40), memory={"gpu": Memory(start_seconds=20.0)})
     assert {name: plan.decision.replicas for name, plan in plans.items()} == {"gpu": replicas_of_gpu, "cpu": 40}
-    assert plans["gpu"].decision.message.startswith(f"0 waiting + 0 in flight + {waiting} spilled need ")
+    assert plans["gpu"].decision.message.startswith(f"0 waiting + 0 in flight + {waiting} spilled (")
 
 
 def test_jobs_that_run_elsewhere_call_for_the_slots_that_would_do_their_work() -> None:
