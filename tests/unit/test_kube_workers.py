@@ -46,9 +46,11 @@ def observed(replicas: int, *pods: Object, after: float = 0.0, **status: Any) ->
 def starting(live: TierReplicas) -> int:
     """How many slots the routers are told to be on their way."""
     queues = {"gpu": QueueReading(live.desired, 0, 0), "cpu": QueueReading(0, 0, 0)}
+    time, now = Milliseconds(0), CREATED.timestamp()
     workers = {"gpu": live, "cpu": TierReplicas(1)}
-    plans = planning.plan(POOL, BrokerReading(queues, "r1", Milliseconds(0)), workers, {}, CREATED.timestamp())
-    return planning.loads(plans)["gpu"].coming
+    plans = planning.plan(POOL, BrokerReading(queues, "r1", time), workers, {}, now)
+    capacity = planning.capacity(plans, time, now).tiers["gpu"]
+    return sum(group.slots for group in capacity.starting) + capacity.startable
 
 
 def test_every_pod_that_a_quota_refuses_fails_and_none_of_them_is_on_its_way() -> None:

@@ -10,9 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workerpool_operator import planning, scaling
+from workerpool_operator import breaker, planning, scaling
 from workerpool_operator.model import WorkerPoolSpec, parse_spec
-from workerpool_operator.observation import BrokerReading, Phase, QueueReading, Replica, Served, TierReplicas, Unavailable
+from workerpool_operator.observation import (
+    Attempts,
+    Breaker,
+    BreakerState,
+    BrokerReading,
+    Phase,
+    QueueReading,
+    Replica,
+    Served,
+    TierReplicas,
+    Unavailable,
+)
 from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Marks, Pool
 from workerpool_operator.scaling import Memory, Reason
@@ -173,7 +184,7 @@ def pools(draw: st.DrawFn) -> tuple[BrokerReading, dict[str, TierReplicas]]:
     return reading(**queues), live
 
 
-def ordered(seen: BrokerReading, live: dict[str, TierReplicas]) -> dict[str, int]:
+def raised(seen: BrokerReading, live: dict[str, TierReplicas]) -> dict[str, int]:
     """By how many slots a pass raises each tier, of workers that start within 20 s."""
     memory = {"gpu": Memory(start_seconds=20.0, level=0), "cpu": Memory(start_seconds=20.0, level=0)}
     plans = plan(seen, live["gpu"], live["cpu"], memory)
@@ -186,7 +197,7 @@ def test_no_job_orders_two_slots(state: tuple[BrokerReading, dict[str, TierRepli
     """What waits orders at most a slot; what runs has one, and a spilled one calls for a sixth of one where it wanted to run."""
     seen, live = state
     gpu, cpu = seen.tiers["gpu"], seen.tiers["cpu"]
-    new = ordered(seen, live)
+    new = raised(seen, live)
     carried = round(min(gpu.spilled, cpu.in_flight) / 6)
     minimum = 0 if live["cpu"].desired else 4
     assert new["cpu"] <= max(-(-cpu.waiting // 4) * 4, minimum)
@@ -199,7 +210,7 @@ def test_no_job_orders_two_slots(state: tuple[BrokerReading, dict[str, TierRepli
 def test_no_job_orders_none(state: tuple[BrokerReading, dict[str, TierReplicas]]) -> None:
     """Where it waits it starts within the target, jobs taking 30 s, or that tier is at its maximum or has stuck workers."""
     seen, live = state
-    new = ordered(seen, live)
+    new = raised(seen, live)
     late = {}
     for name, tier in TIERS.items():
         ready, slots = live[name].count(Phase.READY), tier.concurrency
@@ -269,9 +280,10 @@ def test_an_unread_broker_leaves_no_tier_below_its_minimum() -> None:
         pytest.param((worker("w0"), worker("w1")), replicas(1), 1, (0, 7, 0), id="more are there than ordered"),
         pytest.param((), replicas(8), 50, (8, 0, 0), id="at the maximum nothing more can be started"),
         pytest.param(
-            (), replicas(3, Phase.UNSCHEDULABLE, Phase.UNSCHEDULABLE), 3, (1, 0, 2), id="unschedulable ones start never"
+            (), replicas(3, Phase.UNSCHEDULABLE, Phase.UNSCHEDULABLE), 3, (0, 0, 2), id="unschedulable ones start never"
         ),
-        pytest.param((), replicas(2, Phase.FAILING), 2, (1, 0, 0), id="a failing one says that no more would start"),
+        pytest.param((), replicas(3, Phase.UNSCHEDULABLE, Phase.STARTING), 3, (1, 0, 1), id="one that has its place starts"),
+        pytest.param((), replicas(2, Phase.FAILING), 2, (0, 0, 0), id="a failing one says that no more would start"),
         pytest.param((), replicas(1, Phase.UNSCHEDULABLE, Phase.FAILING), 1, (0, 0, 1), id="more stuck than ordered"),
     ],
 )
@@ -283,7 +295,9 @@ def test_capacity_counts_what_presence_cannot_show(
 
 
 def test_capacity_is_in_slots_not_in_workers() -> None:
-    (cpu,) = told(plan(reading(cpu=QueueReading(20, 0, 0)), cpu=replicas(5, Phase.UNSCHEDULABLE))["cpu"]).values()
+    (cpu,) = told(
+        plan(reading(cpu=QueueReading(20, 0, 0)), cpu=replicas(5, Phase.UNSCHEDULABLE, *[Phase.STARTING] * 4))["cpu"]
+    ).values()
     assert (starting(cpu), cpu.startable, cpu.unschedulable) == (16, 0, 4)
     (cpu,) = told(plan(reading(cpu=QueueReading(20, 0, 0)), cpu=replicas(5))["cpu"]).values()
     assert (starting(cpu), cpu.startable, cpu.unschedulable) == (20, 140, 0)
@@ -438,3 +452,71 @@ def test_decisions_of_a_plan_remember_for_the_next_pass() -> None:
     assert (
         plan(reading(), gpu=replicas(4), memory={"gpu": first.memory})["gpu"].decision.reason is scaling.Reason.WAITING_TO_LOWER
     )
+
+
+FAILING, SOUND = Attempts(0, 6, 6), Attempts(5)
+OUT = Breaker(BreakerState.OPEN, Milliseconds(0), 1)
+
+
+@pytest.mark.parametrize(
+    ("queue", "replicas_wanted"),
+    [
+        (QueueReading(40, 0, 20), 8),
+        (QueueReading(40, 0, 20, attempts=FAILING), 1),
+        (QueueReading(0, 0, 20, breaker=OUT, attempts=FAILING), 1),
+        (QueueReading(0, 0, 0, breaker=OUT, attempts=FAILING), 0),
+        (QueueReading(9, 3, 20, breaker=OUT, attempts=FAILING), 4),
+        (QueueReading(0, 0, 20, breaker=replace(OUT, state=BreakerState.HALF_OPEN)), 1),
+    ],
+    ids=["sound", "breaks now", "out", "out, and nobody wants it", "out, and some still run", "on trial"],
+)
+def test_a_tier_that_is_out_of_routing_has_workers_for_one_trial_and_for_what_still_runs(
+    queue: QueueReading, replicas_wanted: int
+) -> None:
+    plans = plan(reading(gpu=queue, cpu=QueueReading(60, 0, 0)))
+    assert plans["gpu"].decision.replicas == replicas_wanted
+    assert plans["cpu"].decision.replicas == plan(reading(cpu=QueueReading(60, 0, 0)))["cpu"].decision.replicas
+
+
+@pytest.mark.parametrize(
+    ("queue", "limit"),
+    [
+        (QueueReading(3, 0, 0, attempts=SOUND), None),
+        (QueueReading(3, 0, 0, attempts=FAILING), 0),
+        (QueueReading(3, 0, 0, breaker=replace(OUT, state=BreakerState.HALF_OPEN)), 1),
+    ],
+    ids=["sound", "breaks now", "on trial"],
+)
+def test_admission_and_rebalancing_are_told_the_same_limit(queue: QueueReading, limit: int | None) -> None:
+    plans = list(plan(reading(gpu=queue)).values())
+    capacity = planning.capacity(plans, TIME, NOW)
+    assert capacity.tiers["gpu"].limit == planning.loads(plans, capacity, TIME)["gpu"].limit == limit
+    assert capacity.tiers["cpu"].limit is None
+
+
+def test_a_breaker_is_kept_when_it_changes_or_its_record_grows_too_long() -> None:
+    kept = [
+        planning.breakers(list(plan(reading(gpu=QueueReading(0, 0, 0, attempts=seen))).values()))
+        for seen in (SOUND, FAILING, Attempts(5_000))
+    ]
+    assert [list(one) for one in kept] == [[], ["gpu"], ["gpu"]]
+    assert kept[1]["gpu"].breaker.state is BreakerState.OPEN
+    assert kept[2]["gpu"].attempts == Attempts(breaker.WINDOW)
+
+
+@pytest.mark.parametrize("changes", [{"mode": "Paused"}, {"tiers": "accelerated alone"}], ids=str)
+def test_there_is_no_breaker_where_nothing_is_decided_or_jobs_have_nowhere_else_to_go(changes: dict[str, Any]) -> None:
+    if "tiers" in changes:
+        alone = {"name": "gpu", "queue": "gpu-tasks", "accelerator": {"resource": "nvidia.com/gpu"}, "template": TEMPLATE}
+        changes = {"tiers": [alone], "routing": {"fallback": {"onFailure": False, "onLoss": False}}}
+    pool = replace(POOL, spec=spec(**changes))
+    seen = reading(gpu=QueueReading(3, 0, 0, attempts=FAILING))
+    workers = {"gpu": replicas(2), "cpu": replicas(1)}
+    plans = planning.plan(pool, seen, workers, {}, 0.0)
+    assert [one.breaker for one in plans] == [None] * len(plans)
+    assert planning.breakers(plans) == {}
+
+
+def test_a_plain_tier_has_no_breaker_whatever_is_counted_there() -> None:
+    assert plan(reading(cpu=QueueReading(3, 0, 0, attempts=FAILING)))["cpu"].breaker is None
+    assert plan(OUTAGE)["gpu"].breaker is None
