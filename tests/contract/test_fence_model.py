@@ -29,7 +29,7 @@ from workerpool_operator.ports import Pool
 from workerpool_operator.rebalancing import Transfer
 from workerpool_routing import ledger
 from workerpool_routing.connection import Connection
-from workerpool_routing.ledger import Claim, Job, State
+from workerpool_routing.ledger import Claim, Job, Result, State
 from workerpool_routing.worker.attempt import Attempt, Outcome, WorkerLife
 
 pytestmark = [pytest.mark.contract, pytest.mark.timeout(300)]
@@ -75,6 +75,7 @@ class World:
     dead: list[Delivery] = field(default_factory=list)
     stored: list[str] = field(default_factory=list)
     interruptions: int = 0
+    at_once: bool = False
 
     def job(self) -> Job:
         job = Job.load(JOB, self.client.hgetall(self.pool.keys.job(JOB)))
@@ -185,9 +186,15 @@ class Fence(RuleBasedStateMachine):
         else:
             self._ack(delivery)
 
-    def _finish(self, delivery: Delivery) -> None:
+    def _finish(self, delivery: Delivery, *, at_once: bool = False) -> None:
+        """The task has returned; ``at_once``: its result is stored by the same step."""
         if delivery.step == "running":
-            if delivery.attempt.settle(State.CLAIMED, State.FINISHING, how="done"):
+            settle, result = delivery.attempt.settle, Result("result", "gpu or cpu", 60, 0)
+            if at_once and delivery.attempt.finish(result, after=State.DONE):
+                self._store(delivery, "result")
+                self.world.at_once = True
+                Fence.reached.add("done at once")
+            elif not at_once and settle(State.CLAIMED, State.FINISHING, how="done"):
                 self._store(delivery, "result")
             else:
                 Fence.reached.add("dropped")
@@ -257,10 +264,10 @@ class Fence(RuleBasedStateMachine):
             {"taken": self._hold, "held": self._claim, "result": self._close, "failure": self._close}[delivery.step](delivery)
 
     @while_one_is("running")
-    @rule(n=st.integers(0, 3))
-    def an_attempt_returns(self, n: int) -> None:
+    @rule(n=st.integers(0, 3), at_once=st.booleans())
+    def an_attempt_returns(self, n: int, at_once: bool) -> None:
         if delivery := self._pick(n, "running"):
-            self._finish(delivery)
+            self._finish(delivery, at_once=at_once)
 
     @while_one_is("running")
     @rule(n=st.integers(0, 3))
@@ -286,14 +293,14 @@ class Fence(RuleBasedStateMachine):
             self.a_worker_takes_a_message(2)
 
     @while_one_is("running")
-    @rule(raises=st.booleans())
-    def a_zombie_is_taken_over_and_then_ends(self, raises: bool) -> None:
+    @rule(raises=st.booleans(), at_once=st.booleans())
+    def a_zombie_is_taken_over_and_then_ends(self, raises: bool, at_once: bool) -> None:
         """Likewise."""
         zombie = self._pick(0, "running")
         assert zombie
         zombie.lost = True
         self._salvage()
-        self._raise(zombie) if raises else self._finish(zombie)
+        self._raise(zombie) if raises else self._finish(zombie, at_once=at_once)
 
     @while_one_is("running")
     @rule(n=st.integers(0, 3))
@@ -302,13 +309,13 @@ class Fence(RuleBasedStateMachine):
             self._raise(delivery)
 
     @while_one_is("running")
-    @rule(stored=st.booleans())
-    def a_child_is_killed_and_its_worker_sees_it(self, stored: bool) -> None:
+    @rule(stored=st.booleans(), at_once=st.booleans())
+    def a_child_is_killed_and_its_worker_sees_it(self, stored: bool, at_once: bool) -> None:
         """Before or after it stored its result."""
         delivery = self._pick(0, "running")
         assert delivery
         if stored:
-            self._finish(delivery)
+            self._finish(delivery, at_once=at_once)
         if delivery.step in ("running", "result"):
             outcome = delivery.attempt.end(ledger.after_loss, "lost")
             Fence.reached.add(f"killed when {delivery.step}: {outcome.name}")
@@ -351,6 +358,10 @@ class Fence(RuleBasedStateMachine):
     @invariant()
     def nothing_is_stored_twice(self) -> None:
         assert len(self.world.stored) <= 1
+
+    @invariant()
+    def a_result_is_stored_by_the_step_that_ends_its_attempt_and_by_no_other(self) -> None:
+        assert bool(self.world.client.exists("result")) == self.world.at_once
 
     @invariant()
     def each_tier_starts_a_job_once_and_the_last_once_more(self) -> None:
@@ -427,6 +438,8 @@ def test_in_any_order_a_job_has_one_outcome_and_is_never_lost(
         "raised NOT_OURS",
         "killed when running: MOVED",
         "killed when result: MOVED",
+        "killed when result: NOT_OURS",
+        "done at once",
         "dropped",
         "interrupted",
         "ended done",
