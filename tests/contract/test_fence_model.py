@@ -436,7 +436,7 @@ def explore(
 def test_in_any_order_a_job_has_one_outcome_and_is_never_lost(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    explore(Fence, url, monkeypatch, caplog, examples=250)
+    explore(Fence, url, monkeypatch, caplog, examples=200)
     # A model that never gets anywhere would hold too.
     assert {f"claim {c}" for c in Claim if c not in (Claim.UNKNOWN, Claim.CORRUPT, Claim.FINISHING)} <= Fence.reached
     assert {

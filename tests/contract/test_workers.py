@@ -318,6 +318,14 @@ def test_what_is_no_message_is_set_aside_and_the_worker_goes_on(url: str, two_ti
     assert two_tiers.add.apply_async((1,), queue="cpu-jobs").get(timeout=10) == 2
 
 
+def test_what_is_no_text_is_set_aside_too(two_tiers: ModuleType) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    before = int(client.get(keys.aside_count) or 0)
+    client.rpush("cpu-jobs", b"\xff\xfe is no UTF-8")
+    until(lambda: int(client.get(keys.aside_count) or 0) == before + 1, "it is counted")
+    assert two_tiers.add.apply_async((1,), queue="cpu-jobs").get(timeout=10) == 2
+
+
 @pytest.mark.parametrize("corruption", ["state", "attempt", "kind"])
 def test_a_corrupted_ledger_entry_is_set_aside_with_its_message(two_tiers: ModuleType, corruption: str) -> None:
     client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
