@@ -20,7 +20,8 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 
-from workerpool_operator import moving, salvage
+from workerpool_operator import asking, moving, salvage
+from workerpool_operator.asking import Outlook
 from workerpool_operator.observation import BrokerReading, QueueReading, Served, Unavailable
 from workerpool_operator.ports import NO_MARKS, Marks, Pool
 from workerpool_operator.rebalancing import Transfer
@@ -150,6 +151,15 @@ class RedisBroker:
             return Job.load(task_id, await self._client(url).hgetall(pool.keys.job(task_id)))
         except (CorruptEntry, VersionMismatch) as error:
             return Unavailable(str(error))
+        except (redis.RedisError, OSError) as error:
+            return Unavailable(_why(url, error))
+
+    async def outlook(self, url: str, pool: Pool) -> Outlook | Unavailable:
+        """What admission would answer now; changes nothing."""
+        try:
+            return await asking.ask(self._client(url), pool.keys)
+        except ValueError as error:
+            return Unavailable(f"what Redis holds of the pool cannot be read: {error}")
         except (redis.RedisError, OSError) as error:
             return Unavailable(_why(url, error))
 

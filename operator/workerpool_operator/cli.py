@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import click
-from kombu.utils.url import sanitize_url
 from rich.console import Console
 
 from workerpool_operator import dev as dev_mode
@@ -197,7 +196,7 @@ def sweep(file: Path, broker_url: str | None) -> None:
 async def _sweep(pool: Pool, url: str) -> None:
     broker = RedisBroker(asyncio.Event())
     reaper = Reaper(broker)
-    click.echo(f"sweeping {pool.id} at {_shown(url)}")
+    click.echo(f"sweeping {pool.id} at {dev_mode.shown(url)}")
     down = ""
     while True:
         answer = await broker.read(url, [pool])
@@ -211,6 +210,46 @@ async def _sweep(pool: Pool, url: str) -> None:
             down = ""
             await reaper.reap(pool, url, reading)
         await asyncio.sleep(TICK_SECONDS)
+
+
+@main.command()
+@click.argument("pool", required=False, metavar="[POOL]")
+@click.option("--file", "-f", "file", type=_FILE, help="A file with one WorkerPool and its status, in place of the API server.")
+@click.option("--broker-url", metavar="URL", help="Use this Redis in place of the pool's.")
+def explain(pool: str | None, file: Path | None, broker_url: str | None) -> None:
+    """Say why a pool is as it is: its workers, where its jobs went, what a new one would get. Changes nothing.
+
+    POOL is namespace/name, as in WorkerPool("ml/media", app). It is looked up in the cluster of this pod, or of KUBECONFIG. Where
+    Redis cannot be reached from here, forward its port and give --broker-url, or ask in the operator's pod:
+
+    
+      workerpool explain ml/media
+      kubectl exec -n celery-workerpool deploy/celery-workerpool -- workerpool explain ml/media
+
+    Without a cluster: the file that `workerpool dev` names at its start, or what `kubectl get wp media -o yaml` has printed.
+
+    
+      workerpool explain -f /tmp/workerpool-media-x1y2/workerpool.json
+
+    The sentences are those of the status and its conditions. What became of one job: `workerpool job TASK_ID`.
+    """
+    from workerpool_operator import explain as asked  # the client of the API server takes a while to import
+    from workerpool_operator.explanation import render
+
+    if (pool is None) == (file is None):
+        _fail("give POOL, as namespace/name, or -f FILE with a WorkerPool and its status")
+    try:
+        if file is not None:
+            found = _read(file)
+            url: str | Unavailable = _address(found, broker_url)
+        else:
+            assert pool is not None
+            found, url = asyncio.run(asked.stored(pool))
+            url = _address(found, broker_url) if broker_url else url
+        known = asyncio.run(asked.explanation(found, url))
+    except asked.CannotExplain as error:
+        _fail(str(error))
+    Console().print(render(known))
 
 
 @main.command()
@@ -247,11 +286,6 @@ def _address(pool: Pool, broker_url: str | None) -> str:
     return broker.address(broker.url)
 
 
-def _shown(url: str) -> str:
-    """The URL, or all URLs of sentinels, without a password."""
-    return ";".join(sanitize_url(part) for part in url.partition("#")[0].split(";"))
-
-
 def told(job: Job) -> list[str]:
     """The life of a job, a line for each thing that happened."""
 
@@ -277,10 +311,11 @@ async def _dev(pool: Pool, directory: Path, broker_url: str | None) -> None:
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     with suppress(asyncio.CancelledError), LiveView(console) as view:
         async with dev_mode.session(pool, directory=directory, reporter=view, broker_url=broker_url) as session:
-            url = _shown(session.broker_url)
+            url = dev_mode.shown(session.broker_url)
             for line in (
                 f"broker  {url}",
                 f"logs    {directory}",
+                f"status  workerpool explain -f {directory / dev_mode.STATUS_FILE}",
                 f"in the API: CELERY_BROKER_URL={url}, WorkerPool({pool.id!r}, app)",
             ):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)

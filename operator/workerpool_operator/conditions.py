@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from workerpool_operator import scaling
-from workerpool_operator.drain import OVERDUE_SECONDS
+from workerpool_operator.drain import OVERDUE_SECONDS, Drain
 from workerpool_operator.model import Mode
 from workerpool_operator.observation import NOTHING_SERVED, Phase, Unavailable
 from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Pool
+from workerpool_operator.rebalancing import Moved, told
 from workerpool_operator.sharing import Conflict
 from workerpool_operator.status import Condition, ConditionType, Event, Status, TierStatus, flips, stamp, summary, total
 from workerpool_operator.worker_command import grace_seconds
@@ -33,6 +34,7 @@ def assess(
     conflict: Conflict | None,
     previous: Mapping[str, Any],
     now: float,
+    moved: Sequence[Moved] = (),
 ) -> tuple[Status, tuple[Event, ...]]:
     """The status of one pool after a pass, and what is worth an Event.
 
@@ -45,9 +47,10 @@ def assess(
         conflict: the queue that another pool owns.
         previous: the status of the pass before, as stored.
         now: wall-clock seconds.
+        moved: the waiting jobs that have changed their tier.
     """
     if pool.spec.mode is Mode.ADVISORY:
-        plans = [replace(plan, decision=_advised(plan.decision)) for plan in plans]
+        plans = [replace(plan, decision=_advised(plan.decision), drain=Drain(plan.workers.desired)) for plan in plans]
     tiers = tuple(_tier(plan) for plan in plans)
     found = [
         _broker(broker, refused),
@@ -58,6 +61,7 @@ def assess(
         _rivals(plans, workers),
         _grace(plans, broker, workers),
         _overdue(plans),
+        _rebalancing(moved, now),
         _paused(pool.spec.mode),
     ]
     conditions = [Condition(*fields, pool.generation) for fields in [_ready(found, plans, workers), *found]]
@@ -220,6 +224,13 @@ def _overdue(plans: Sequence[TierPlan]) -> _Fields:
         message = f"still busy {OVERDUE_SECONDS:.0f} s after it was told to take nothing new; it is not killed"
         return kind, "True", "WorkersStayBusy", f"{'; '.join(late)}: {message}"
     return kind, "False", "InTime", "no worker that is to leave has been busy for too long"
+
+
+def _rebalancing(moved: Sequence[Moved], now: float) -> _Fields:
+    kind = ConditionType.REBALANCING
+    if news := told(moved, now):
+        return kind, "True", "JobsMoved", "; ".join(one.message for one in news)
+    return kind, "False", "JobsStay", "no waiting job changes its tier"
 
 
 def _paused(mode: Mode) -> _Fields:

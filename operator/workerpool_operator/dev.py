@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kombu.utils.url import sanitize_url
 from pydantic import ValidationError
 
 from workerpool_operator.broker import RedisBroker
@@ -16,12 +18,15 @@ from workerpool_operator.local.launch import Launch, launch, unsupported
 from workerpool_operator.local.process import last_words
 from workerpool_operator.local.redis_server import private_redis
 from workerpool_operator.local.workers import LocalWorkers
-from workerpool_operator.model import Broker, Problem
+from workerpool_operator.model import API_VERSION, KIND, Broker, Problem
 from workerpool_operator.observation import Unavailable
-from workerpool_operator.ports import Pool, Reporter
+from workerpool_operator.ports import Pool, Report, Reporter
 from workerpool_operator.reconcile import Reconciler
 
 APP_CHECK_SECONDS = 30.0
+
+STATUS_FILE = "workerpool.json"
+"""In the directory of the logs: the WorkerPool with its status, as an API server would keep it."""
 
 
 class CannotStart(Exception):
@@ -44,7 +49,7 @@ async def session(pool: Pool, *, directory: Path, reporter: Reporter, broker_url
 
     Args:
         pool: the pool; the broker that it names is replaced.
-        directory: gets the workers' logs.
+        directory: gets the workers' logs, and :data:`STATUS_FILE`.
         reporter: is told of every pass.
         broker_url: a Redis that is there already; None starts a private one.
 
@@ -54,7 +59,7 @@ async def session(pool: Pool, *, directory: Path, reporter: Reporter, broker_url
     """
     async with AsyncExitStack() as stack:
         url = broker_url or stack.enter_context(private_redis()).url
-        pool = replace(pool, spec=pool.spec.model_copy(update={"broker": at(url, pool.spec.broker)}))
+        pool = replace(pool, spec=pool.spec.model_copy(update={"broker": at(url, pool.spec.broker)}), status={})
         _fail_if(unsupported(pool.spec))
         wake = asyncio.Event()
         redis = RedisBroker(wake)
@@ -65,7 +70,11 @@ async def session(pool: Pool, *, directory: Path, reporter: Reporter, broker_url
         workers = LocalWorkers(directory, wake)
         stack.push_async_callback(workers.close)
         reconciler = Reconciler(
-            urls=_OneUrl(pool.spec.broker.address(url)), broker=redis, workers=workers, reporter=reporter, wake=wake
+            urls=_OneUrl(pool.spec.broker.address(url)),
+            broker=redis,
+            workers=workers,
+            reporter=_StatusKept(directory / STATUS_FILE, reporter),
+            wake=wake,
         )
         reconciler.pools[pool.id] = pool
         passes = asyncio.create_task(reconciler.run())
@@ -83,6 +92,35 @@ class _OneUrl:
 
     async def broker_url(self, pool: Pool) -> str | Unavailable:  # noqa: ARG002 the port's signature
         return self.url
+
+
+@dataclass(frozen=True, slots=True)
+class _StatusKept:
+    """A reporter that also keeps the resource and its status in a file, for whoever asks with ``workerpool explain``."""
+
+    path: Path
+    reporter: Reporter
+
+    async def report(self, report: Report) -> None:
+        self._write(report)
+        await self.reporter.report(report)
+
+    def _write(self, report: Report) -> None:
+        pool = report.pool
+        spec = pool.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+        spec["broker"]["url"] = shown(spec["broker"]["url"])
+        metadata = {"name": pool.name, "namespace": pool.namespace, "generation": pool.generation}
+        resource = {
+            "apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": spec, "status": report.status.dump(),
+        }  # fmt: skip
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(resource, indent=1))
+        new.replace(self.path)
+
+
+def shown(url: str) -> str:
+    """The URL, or all URLs of sentinels, without a password."""
+    return ";".join(sanitize_url(part) for part in url.partition("#")[0].split(";"))
 
 
 def at(url: str, broker: Broker) -> Broker:

@@ -50,7 +50,7 @@ def render(report: Report, events: Iterable[TimedEvent] = ()) -> RenderableType:
     """
     pool = report.pool
     title = Text.assemble((pool.id, "bold"), "  ", (pool.spec.mode.value, "cyan"))
-    parts: list[RenderableType] = [_condition(c) for c in report.status.conditions if _worth_seeing(c)]
+    parts: list[RenderableType] = [_condition(c) for c in report.status.conditions if worth_seeing(c)]
     if isinstance(report.reading, Unavailable):
         parts.append(Text(f"broker unreachable: {report.reading.why}", "bold red"))
     parts.append(_tier_table(report.status.tiers))
@@ -127,14 +127,19 @@ class LiveView:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _worth_seeing(condition: Condition) -> bool:
+def worth_seeing(condition: Condition) -> bool:
+    """Whether a condition is other than it should be."""
     return (condition.status == "True") != (condition.type in _GOOD_WHEN_TRUE)
 
 
-def _condition(condition: Condition) -> Text:
+def condition_name(condition: Condition) -> Text:
+    """What of a condition holds, in the colour of its weight."""
     style = "bold red" if WARNS_WHEN.get(condition.type) == condition.status else "yellow"
-    name = condition.type.value if condition.status == "True" else f"not {condition.type.value}"
-    return Text.assemble((name, style), " ", condition.message, no_wrap=True, overflow="ellipsis")
+    return Text(condition.type.value if condition.status == "True" else f"not {condition.type.value}", style)
+
+
+def _condition(condition: Condition) -> Text:
+    return Text.assemble(condition_name(condition), " ", condition.message, no_wrap=True, overflow="ellipsis")
 
 
 def _tier_table(tiers: Iterable[TierStatus]) -> Table:

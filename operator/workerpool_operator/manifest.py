@@ -48,7 +48,11 @@ def _pool(document: object) -> Pool | list[Problem]:
         return problems + spec
     if problems:
         return problems
-    return Pool(namespace, name, uid=f"{namespace}/{name}", generation=1, created_at=0.0, spec=spec)
+    status = document.get("status")
+    return Pool(
+        namespace, name, uid=f"{namespace}/{name}", generation=1, created_at=0.0, spec=spec,
+        status=status if isinstance(status, dict) else {},
+    )  # fmt: skip
 
 
 def _name(metadata: Any, field: str, default: str | None, problems: list[Problem]) -> str:

@@ -16,7 +16,7 @@ The oldest go first, and what the ledger holds for bound to its tier never goes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -25,6 +25,9 @@ from workerpool_routing.wire import Policy, TierPolicy
 
 AT_ONCE = 100
 """The most jobs that one pass moves between two tiers."""
+
+TOLD_SECONDS = 60.0
+"""How long it is told that jobs have moved; moves with no longer pauses between them are told as one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,43 @@ class Transfer:
     target: str
     jobs: int
     message: str
+
+    @property
+    def way(self) -> tuple[str, str]:
+        """From which tier to which."""
+        return self.source, self.target
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Waiting jobs that have changed their tier.
+
+    Attributes:
+        last: the newest transfer of those that are told as one.
+        jobs: how many moved in all of them.
+        at: seconds, when the last one did.
+    """
+
+    last: Transfer
+    jobs: int
+    at: float
+
+    @property
+    def message(self) -> str:
+        """In a sentence."""
+        return f"{self.jobs} waiting jobs have gone {self.last.message}"
+
+
+def told(moved: Sequence[Moved], now: float) -> list[Moved]:
+    """Those that are still news."""
+    return [one for one in moved if now - one.at < TOLD_SECONDS]
+
+
+def tell(moved: Sequence[Moved], transfer: Transfer, jobs: int, now: float) -> list[Moved]:
+    """What is to be told after jobs have moved once more, one for each way between two tiers."""
+    news = told(moved, now)
+    before = sum(one.jobs for one in news if one.last.way == transfer.way)
+    return [*(one for one in news if one.last.way != transfer.way), Moved(transfer, before + jobs, now)]
 
 
 def transfers(policy: Policy, loads: Mapping[str, Load], spilled: Mapping[str, int]) -> list[Transfer]:

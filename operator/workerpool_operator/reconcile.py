@@ -23,6 +23,7 @@ from workerpool_operator.observation import BrokerReading, TierReplicas, Unavail
 from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import NO_MARKS, Broker, Pool, Report, Reporter, Urls, Workers
 from workerpool_operator.reaper import Reaper
+from workerpool_operator.rebalancing import Moved
 from workerpool_operator.sharing import Conflict
 
 logger = logging.getLogger("workerpool_operator")
@@ -91,6 +92,7 @@ class Reconciler:
         self._status: dict[str, Mapping[str, Any]] = {}
         self._reaper = Reaper(broker, lambda: self._clock())
         self._looked_in_vain: dict[str, dict[tuple[str, str], float]] = {}
+        self._moved: dict[str, list[Moved]] = {}
         self._places: dict[str, tuple[str, Hashable]] = {}
         self._held: dict[str, Conflict] = {}
         self._readings: dict[tuple[str, int], BrokerReading | Unavailable] = {}
@@ -216,6 +218,7 @@ class Reconciler:
                 conflict,
                 self._status.get(pool.uid, pool.status),
                 self._clock(),
+                self._moved.get(pool.uid, ()),
             )
             self._status[pool.uid] = status.dump()
             await self._reporter.report(Report(pool, status, reading, events))
@@ -251,17 +254,17 @@ class Reconciler:
         policy, spilled = planning.policy(pool.spec), {plan.tier.name: plan.spilled or 0 for plan in plans}
         looked_in_vain = self._looked_in_vain.setdefault(pool.uid, {})
         for transfer in rebalancing.transfers(policy, planning.loads(plans), spilled):
-            way = (transfer.source, transfer.target)
-            if self._clock() - looked_in_vain.get(way, -math.inf) < LOOK_AGAIN_SECONDS:
+            if self._clock() - looked_in_vain.get(transfer.way, -math.inf) < LOOK_AGAIN_SECONDS:
                 continue
             if moved := await self._broker.rebalance(url, pool, policy, transfer):
                 logger.info("%s: %d waiting jobs go %s", pool.id, moved, transfer.message)
+                self._moved[pool.uid] = rebalancing.tell(self._moved.get(pool.uid, ()), transfer, moved, self._clock())
             else:
-                looked_in_vain[way] = self._clock()
+                looked_in_vain[transfer.way] = self._clock()
 
     def _forget_all_but(self, uids: set[str]) -> None:
         self._reaper.forget_all_but(uids)
-        for kept in (self._memory, self._status, self._places, self._looked_in_vain):
+        for kept in (self._memory, self._status, self._places, self._looked_in_vain, self._moved):
             for uid in kept.keys() - uids:
                 del kept[uid]
 

@@ -7,7 +7,7 @@ numbers alone are written at most every :data:`NUMBERS_EVERY_SECONDS`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -29,6 +29,7 @@ class ConditionType(StrEnum):
     AUTOSCALER_CONFLICT = "AutoscalerConflict"
     GRACE_PERIOD_TOO_SHORT = "GracePeriodTooShort"
     DRAIN_OVERDUE = "DrainOverdue"
+    REBALANCING = "Rebalancing"
     PAUSED = "Paused"
 
 
@@ -95,6 +96,16 @@ class Status:
         """As the resource stores it; None is left out."""
         return {to_camel(name): _camel(value) for name, value in asdict(self).items() if value is not None}
 
+    @classmethod
+    def load(cls, stored: Mapping[str, Any]) -> Status | None:
+        """As the resource stores it, None where nobody has told yet; what another release has told besides is left out."""
+        if "observedGeneration" not in stored:
+            return None
+        tiers = [TierStatus(**_known(TierStatus, tier)) for tier in stored.get("tiers", ())]
+        known = [c for c in stored.get("conditions", ()) if c.get("type") in list(ConditionType)]
+        conditions = [replace(Condition(**_known(Condition, c)), type=ConditionType(c["type"])) for c in known]
+        return replace(cls(**_known(cls, stored)), tiers=tuple(tiers), conditions=tuple(conditions))
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -158,6 +169,11 @@ def _without_numbers(status: Mapping[str, Any]) -> dict[str, Any]:
     conditions = [{k: v for k, v in c.items() if k != "message"} for c in status.get("conditions", ())]
     rest = {k: v for k, v in status.items() if k not in hidden}
     return {**rest, "tiers": tiers, "conditions": conditions}
+
+
+def _known(kind: type[Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass by their stored names; what is not there is None."""
+    return {one.name: stored.get(to_camel(one.name)) for one in fields(kind)}
 
 
 def _camel(value: Any) -> Any:

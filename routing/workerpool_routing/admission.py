@@ -6,11 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workerpool_routing.decide import MARGIN, RETURN, SERVICE_SECONDS, START_SECONDS, Candidates, Load, Reason, Request
 from workerpool_routing.ledger import Call
-from workerpool_routing.message import Message
 from workerpool_routing.wire import (
     IDEMPOTENCY_LIFE_SECONDS,
     JOB_LIFE_SECONDS,
@@ -23,6 +22,9 @@ from workerpool_routing.wire import (
     TierPolicy,
     wake_channel,
 )
+
+if TYPE_CHECKING:
+    from workerpool_routing.message import Message  # the operator, which only asks, does without Celery
 
 
 @dataclass(frozen=True, slots=True)

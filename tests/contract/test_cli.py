@@ -266,6 +266,7 @@ def test_logs_that_cannot_be_written_are_named(mark: str) -> None:
     [
         ([], ["run", "dev", "check", "on Kubernetes and on a laptop"]),
         (["run"], ["KUBECONFIG", "--namespace", "Default: all"]),
+        (["explain"], ["namespace/name", "KUBECONFIG", "Changes nothing", "kubectl exec", "--broker-url", "workerpool dev"]),
         (["check"], ["without a cluster", "Exit 2", "--file", "required"]),
         (["dev"], ["real workers as local processes", "broker URL that it prints", "Ctrl-C", "default: a private one", "--logs"]),
     ],

@@ -26,6 +26,7 @@ from workerpool_operator.model import Mode
 from workerpool_operator.observation import Phase, Replica, TierReplicas
 from workerpool_operator.ports import Pool
 from workerpool_operator.rebalancing import Transfer
+from workerpool_operator.status import ConditionType
 from workerpool_routing import Reason, WorkerPool, ledger
 from workerpool_routing.ledger import State
 from workerpool_routing.wire import Capacity, TierCapacity
@@ -250,6 +251,9 @@ def test_the_pass_moves_what_waits_for_workers_that_cannot_be_placed(redis_url: 
             system.place = system.reconciler._workers = nodes = Nodes()
             nodes.down = True
             await system.after()
+            told = next(c for c in system.reports[-1].status.conditions if c.type is ConditionType.REBALANCING)
+            moved = "1 waiting jobs have gone from gpu to cpu: gpu: no accelerated slot is free and none can be started "
+            assert (told.status, told.message.startswith(moved)) == (("True", True) if tier == "cpu" else ("False", False))
 
     asyncio.run(scenario())
     assert seeds.job(redis_url, pool, task_id).tier == tier

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 
 from workerpool_operator import planning
 from workerpool_operator.conditions import assess
+from workerpool_operator.drain import Drain
 from workerpool_operator.model import Mode, parse_spec
 from workerpool_operator.observation import (
     NOTHING_SERVED,
@@ -23,6 +24,7 @@ from workerpool_operator.observation import (
 )
 from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Pool
+from workerpool_operator.rebalancing import TOLD_SECONDS, Moved, Transfer
 from workerpool_operator.sharing import Conflict
 from workerpool_operator.status import Condition, ConditionType, Event, Status
 from workerpool_routing.wire import Milliseconds, Presence
@@ -75,8 +77,9 @@ def told(
     conflict: Conflict | None = None,
     pool: Pool = POOL,
     previous: Mapping[str, Any] | None = None,
+    moved: Sequence[Moved] = (),
 ) -> tuple[Status, tuple[Event, ...]]:
-    return assess(pool, planned, broker, refused, blind, conflict, previous or {}, NOON)
+    return assess(pool, planned, broker, refused, blind, conflict, previous or {}, NOON, moved)
 
 
 def conditions(outcome: tuple[Status, tuple[Event, ...]]) -> dict[str, Condition]:
@@ -97,6 +100,7 @@ HEALTHY = {
     "AutoscalerConflict": "False",
     "GracePeriodTooShort": "False",
     "DrainOverdue": "False",
+    "Rebalancing": "False",
     "Paused": "False",
 }
 
@@ -106,7 +110,7 @@ def test_a_pool_at_rest_is_healthy_and_silent() -> None:
     assert values(outcome) == HEALTHY
     assert [condition.reason for condition in outcome[0].conditions] == [
         "Working", "Answering", "AsOrdered", "NoJobsElsewhere", "WithinBounds", "QueuesOwned",
-        "NoOtherAutoscaler", "LongEnough", "InTime", "Active",
+        "NoOtherAutoscaler", "LongEnough", "InTime", "JobsStay", "Active",
     ]  # fmt: skip
     assert outcome[1] == ()
     assert {condition.observed_generation for condition in outcome[0].conditions} == {7}
@@ -296,6 +300,32 @@ def test_an_advisory_pool_says_what_it_would_order() -> None:
         "cpu: 9 waiting + 0 in flight need 9 to start within 60 s (jobs of 30 s, starts of 240 s), would order 4; "
         "the maximum limits it"
     )
+
+
+def test_an_advisory_pool_drains_nobody_and_says_so() -> None:
+    pool = in_mode(Mode.ADVISORY)
+    marked = Drain(2, marks=frozenset({"w0"}), overdue=("w0",), message="1 leave when they have finished their jobs")
+    gpu, cpu = plans({**IDLE, "gpu": workers(2, Phase.READY, Phase.READY)}, pool=pool)
+    active, _ = told([replace(gpu, drain=marked), cpu])
+    advised, _ = told([replace(gpu, drain=marked), cpu], pool=pool)
+    assert [(status.tiers[0].draining, values((status, ()))["DrainOverdue"]) for status in (active, advised)] == [
+        (1, "True"),
+        (0, "False"),
+    ]
+    assert active.tiers[0].message.endswith("; 1 leave when they have finished their jobs")
+    assert "leave" not in advised.tiers[0].message
+
+
+def test_jobs_that_moved_are_told_for_a_minute_with_the_sentence_of_their_transfer() -> None:
+    moved = [Moved(Transfer("gpu", "cpu", 4, "from gpu to cpu: no slot"), 7, NOON - TOLD_SECONDS + 1)]
+    first, events = told(plans(IDLE), moved=moved)
+    found = conditions((first, events))["Rebalancing"]
+    assert (found.status, found.reason) == ("True", "JobsMoved")
+    assert found.message == "7 waiting jobs have gone from gpu to cpu: no slot"
+    _, events = told(plans(IDLE), previous=told(plans(IDLE))[0].dump(), moved=moved)
+    assert [(event.warning, event.reason) for event in events] == [(False, "JobsMoved")]
+    later = told(plans(IDLE), moved=[replace(moved[0], at=NOON - TOLD_SECONDS)])
+    assert values(later)["Rebalancing"] == "False"
 
 
 def test_a_paused_pool_shows_what_runs_and_no_decision() -> None:

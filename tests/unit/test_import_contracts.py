@@ -25,6 +25,7 @@ BREAKS = [
     ("pure", "routing/workerpool_routing/decide.py", "import redis"),
     ("operator-of-library", "operator/workerpool_operator/live.py", "from workerpool_routing import WorkerPool"),
     ("operator-of-library", "operator/workerpool_operator/broker.py", "import workerpool_routing.pool"),
+    ("operator-of-library", "operator/workerpool_operator/broker.py", "import workerpool_routing.admission"),
     ("library", "routing/workerpool_routing/worker/__init__.py", "import kopf"),
     ("library", "routing/workerpool_routing/pool.py", "import workerpool_operator.model"),
     ("adapters", "operator/workerpool_operator/kube/__init__.py", "import workerpool_operator.broker"),

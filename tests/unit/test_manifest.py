@@ -52,6 +52,13 @@ def test_without_a_namespace_it_is_the_default_one() -> None:
     assert pool.id == "default/media"
 
 
+@pytest.mark.parametrize(("given", "kept"), [({"replicas": "cpu 0/1"}, {"replicas": "cpu 0/1"}), (None, {}), ("Ready", {})])
+def test_a_status_is_kept_as_it_stands(given: object, kept: dict[str, str]) -> None:
+    pool = parse(text(status=given))
+    assert isinstance(pool, Pool)
+    assert pool.status == kept
+
+
 def test_the_sample_is_a_good_file() -> None:
     assert isinstance(parse(SAMPLE.read_text()), Pool)
 

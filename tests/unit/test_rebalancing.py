@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workerpool_operator.rebalancing import AT_ONCE, Transfer, transfers
+from workerpool_operator.rebalancing import AT_ONCE, TOLD_SECONDS, Moved, Transfer, tell, told, transfers
 from workerpool_routing.decide import Load
 from workerpool_routing.wire import Policy, TierPolicy
 
@@ -91,6 +91,19 @@ def test_the_transfer_says_why() -> None:
     )  # fmt: skip
     (home,) = transfers(POLICY, {"gpu": load(ready=1, service=5), "cpu": load(2, 1, 1, service=30)}, {"gpu": 2})
     assert home.message == "from cpu to gpu: the last of its queue would wait 90 s, there it waits at most 10 s"
+
+
+def test_moves_of_one_way_are_told_as_one_until_a_longer_pause() -> None:
+    away, home = Transfer("gpu", "cpu", 9, "away"), Transfer("cpu", "gpu", 9, "home")
+    first = tell([], away, 3, 0.0)
+    assert first == [Moved(away, 3, 0.0)]
+    again = replace(away, message="away again")
+    second = tell(first, again, 4, 50.0)
+    assert second == [Moved(again, 7, 50.0)], "the newest reason, and all that went that way"
+    both = tell(second, home, 2, 60.0)
+    assert both == [Moved(again, 7, 50.0), Moved(home, 2, 60.0)]
+    assert told(both, 50.0 + TOLD_SECONDS) == [Moved(home, 2, 60.0)]
+    assert tell(both, away, 1, 60.0 + TOLD_SECONDS) == [Moved(away, 1, 60.0 + TOLD_SECONDS)]
 
 
 def test_with_several_tiers_jobs_leave_for_the_one_that_starts_them_soonest_and_return_from_the_slowest() -> None:

@@ -47,6 +47,23 @@ def stored(*conditions: Condition, **more: Any) -> dict[str, Any]:
     return dumped
 
 
+def test_what_was_stored_is_the_status_again() -> None:
+    blind = tier(waiting=None, in_flight=None, spilled=None)
+    written = status(*stamp([condition(), condition(ConditionType.PAUSED)], {}, NOON), tiers=(tier(), blind), waiting=None)
+    assert Status.load(json.loads(json.dumps(written.dump()))) == written
+
+
+def test_what_another_release_has_told_besides_is_left_out() -> None:
+    newer = stored(condition())
+    newer["conditions"].append({**newer["conditions"][0], "type": "Novel"})
+    newer["tiers"][0]["novel"] = newer["novel"] = 1
+    assert Status.load(newer) == Status.load(stored(condition()))
+
+
+def test_where_nobody_has_told_there_is_no_status() -> None:
+    assert Status.load({}) is None
+
+
 def test_times_are_written_as_the_api_server_writes_them() -> None:
     assert (rfc3339(NOON), rfc3339(LATER)) == ("2026-01-01T12:00:00Z", "2026-01-01T12:01:01Z")
 

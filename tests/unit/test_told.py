@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from workerpool_operator.cli import _shown, told
+from workerpool_operator.cli import told
+from workerpool_operator.dev import shown
 from workerpool_routing.decide import Reason
 from workerpool_routing.ledger import Job, Run, State
 from workerpool_routing.wire import Milliseconds
@@ -41,6 +42,6 @@ def test_a_job_that_waits_has_only_been_admitted() -> None:
 
 
 def test_no_password_of_any_sentinel_is_shown() -> None:
-    shown = _shown("sentinel://:s3cret@one:26379/0;sentinel://api:s3cret@two:26379/0#main")
-    assert "s3cret" not in shown
-    assert all(host in shown for host in ("one:26379", "two:26379"))
+    said = shown("sentinel://:s3cret@one:26379/0;sentinel://api:s3cret@two:26379/0#main")
+    assert "s3cret" not in said
+    assert all(host in said for host in ("one:26379", "two:26379"))

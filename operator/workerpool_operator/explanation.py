@@ -1,0 +1,177 @@
+"""Why a pool is as it is, on one screen: values in, something to print out.
+
+The sentences are those of the status and of admission; nothing is decided here a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from workerpool_operator.asking import Answer, Outlook
+from workerpool_operator.live import condition_name, worth_seeing
+from workerpool_operator.model import Mode
+from workerpool_operator.observation import BrokerReading, Unavailable
+from workerpool_operator.ports import Pool
+from workerpool_operator.status import Condition, ConditionType, Status, TierStatus
+from workerpool_routing.decide import Reason, explain
+from workerpool_routing.wire import CAPACITY_LIFE_MS
+
+_NAMES_SHOWN = 3
+_NUMBERS = {"jobs", "waiting", "in flight", "elsewhere"}
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What is known of a pool at one moment.
+
+    Attributes:
+        status: what the operator told last, or why it told nothing.
+        reading: its queues and workers as Redis has them.
+        outlook: what a new job would get.
+    """
+
+    pool: Pool
+    status: Status | Unavailable
+    reading: BrokerReading | Unavailable
+    outlook: Outlook | Unavailable
+
+
+def render(known: Explanation) -> RenderableType:
+    """All of it, the alarming first; whole sentences, however long."""
+    pool, status, reading, outlook = known.pool, known.status, known.reading, known.outlook
+    parts: list[RenderableType] = [Text.assemble((pool.id, "bold"), "  ", (pool.spec.mode.value, "cyan")), _alarms(known)]
+    if isinstance(status, Status) and status.tiers:
+        parts += [_heading("why each tier has its workers"), _tiers(status.tiers)]
+        parts += [_grid((Text(tier.name, "bold"), _sentence(tier.reason, tier.message)) for tier in status.tiers)]
+    if isinstance(reading, BrokerReading):
+        if leaving := list(_leaving(reading)):
+            parts += [_heading("who leaves"), _grid(leaving)]
+        parts += [_heading("why its jobs went where they are, all so far"), _routes(pool, reading.routes)]
+    if outlook != reading:
+        parts += [_heading("what a new job would get now"), _answers(outlook)]
+    return Group(*parts)
+
+
+def _alarms(known: Explanation) -> Table:
+    rows: list[tuple[Text, Text | str]] = []
+    conditions = known.status.conditions if isinstance(known.status, Status) else ()
+    for what, reading in (("no status", known.status), ("Redis", known.reading)):
+        if isinstance(reading, Unavailable):
+            rows.append((Text(what, "bold red"), reading.why))
+    if _silent(known, conditions):
+        message = (
+            f"nobody has told of the pool's capacity for {CAPACITY_LIFE_MS / 1000:.0f} s: no operator runs, or it cannot see the "
+            "workers; what follows is what it said last"
+        )
+        rows.append((Text("no operator", "bold red"), message))
+    rows += [(condition_name(condition), condition.message) for condition in conditions if worth_seeing(condition)]
+    if well := [condition.type.value for condition in conditions if not worth_seeing(condition)]:
+        rows.append((Text("as it should be", "dim"), ", ".join(well)))
+    return _grid(rows)
+
+
+def _silent(known: Explanation, conditions: Iterable[Condition]) -> bool:
+    """Whether an operator should have told of the capacity and has not."""
+    held = any(c.type is ConditionType.QUEUE_SHARED and c.status == "True" for c in conditions)
+    acts = known.pool.spec.mode is Mode.ACTIVE and not held
+    return acts and isinstance(known.outlook, Outlook) and not known.outlook.operator
+
+
+def _tiers(tiers: Iterable[TierStatus]) -> Table:
+    table = _table("tier", "workers", "waiting", "in flight", "elsewhere")
+    for tier in tiers:
+        counts = [_number(count) for count in (tier.waiting, tier.in_flight, tier.spilled)]
+        table.add_row(Text(tier.name, "bold"), _workers(tier), *counts)
+    return table
+
+
+def _workers(tier: TierStatus) -> str:
+    others = {"starting": tier.starting, "unschedulable": tier.unschedulable, "leaving": tier.draining}
+    known = f"{_number(tier.ready)} ready of {_number(tier.desired)} wanted"
+    return ", ".join([known, *(f"{count} {what}" for what, count in others.items() if count)])
+
+
+def _leaving(reading: BrokerReading) -> Iterator[tuple[Text, str]]:
+    for name, queue in reading.tiers.items():
+        for worker in queue.workers:
+            if worker.draining or worker.worker in reading.marked:
+                has = f"finishes {worker.busy} jobs" if worker.busy else "has no job left"
+                yield Text(worker.worker), f"{name}: takes nothing new and {has}"
+
+
+def _routes(pool: Pool, routes: Mapping[str, int]) -> RenderableType:
+    if not routes:
+        return Text("  no job has been admitted yet")
+    table = _table("jobs", "why")
+    order = [tier.name for tier in pool.spec.tiers]
+
+    def place(route: tuple[str, int]) -> tuple[bool, int, int]:
+        tier = route[0].partition(":")[0]
+        return tier not in order, order.index(tier) if tier in order else 0, -route[1]
+
+    words = {reason.value: reason for reason in Reason}
+    for route, count in sorted(routes.items(), key=place):
+        tier, _, reason = route.partition(":")
+        table.add_row(str(count), _sentence(reason, explain(words[reason], tier) if reason in words else tier))
+    return table
+
+
+def _answers(outlook: Outlook | Unavailable) -> RenderableType:
+    if isinstance(outlook, Unavailable):
+        return Text(f"  unknown: {outlook.why}")
+    rows: list[tuple[Text, Text]] = []
+    for _, alike in groupby(outlook.answers, lambda answer: (answer.accelerated, answer.tier, answer.reason)):
+        answers = list(alike)
+        first = answers[0]
+        gets = Text.assemble((first.tier, "bold"), f", starts {_starts(answers)}") if first.tier else Text("refused", "bold red")
+        rows.append((gets, Text(_job(answers))))
+        rows.append((Text(), _sentence(first.reason, first.message)))
+    return _grid(rows)
+
+
+def _job(answers: list[Answer]) -> str:
+    wish = "asks for an accelerator" if answers[0].accelerated else "asks for none"
+    names = [answer.task for answer in answers if answer.task]
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return f"{wish}: {', '.join(names[:_NAMES_SHOWN])}{more}" if names else wish
+
+
+def _starts(answers: list[Answer]) -> str:
+    waits = [answer.wait for answer in answers if answer.wait is not None]
+    if len(waits) < len(answers):
+        return "when a worker is there"
+    return f"within {max(waits):.1f} s" if max(waits) else "at once"
+
+
+def _sentence(reason: str, message: str) -> Text:
+    return Text.assemble((reason, "cyan"), "  ", message)
+
+
+def _number(number: int | None) -> str:
+    return "?" if number is None else str(number)
+
+
+def _heading(words: str) -> Text:
+    return Text(f"\n{words}", "bold")
+
+
+def _grid(rows: Iterable[tuple[Text, Text | str]]) -> Table:
+    grid = Table.grid(padding=(0, 0, 0, 2), pad_edge=True)
+    grid.add_column(overflow="fold")
+    grid.add_column(overflow="fold")
+    for name, message in rows:
+        grid.add_row(name, message if isinstance(message, Text) else Text(message))
+    return grid
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, header_style="dim", padding=(0, 0, 0, 2), pad_edge=True)
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in _NUMBERS else "left", overflow="fold")
+    return table
