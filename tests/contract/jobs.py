@@ -27,7 +27,8 @@ tiers = [Tier("gpu", "gpu-jobs", accelerated=True), Tier("cpu", "cpu-jobs", acce
 further = [
     Tier(name, f"{name}-jobs", accelerated=False) for name in filter(None, os.environ.get("JOBS_FURTHER_TIERS", "").split(","))
 ]
-pool = WorkerPool("test/jobs", app, tiers=[*tiers, *further], timeout=5)
+given = None if os.environ.get("JOBS_WITHOUT_TIERS") else [*tiers, *further]
+pool = WorkerPool("test/jobs", app, tiers=given, timeout=5)
 
 
 def end(how: str) -> None:
@@ -203,6 +204,12 @@ def unstored() -> str:
 def unencodable() -> object:
     """A task whose result cannot be stored."""
     return object()
+
+
+@app.task(acks_late=False)  # type: ignore[untyped-decorator]
+def acknowledged_early() -> str:
+    """A task whose author asked for what could lose its jobs."""
+    return TIER
 
 
 @app.task  # type: ignore[untyped-decorator]
