@@ -66,7 +66,7 @@ def simulate(rule: Rule, services: Sequence[float], load: float, seed: int) -> l
     arrived, arrival = 0, chance.expovariate(rate)
     while arrived < JOBS or ends:
         if arrived < JOBS and (not ends or arrival < ends[0][0]):
-            fast, slow = (Load(len(queues[t]), busy[t], SLOTS[t], 0, service=services[t]) for t in (0, 1))
+            fast, slow = (Load(len(queues[t]), busy[t], SLOTS[t], service=services[t]) for t in (0, 1))
             tier = rule(fast, slow)
             queues[tier].append(arrival)
             start(tier, arrival)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from statistics import fmean
 
 from workerpool_operator import drain, scaling
 from workerpool_operator.model import Mode, Tier, WorkerPoolSpec
 from workerpool_operator.observation import BrokerReading, Phase, QueueReading, TierReplicas, Unavailable
 from workerpool_operator.ports import Marks, Pool
-from workerpool_routing.decide import Load
-from workerpool_routing.wire import Capacity, Policy, TaskPolicy, TierCapacity, TierPolicy
+from workerpool_routing.decide import START_SECONDS, Load, coming
+from workerpool_routing.wire import Capacity, Milliseconds, Policy, StartingSlots, TaskPolicy, TierCapacity, TierPolicy
+
+GROUPS = 8
+"""In how many groups the slots of a tier that are on their way are told of at most."""
+
+OVERDUE = 0.125
+"""The part of the start time that a worker is expected to take still when it should be ready already."""
 
 _PAUSED = "mode: Paused: nothing is decided, the count is what was seen"
 
@@ -130,35 +138,73 @@ def policy(spec: WorkerPoolSpec) -> Policy:
     )
 
 
-def capacity(plans: list[TierPlan]) -> Capacity:
-    """The slots that presence cannot show: ordered and not there yet, and those that may still be ordered."""
-    return Capacity({plan.tier.name: _capacity(plan) for plan in plans})
+def capacity(plans: list[TierPlan], time: Milliseconds, now: float) -> Capacity:
+    """The slots that presence cannot show: ordered and not there yet, and those that may still be ordered; and when they come.
+
+    Args:
+        plans: of one pass.
+        time: of the reading that they stand on, by Redis's clock.
+        now: the same by the clock of the workers' times, seconds.
+    """
+    return Capacity({plan.tier.name: _capacity(plan, time, now) for plan in plans})
 
 
-def _capacity(plan: TierPlan) -> TierCapacity:
+def _capacity(plan: TierPlan, time: Milliseconds, now: float) -> TierCapacity:
     slots = plan.tier.concurrency
     stuck = plan.workers.count(Phase.UNSCHEDULABLE) + plan.workers.count(Phase.FAILING)
-    present = sum(worker.slots > 0 for worker in plan.queue.workers) if plan.queue else 0
+    start, ready_in = _starts(plan, stuck, now)
     return TierCapacity(
-        starting=slots * max(0, plan.decision.replicas - present - stuck),
+        starting=tuple(
+            StartingSlots(slots * len(group), Milliseconds(time + round(1000 * fmean(group)))) for group in _grouped(ready_in)
+        ),
         # Where one worker cannot be placed or does not come up, another would not either.
         startable=0 if stuck else slots * max(0, plan.tier.replicas.max - plan.decision.replicas),
+        start_seconds=start,
         unschedulable=slots * plan.workers.count(Phase.UNSCHEDULABLE),
     )
 
 
-def loads(plans: list[TierPlan]) -> Mapping[str, Load]:
-    """Every tier as admission measures it, ``service`` being the mean over all its jobs; none where a queue was not read."""
-    coming = capacity(plans).tiers
-    return {plan.tier.name: _load(plan.queue, coming[plan.tier.name]) for plan in plans if plan.queue}
+def _starts(plan: TierPlan, stuck: int, now: float) -> tuple[float, list[float]]:
+    """How long a worker takes to start, and for each that is on its way in how many seconds it is ready, soonest first.
+
+    What should be there already, or runs and does not report yet, takes a part of the start time more.
+    """
+    takes_jobs = {report.worker: report.slots > 0 for report in (plan.queue.workers if plan.queue else ())}
+    coming = [
+        replica
+        for replica in plan.workers.replicas
+        if replica.phase in (Phase.STARTING, Phase.READY) and not takes_jobs.get(replica.worker)
+    ]
+    start = plan.decision.memory.start_seconds
+    if start is None:
+        unseen = [now - r.ordered_at for r in coming if r.phase is Phase.STARTING and r.worker not in takes_jobs]
+        start = max([START_SECONDS, *unseen])
+    count = max(0, plan.decision.replicas - sum(takes_jobs.values()) - stuck)
+    ready_in = sorted(min(max(start - (now - replica.ordered_at), start * OVERDUE), start) for replica in coming)[:count]
+    return start, ready_in + [start] * (count - len(ready_in))
 
 
-def _load(queue: QueueReading, capacity: TierCapacity) -> Load:
+def _grouped(ready_in: list[float]) -> list[list[float]]:
+    """Ascending times in at most :data:`GROUPS` groups, cut at the widest gaps; what is ready within a second is one."""
+    gaps = [(after - before, index) for index, (before, after) in enumerate(pairwise(ready_in), 1) if after - before > 1.0]
+    cuts = sorted(index for _, index in sorted(gaps, reverse=True)[: GROUPS - 1])
+    edges = [0, *cuts, len(ready_in)]
+    return [ready_in[first:last] for first, last in pairwise(edges)] if ready_in else []
+
+
+def loads(plans: list[TierPlan], capacity: Capacity, time: Milliseconds) -> Mapping[str, Load]:
+    """Every tier as admission measures it at the time of the reading, ``service`` being the mean over all its jobs; none where a
+    queue was not read.
+    """
+    return {plan.tier.name: _load(plan.queue, capacity.tiers[plan.tier.name], time) for plan in plans if plan.queue}
+
+
+def _load(queue: QueueReading, capacity: TierCapacity, time: Milliseconds) -> Load:
     return Load(
         waiting=queue.waiting,
         in_flight=queue.in_flight,
         ready=sum(worker.slots for worker in queue.workers),
-        coming=capacity.starting + capacity.startable,
+        coming=coming(capacity, time),
         service=queue.served.seconds / queue.served.jobs if queue.served.jobs else None,
     )
 

@@ -95,7 +95,7 @@ def transfers(policy: Policy, loads: Mapping[str, Load], spilled: Mapping[str, i
 def _away(fast: TierPolicy, plain: list[TierPolicy], loads: Mapping[str, Load]) -> Transfer | None:
     candidates = Candidates((fast, *plain), accelerated=1)
     held = [loads[tier.name] for tier in candidates.tiers]
-    serves = held[0].ready + held[0].coming > 0
+    serves = held[0].slots > 0
     to, jobs, reason = 0, 0, Reason.NO_CAPACITY
     while held[0].waiting and jobs < AT_ONCE:
         without = replace(held[0], waiting=held[0].waiting - 1)
@@ -114,7 +114,7 @@ def _away(fast: TierPolicy, plain: list[TierPolicy], loads: Mapping[str, Load]) 
 def _home(fast: TierPolicy, plain: list[TierPolicy], loads: Mapping[str, Load], spilled: Mapping[str, int]) -> Transfer | None:
     source = max(plain, key=lambda tier: (loads[tier.name].waiting > 0, loads[tier.name].wait))
     # What is only on its way may not come, and would send them back.
-    there, slow, jobs = replace(loads[fast.name], coming=0), loads[source.name], 0
+    there, slow, jobs = replace(loads[fast.name], coming=()), loads[source.name], 0
     most = min(spilled.get(fast.name, 0), slow.waiting, AT_ONCE)
     while jobs < most:
         slow = replace(slow, waiting=slow.waiting - 1)

@@ -25,6 +25,7 @@ from workerpool_operator.ports import NO_MARKS, Broker, Pool, Report, Reporter, 
 from workerpool_operator.reaper import Reaper
 from workerpool_operator.rebalancing import Moved
 from workerpool_operator.sharing import Conflict
+from workerpool_routing.decide import Load
 
 logger = logging.getLogger("workerpool_operator")
 
@@ -237,7 +238,7 @@ class Reconciler:
         if isinstance(reading, Unavailable):
             self._reaper.saw(pool, reading)
             return None
-        capacity = planning.capacity(plans) if plans else None
+        capacity = planning.capacity(plans, reading.time, self._clock()) if plans else None
         marks = planning.marks(plans, reading.marked) if plans else NO_MARKS
         if ("carry out", pool.id) in self._underway:
             # A count may be on its way down that stands on them.
@@ -246,14 +247,14 @@ class Reconciler:
         # A Redis that takes no write takes no presence either: workers that live fall silent there.
         self._reaper.saw(pool, refused or reading)
         await self._reaper.reap(pool, url, reading)
-        if pool.spec.routing.rebalance and plans and not refused:
-            await self._rebalance(pool, url, plans)
+        if pool.spec.routing.rebalance and capacity and not refused:
+            await self._rebalance(pool, url, plans, planning.loads(plans, capacity, reading.time))
         return refused
 
-    async def _rebalance(self, pool: Pool, url: str, plans: list[TierPlan]) -> None:
+    async def _rebalance(self, pool: Pool, url: str, plans: list[TierPlan], loads: Mapping[str, Load]) -> None:
         policy, spilled = planning.policy(pool.spec), {plan.tier.name: plan.spilled or 0 for plan in plans}
         looked_in_vain = self._looked_in_vain.setdefault(pool.uid, {})
-        for transfer in rebalancing.transfers(policy, planning.loads(plans), spilled):
+        for transfer in rebalancing.transfers(policy, loads, spilled):
             if self._clock() - looked_in_vain.get(transfer.way, -math.inf) < LOOK_AGAIN_SECONDS:
                 continue
             if moved := await self._broker.rebalance(url, pool, policy, transfer):

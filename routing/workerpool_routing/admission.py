@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from workerpool_routing.decide import MARGIN, RETURN, SERVICE_SECONDS, START_SECONDS, Candidates, Load, Reason, Request
+from workerpool_routing.decide import MARGIN, PATIENCE_SECONDS, RETURN, SERVICE_SECONDS, Candidates, Load, Reason, Request
 from workerpool_routing.ledger import Call
 from workerpool_routing.wire import (
     IDEMPOTENCY_LIFE_SECONDS,
@@ -100,7 +100,11 @@ def parse(reply: Sequence[Any]) -> Admission | Milliseconds:
     if len(reply) == 1:
         return Milliseconds(int(reply[0]))
     time, task_id, tier, queue, reason, wait, *load = reply
-    measured = Load(*map(int, load)) if load else None
+    measured = None
+    if load:
+        waiting, in_flight, ready, leased, *groups = map(int, load)
+        coming = tuple((slots, ms / 1000) for slots, ms in zip(groups[::2], groups[1::2], strict=True))
+        measured = Load(waiting, in_flight, ready, coming, leased)
     return Admission(task_id, tier, queue, Reason(reason), float(wait), measured, Milliseconds(int(time)))
 
 
@@ -119,7 +123,7 @@ def _of_the_pool(keys: Keyspace, candidates: Candidates, wanted: TierPolicy | No
         "margin": MARGIN,
         "back": RETURN,
         "service_seconds": SERVICE_SECONDS,
-        "start_seconds": START_SECONDS,
+        "patience": PATIENCE_SECONDS,
         "presence_life": PRESENCE_LIFE_MS,
         "lease_life": LEASE_MS,
         "job_life": JOB_LIFE_SECONDS,

@@ -16,7 +16,8 @@ The rule, in this order:
      optimal for a fast and a slow server: every job that queues makes all behind it wait, so the shortest completion of each,
      ``slow - fast``, is too late for all of them. A task that spills so goes on to spill until the difference has fallen to
      :data:`RETURN` of the threshold. Exactly on the boundary it waits.
-   * Where they are not, it waits while slots may still start and the accelerated queue is no more than :data:`MARGIN` longer.
+   * Where they are not, it waits while slots may still start, the first of them is ready no more than :data:`PATIENCE_SECONDS`
+     after the plain tier would start it, and the accelerated queue is no more than :data:`MARGIN` longer.
 
 4. If that tier cannot start it before its deadline or the longest wait allowed, the tier that starts it soonest takes it; if none
    can, the job is refused. Exactly in time is in time.
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import inf, sqrt
 
-from workerpool_routing.wire import Policy, TierPolicy, Wish
+from workerpool_routing.wire import Milliseconds, Policy, TierCapacity, TierPolicy, Wish
 
 MARGIN = 5
 """By how many waiting jobs the accelerated queue may be longer than the plain one while service times are unknown."""
@@ -41,7 +42,10 @@ SERVICE_SECONDS = 1.0
 """What a job counts in a queue while nothing is known of its task: low, so that nothing is refused for want of knowledge."""
 
 START_SECONDS = 30.0
-"""How long a slot counts as starting."""
+"""How long a slot takes to start while none has been seen to: low, for the same reason, and within the patience."""
+
+PATIENCE_SECONDS = 30.0
+"""By how much later than on the plain tier a slot may be ready that a job waits for while service times are unknown."""
 
 
 class Reason(StrEnum):
@@ -53,6 +57,7 @@ class Reason(StrEnum):
     ONLY_TIER = "OnlyTier"
     FREE_SLOT = "FreeSlot"
     SLOT_STARTING = "SlotStarting"
+    SLOT_TOO_FAR = "SlotTooFar"
     WORTH_THE_WAIT = "WorthTheWait"
     NO_CAPACITY = "NoCapacity"
     QUEUE_TOO_LONG = "QueueTooLong"
@@ -97,9 +102,10 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One tier as the admission script measures it; ``ready`` and ``coming`` are slots, not workers.
+    """One tier as the admission script measures it, in slots, not in workers.
 
     Attributes:
+        coming: slots that are not ready yet, and in how many seconds they are: soonest first, at least one slot each.
         leased: jobs that were sent to it and are not in its queue yet.
         service: mean seconds of this task on it, None when unknown.
     """
@@ -107,7 +113,7 @@ class Load:
     waiting: int
     in_flight: int
     ready: int
-    coming: int
+    coming: tuple[tuple[int, float], ...] = ()
     leased: int = 0
     service: float | None = None
 
@@ -127,18 +133,33 @@ class Load:
         return self.ready - self.ahead
 
     @property
+    def slots(self) -> int:
+        """Slots that are ready, on their way, or may still be ordered."""
+        return self.ready + sum(slots for slots, _ in self.coming)
+
+    @property
     def wait(self) -> float:
-        """Expected seconds until the job starts: by the slots that are ready, or with those that are still to come, whichever is
-        sooner; infinite without any.
+        """Expected seconds until the job starts; infinite where no slot is ready or comes.
+
+        ``ahead`` jobs start first. Until the time ``t``, ``ready`` slots end ``ready * t / service`` jobs, and so many may start;
+        ``n`` slots that are ready at ``r`` let ``n`` jobs start then, and ``n * (t - r) / service`` after it. With the first
+        groups of ``coming``, ``slots`` of ``ready`` and theirs together, job number ``ahead + 1`` so starts at
+
+            ``max(r of the last of them, (service * (ahead + 1 - slots) + sum of n * r) / slots)``
+
+        Later groups can only let it start sooner, so the least over all beginnings of ``coming`` is the time at which as many
+        starts have been as it takes. It is the fluid limit, and exact in the mean where lengths are exponential and no group
+        comes in between.
         """
         if self.free > 0:
             return 0.0
         service = SERVICE_SECONDS if self.service is None else self.service
-        by_ready = (1 - self.free) * service / self.ready if self.ready > 0 else inf
-        if self.coming <= 0:
-            return by_ready
-        slots = self.ready + self.coming
-        return min(by_ready, START_SECONDS + max(0, self.ahead - slots + 1) * service / slots)
+        slots, offset = self.ready, 0.0
+        soonest = (self.ahead + 1 - slots) * service / slots if slots > 0 else inf
+        for more, ready_in in self.coming:
+            slots, offset = slots + more, offset + more * ready_in
+            soonest = min(soonest, max(ready_in, ((self.ahead + 1 - slots) * service + offset) / slots))
+        return soonest
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +169,12 @@ class Verdict:
     index: int
     reason: Reason
     wait: float
+
+
+def coming(capacity: TierCapacity, now: Milliseconds) -> tuple[tuple[int, float], ...]:
+    """What :class:`Load` has to know of the slots that presence cannot show."""
+    starting = tuple((group.slots, max(0, group.ready_at - now) / 1000) for group in capacity.starting)
+    return (*starting, (capacity.startable, capacity.start_seconds)) if capacity.startable > 0 else starting
 
 
 def preselect(policy: Policy, request: Request) -> Candidates:
@@ -212,16 +239,19 @@ def _prefer(accelerated: int, loads: Sequence[Load], spilling: bool) -> tuple[in
 def _weigh(fast: Load, slow: Load, spilling: bool) -> Reason:
     """Whether a full accelerated tier is worth the wait."""
     if fast.service is not None and slow.service is not None:
-        if fast.ready + fast.coming <= 0:
+        if fast.slots <= 0:
             return Reason.NO_CAPACITY
         threshold = max(0.0, sqrt(fast.service * slow.service) - fast.service) * (RETURN if spilling else 1.0)
         return Reason.WORTH_THE_WAIT if fast.wait - slow.wait <= threshold else Reason.WAIT_TOO_LONG
-    if fast.coming <= 0:
+    if not fast.coming:
         return Reason.NO_CAPACITY
+    _, ready_in = fast.coming[0]
+    if ready_in - slow.wait > PATIENCE_SECONDS:
+        return Reason.SLOT_TOO_FAR
     return Reason.QUEUE_TOO_LONG if fast.queued > slow.queued + MARGIN else Reason.SLOT_STARTING
 
 
-SPILLS = frozenset({Reason.NO_CAPACITY, Reason.QUEUE_TOO_LONG, Reason.WAIT_TOO_LONG})
+SPILLS = frozenset({Reason.NO_CAPACITY, Reason.SLOT_TOO_FAR, Reason.QUEUE_TOO_LONG, Reason.WAIT_TOO_LONG})
 """Why a job is not on the accelerated tier that it asked for."""
 
 
@@ -229,9 +259,10 @@ def explain(reason: Reason, tier: str, load: Load | None = None) -> str:
     """The decision in a sentence for people; ``load`` is what the tier that was asked for holds."""
     if load is None:
         return f"{tier}: {_WORDS[reason]}"
+    first = f", the first in {load.coming[0][1]:.0f} s" if load.coming else ""
     return (
-        f"{tier}: {_WORDS[reason]} ({load.ready} slots ready, {load.coming} may still start, {load.in_flight} in flight, "
-        f"{load.queued} waiting)"
+        f"{tier}: {_WORDS[reason]} ({load.ready} slots ready, {load.slots - load.ready} may still start{first}, "
+        f"{load.in_flight} in flight, {load.queued} waiting)"
     )
 
 
@@ -242,6 +273,7 @@ _WORDS = {
     Reason.ONLY_TIER: "the pool has no other kind of tier",
     Reason.FREE_SLOT: "the accelerated tier has a free slot",
     Reason.SLOT_STARTING: "an accelerated slot is starting or may be started, and few jobs wait for it",
+    Reason.SLOT_TOO_FAR: "an accelerated slot is starting or may be started, but a plain one is ready long before it",
     Reason.WORTH_THE_WAIT: "the accelerated tier is so much faster that the wait for it is worth it",
     Reason.NO_CAPACITY: "no accelerated slot is free and none can be started",
     Reason.QUEUE_TOO_LONG: f"the accelerated queue is more than {MARGIN} jobs longer",

@@ -172,7 +172,8 @@ class RedisStore:
 
 def _starting(raw: str | None) -> dict[str, int]:
     try:
-        return {name: tier.starting for name, tier in Capacity.load(raw).tiers.items()} if raw else {}
+        tiers = Capacity.load(raw).tiers if raw else {}
+        return {name: sum(group.slots for group in tier.starting) for name, tier in tiers.items()}
     except VersionMismatch:
         return {}
 

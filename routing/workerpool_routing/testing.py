@@ -24,7 +24,7 @@ import pytest
 from kombu.serialization import loads
 
 from workerpool_routing.admission import Admission, Entry
-from workerpool_routing.decide import Candidates, Load, Reason, Request, place
+from workerpool_routing.decide import START_SECONDS, Candidates, Load, Reason, Request, place
 from workerpool_routing.errors import PoolUnavailable
 from workerpool_routing.ledger import Job, State
 from workerpool_routing.message import Message
@@ -50,7 +50,7 @@ class Submitted:
 @dataclass(slots=True)
 class _Tier:
     ready: int = 0
-    starting: int = 0
+    coming: tuple[tuple[int, float], ...] = ()
     busy: int = 0
     service: dict[str, float] = field(default_factory=dict)
     leases: set[str] = field(default_factory=set)
@@ -80,6 +80,7 @@ class Double:
         *,
         ready: int = 0,
         starting: int = 0,
+        ready_in: float = START_SECONDS,
         busy: int = 0,
         waiting: int = 0,
         service: Mapping[str, float] | None = None,
@@ -90,12 +91,15 @@ class Double:
             tier: its name.
             ready: slots of workers that are there.
             starting: slots that are on their way.
+            ready_in: seconds until these are ready.
             busy: jobs that its workers have.
             waiting: jobs in its queue.
             service: mean seconds of each task on it; others are unknown.
         """
         self._queues[self._named(tier).queue] = waiting
-        self._tiers[tier] = _Tier(ready, starting, busy, dict(service or {}), self._tiers[tier].leases)
+        self._tiers[tier] = _Tier(
+            ready, ((starting, ready_in),) if starting else (), busy, dict(service or {}), self._tiers[tier].leases
+        )
 
     def assert_routed(self, task: str, *, tier: str, reason: Reason | None = None) -> Submitted:
         """The last job of that task, which must have gone to that tier, for that reason if one is given."""
@@ -160,7 +164,9 @@ class Double:
                 f"{tier.name}.1", tier.name, tier.name, tier.queue, has.ready, has.busy, Milliseconds(0), Milliseconds(0)
             )
             workers = (worker,) if has.ready else ()
-            states.append(TierState(tier, workers, has.starting, self._queues.get(tier.queue, 0), has.busy, None))
+            states.append(
+                TierState(tier, workers, sum(slots for slots, _ in has.coming), self._queues.get(tier.queue, 0), has.busy, None)
+            )
         return states
 
     def queue_length(self, queue: str) -> int:
@@ -185,7 +191,7 @@ class Double:
     def _load(self, tier: TierPolicy, task: str) -> Load:
         has = self._tiers[tier.name]
         waiting = self._queues.get(tier.queue, 0)
-        return Load(waiting, has.busy, has.ready, has.starting, len(has.leases), has.service.get(task))
+        return Load(waiting, has.busy, has.ready, has.coming, len(has.leases), has.service.get(task))
 
     def _take_side(self, candidates: Candidates, loads: Sequence[Load], task: str, *, spilling: bool) -> None:
         side = place(candidates, loads, limit=None, spilling=spilling).reason

@@ -289,12 +289,33 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
-class TierCapacity:
-    """Slots of a tier that presence cannot show: ordered and starting, still orderable, and ordered but not schedulable."""
+class StartingSlots:
+    """Slots that were ordered, at least one, and Redis's time at which they are expected to be ready."""
 
-    starting: int = 0
+    slots: int
+    ready_at: Milliseconds
+
+
+@dataclass(frozen=True, slots=True)
+class TierCapacity:
+    """Slots of a tier that presence cannot show.
+
+    Attributes:
+        starting: those that are on their way, soonest first; a handful of groups, however many workers start.
+        startable: those that may still be ordered.
+        start_seconds: how long these take once they are ordered; no slot that is on its way takes longer.
+        unschedulable: those that were ordered and find no place.
+    """
+
+    starting: tuple[StartingSlots, ...] = ()
     startable: int = 0
+    start_seconds: float = 0.0
     unschedulable: int = 0
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> TierCapacity:
+        """From the fields of its JSON; whatever does not fit is a KeyError or TypeError."""
+        return cls(**{**fields, "starting": tuple(StartingSlots(**group) for group in fields["starting"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +332,7 @@ class Capacity:
     def load(cls, raw: str | bytes) -> Capacity:
         """Parse JSON; raises :class:`VersionMismatch` or ValueError."""
         with _loading(raw, "capacity") as data:
-            return cls(tiers={name: TierCapacity(**tier) for name, tier in data["tiers"].items()})
+            return cls(tiers={name: TierCapacity.of(tier) for name, tier in data["tiers"].items()})
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from math import inf
+from dataclasses import replace
 from typing import Any, cast
 
 import prometheus_client
@@ -24,11 +24,11 @@ from redis import Redis
 
 from workerpool_operator.local.redis_server import private_redis
 from workerpool_routing import Overloaded, PoolUnavailable, Reason, Tier, WorkerPool, metrics, wire
-from workerpool_routing.decide import Load, Request, place, preselect
+from workerpool_routing.decide import START_SECONDS, Load, Request, coming, place, preselect
 from workerpool_routing.decision import LOG_FIELDS
 from workerpool_routing.errors import NoAcceleratedTier, NotConfigured
 from workerpool_routing.ledger import State
-from workerpool_routing.wire import Capacity, Policy, TaskPolicy, TierCapacity
+from workerpool_routing.wire import Capacity, Milliseconds, Policy, StartingSlots, TaskPolicy, TierCapacity
 
 pytestmark = pytest.mark.contract
 
@@ -90,11 +90,23 @@ def load(client: Any, pool: WorkerPool, tier: Tier, seen: Load, task: str) -> No
 
 counts = st.integers(0, 12)
 services = st.none() | st.floats(0.001, 1000)
-loads = st.builds(Load, counts, counts, counts, counts, st.integers(0, 3), services)
-full = st.builds(Load, counts, st.integers(4, 12), st.integers(0, 4), counts, st.just(0), services)
-known = st.builds(Load, counts, st.integers(4, 12), st.integers(1, 4), counts, st.just(0), st.floats(0.5, 8))
+groups = st.lists(st.tuples(st.integers(1, 12), st.floats(0, 120)), max_size=4).map(
+    lambda found: tuple(sorted(found, key=lambda group: group[1]))
+)
+loads = st.builds(Load, counts, counts, counts, groups, st.integers(0, 3), services)
+full = st.builds(Load, counts, st.integers(4, 12), st.integers(0, 4), groups, st.just(0), services)
+known = st.builds(Load, counts, st.integers(4, 12), st.integers(1, 4), groups, st.just(0), st.floats(0.5, 8))
 GPU2, CPU2 = Tier("gpu2", "gpu2-jobs", accelerated=True), Tier("cpu2", "cpu2-jobs", accelerated=False)
 FOUR = (GPU, CPU, GPU2, CPU2)
+
+
+def capacity_of(seen: Load, now: Milliseconds) -> TierCapacity:
+    """What the operator says of those slots: of the last of them that they may be ordered, of the others when they are ready."""
+    if not seen.coming:
+        return TierCapacity()
+    *starting, (startable, start_seconds) = seen.coming
+    told = tuple(StartingSlots(slots, Milliseconds(now + round(1000 * ready_in))) for slots, ready_in in starting)
+    return TierCapacity(told, startable, start_seconds)
 
 
 def check_against_the_rule(
@@ -104,20 +116,23 @@ def check_against_the_rule(
     client.flushall()
     for tier in FOUR:
         load(client, pool, tier, seen[tier.name], task.name)
-    coming = {name: TierCapacity(starting=one.coming // 2, startable=one.coming - one.coming // 2) for name, one in seen.items()}
-    client.set(pool.keys.capacity, Capacity(coming).dump())
+    seconds, micros = client.time()
+    capacity = {name: capacity_of(one, Milliseconds(seconds * 1000 + micros // 1000)) for name, one in seen.items()}
+    client.set(pool.keys.capacity, Capacity(capacity).dump())
     if spilling:
         client.hset(pool.keys.sides, task.name, 1)
     before = {key: client.dump(key) for key in client.scan_iter()}
-    candidates = preselect(Policy(FOUR), Request(task.name, wish))
-    expected = place(candidates, [seen[tier.name] for tier in candidates.tiers], limit=limit, spilling=spilling)
-    if expected.reason is Reason.OVERLOADED:
-        with pytest.raises(Overloaded):
-            pool.should_accelerate(task, accelerated=wish, max_wait=limit)
-    else:
-        decision = pool.should_accelerate(task, accelerated=wish, max_wait=limit)
-        assert (decision.tier, decision.reason) == (candidates.tiers[expected.index].name, expected.reason)
-        assert decision.expected_wait == (None if expected.wait == inf else expected.wait)
+    request = Request(task.name, wish, limit=limit)
+    candidates = preselect(Policy(FOUR), request)
+    admission = pool.store.admit(candidates, request)
+    at_that_time = [
+        replace(seen[tier.name], coming=coming(capacity[tier.name], admission.time)) for tier in candidates.tiers
+    ]  # fmt: skip
+    expected = place(candidates, at_that_time, limit=limit, spilling=spilling)
+    assert (admission.tier, admission.reason) == (candidates.tiers[expected.index].name, expected.reason)
+    assert admission.wait == expected.wait
+    assert admission.load
+    assert [slots for slots, _ in admission.load.coming] == [slots for slots, _ in at_that_time[0].coming]
     assert {key: client.dump(key) for key in client.scan_iter()} == before, "deciding changes nothing"
     return expected.reason
 
@@ -137,7 +152,11 @@ def test_the_script_measures_what_is_there_and_decides_as_the_python_rule_does(
     check_against_the_rule(client, pool, app.tasks["media.transcribe"], seen, wish, limit, spilling)
 
 
-IDLE, BUSY = Load(0, 0, 1, 0), Load(0, 1, 1, 0, service=1.0)
+def soon(slots: int) -> tuple[tuple[int, float], ...]:
+    return ((slots, START_SECONDS),)
+
+
+IDLE, BUSY = Load(0, 0, 1), Load(0, 1, 1, service=1.0)
 
 
 @pytest.mark.parametrize(
@@ -145,24 +164,30 @@ IDLE, BUSY = Load(0, 0, 1, 0), Load(0, 1, 1, 0, service=1.0)
     [
         (IDLE, IDLE, IDLE, None, False, Reason.FREE_SLOT),
         (BUSY, IDLE, IDLE, None, False, Reason.FREE_SLOT),
-        (Load(5, 1, 1, 1), BUSY, Load(0, 9, 1, 0), None, False, Reason.SLOT_STARTING),
-        (Load(6, 1, 1, 1), Load(6, 1, 1, 1), Load(0, 9, 1, 0), None, False, Reason.QUEUE_TOO_LONG),
-        (Load(0, 1, 1, 0), Load(0, 1, 1, 0), IDLE, None, False, Reason.NO_CAPACITY),
+        (Load(5, 1, 1, soon(1)), BUSY, Load(0, 9, 1), None, False, Reason.SLOT_STARTING),
+        (Load(6, 1, 1, soon(1)), Load(6, 1, 1, soon(1)), Load(0, 9, 1), None, False, Reason.QUEUE_TOO_LONG),
+        (Load(0, 1, 1), Load(0, 1, 1), IDLE, None, False, Reason.NO_CAPACITY),
+        (Load(0, 1, 1, ((1, 30.0),)), BUSY, IDLE, None, False, Reason.SLOT_STARTING),
+        (Load(0, 1, 1, ((1, 30.1),)), BUSY, IDLE, None, False, Reason.SLOT_TOO_FAR),
+        (Load(0, 1, 1, ((1, 31.0), (1, 90.0))), BUSY, Load(2, 1, 1), None, False, Reason.SLOT_STARTING),
+        # sqrt(9 * 36) - 9 = 9 seconds: a slot that is ready by then is worth the wait.
+        (Load(0, 0, 0, ((1, 9.0),), 0, 9.0), Load(9, 1, 1), Load(0, 0, 1, (), 0, 36.0), None, False, Reason.WORTH_THE_WAIT),
+        (Load(0, 0, 0, ((1, 9.1),), 0, 9.0), Load(9, 1, 1), Load(0, 0, 1, (), 0, 36.0), None, False, Reason.WAIT_TOO_LONG),
         # sqrt(1 * 9) - 1 = 2 seconds: two jobs of one second each are just as long as that, three are longer.
-        (Load(1, 1, 1, 0, 0, 1.0), Load(9, 1, 1, 0, 0, 1.0), Load(0, 0, 1, 0, 0, 9.0), None, False, Reason.WORTH_THE_WAIT),
-        (Load(2, 1, 1, 0, 0, 1.0), Load(9, 1, 1, 0, 0, 1.0), Load(0, 0, 1, 0, 0, 9.0), None, False, Reason.WAIT_TOO_LONG),
-        (Load(1, 1, 1, 0, 0, 1.0), Load(9, 1, 1, 0, 0, 1.0), Load(0, 0, 1, 0, 0, 9.0), None, True, Reason.WAIT_TOO_LONG),
-        (Load(0, 1, 1, 0, 0, 1.0), Load(9, 1, 1, 0, 0, 1.0), Load(0, 0, 1, 0, 0, 9.0), None, True, Reason.WORTH_THE_WAIT),
-        (Load(1, 1, 1, 0, 0, 1.0), Load(9, 1, 1, 0, 0, 1.0), Load(0, 0, 1, 0, 0, 9.0), 1.0, False, Reason.STARTS_SOONER),
-        (Load(1, 1, 1, 0, 0, 1.0), Load(9, 1, 1, 0, 0, 1.0), Load(0, 1, 1, 0, 0, 9.0), 1.0, False, Reason.OVERLOADED),
-        (Load(1, 1, 1, 0, 0, 1.0), Load(9, 1, 1, 0, 0, 1.0), Load(0, 1, 1, 0, 0, 9.0), 2.0, False, Reason.WORTH_THE_WAIT),
+        (Load(1, 1, 1, (), 0, 1.0), Load(9, 1, 1, (), 0, 1.0), Load(0, 0, 1, (), 0, 9.0), None, False, Reason.WORTH_THE_WAIT),
+        (Load(2, 1, 1, (), 0, 1.0), Load(9, 1, 1, (), 0, 1.0), Load(0, 0, 1, (), 0, 9.0), None, False, Reason.WAIT_TOO_LONG),
+        (Load(1, 1, 1, (), 0, 1.0), Load(9, 1, 1, (), 0, 1.0), Load(0, 0, 1, (), 0, 9.0), None, True, Reason.WAIT_TOO_LONG),
+        (Load(0, 1, 1, (), 0, 1.0), Load(9, 1, 1, (), 0, 1.0), Load(0, 0, 1, (), 0, 9.0), None, True, Reason.WORTH_THE_WAIT),
+        (Load(1, 1, 1, (), 0, 1.0), Load(9, 1, 1, (), 0, 1.0), Load(0, 0, 1, (), 0, 9.0), 1.0, False, Reason.STARTS_SOONER),
+        (Load(1, 1, 1, (), 0, 1.0), Load(9, 1, 1, (), 0, 1.0), Load(0, 1, 1, (), 0, 9.0), 1.0, False, Reason.OVERLOADED),
+        (Load(1, 1, 1, (), 0, 1.0), Load(9, 1, 1, (), 0, 1.0), Load(0, 1, 1, (), 0, 9.0), 2.0, False, Reason.WORTH_THE_WAIT),
     ],
 )
 def test_both_forms_of_the_rule_agree_on_every_boundary(
     app: Celery, client: Any, gpu: Load, gpu2: Load, cpu: Load, limit: float | None, spilling: bool, reason: Reason
 ) -> None:
     pool = pool_of_four(app)
-    seen = {"gpu": gpu, "gpu2": gpu2, "cpu": cpu, "cpu2": Load(99, 9, 1, 0, 0, 9.0)}
+    seen = {"gpu": gpu, "gpu2": gpu2, "cpu": cpu, "cpu2": Load(99, 9, 1, (), 0, 9.0)}
     assert check_against_the_rule(client, pool, app.tasks["media.transcribe"], seen, True, limit, spilling) is reason
 
 
@@ -244,10 +269,11 @@ def test_a_caller_that_is_killed_at_any_moment_leaves_one_message_or_none(pool: 
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as caller:
         assert caller.stdout is not None
         assert caller.stdout.readline() == b"ready\n"
-        time.sleep(0.3)
+        deadline = time.monotonic() + 60
+        while pool.queue_length("cpu-jobs") <= 10:
+            assert time.monotonic() < deadline
         caller.kill()
     done = pool.queue_length("cpu-jobs")
-    assert done > 10
     again = {str(pool.submit(app.tasks["media.index"], (str(n),), idempotency_key=str(n)).task_id) for n in range(done + 1)}
     assert len(again) == done + 1
     assert pool.queue_length("cpu-jobs") == done + 1
@@ -427,7 +453,7 @@ def test_the_pools_longest_wait_refuses_what_is_submitted_unless_the_caller_wait
 ) -> None:
     pool = WorkerPool("ml/media", app)
     client.set(pool.keys.policy, Policy(TIERS, tasks=(TaskPolicy("media.*"),), max_wait_seconds=5).dump())
-    load(client, pool, CPU, Load(8, 1, 1, 0), "media.index")
+    load(client, pool, CPU, Load(8, 1, 1), "media.index")
     task = app.tasks["media.index"]
     with pytest.raises(Overloaded) as refused:
         pool.submit(task, ("a",), accelerated=True)
@@ -495,7 +521,7 @@ def test_a_redis_that_does_not_take_the_job_is_an_error_within_a_bounded_time_an
 
 
 def test_scheduled_messages_that_ran_since_the_last_report_make_no_slot_free(pool: WorkerPool, app: Celery, client: Any) -> None:
-    load(client, pool, GPU, Load(waiting=1, in_flight=0, ready=1, coming=0), "media.transcribe")
+    load(client, pool, GPU, Load(waiting=1, in_flight=0, ready=1), "media.transcribe")
     client.incrby(pool.keys.scheduled("gpu"), 3)
     assert pool.should_accelerate(app.tasks["media.transcribe"]).reason is Reason.NO_CAPACITY
     assert pool.status()["tiers"]["gpu"]["in_flight"] == 0

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from redis import Redis
 
 from workerpool_routing import Overloaded, PoolUnavailable, Reason, Tier, WorkerPool
+from workerpool_routing.decide import START_SECONDS
 from workerpool_routing.ledger import State
 from workerpool_routing.testing import Double, in_memory, workerpool_in_memory
 from workerpool_routing.wire import Capacity, TierCapacity
@@ -35,6 +36,7 @@ class Seeds(Protocol):
         *,
         ready: int = 0,
         starting: int = 0,
+        ready_in: float = START_SECONDS,
         busy: int = 0,
         waiting: int = 0,
         service: Mapping[str, float] | None = None,
@@ -53,6 +55,7 @@ class RedisSeeds:
         *,
         ready: int = 0,
         starting: int = 0,
+        ready_in: float = START_SECONDS,
         busy: int = 0,
         waiting: int = 0,
         service: Mapping[str, float] | None = None,
@@ -68,7 +71,8 @@ class RedisSeeds:
             client.lpush(keys.queue_list(queue, 0), "{}")
         if service:
             client.hset(keys.service(tier), mapping=service)
-        self.capacity[tier] = TierCapacity(starting=starting)
+        # Slots that may be ordered are so many seconds away at any time, those that are on their way only now.
+        self.capacity[tier] = TierCapacity(startable=starting, start_seconds=ready_in)
         client.set(keys.capacity, Capacity(self.capacity).dump())
 
 
@@ -160,6 +164,25 @@ def test_a_job_that_no_tier_can_start_in_time_is_refused_with_when_to_come_back(
     assert submit(pool, deadline=9).expected_wait == 9.0
 
 
+def test_a_job_waits_for_an_accelerator_that_is_5_s_away_and_spills_when_it_is_5_min_away(pool: WorkerPool, seeds: Seeds) -> None:
+    seeds.set_capacity("cpu", ready=4)
+    seeds.set_capacity("gpu", starting=1, ready_in=5)
+    near = submit(pool, accelerated=True)
+    assert (near.tier, near.reason, near.expected_wait) == ("gpu", Reason.SLOT_STARTING, 5.0)
+    seeds.set_capacity("gpu", starting=1, ready_in=300)
+    far = submit(pool, accelerated=True)
+    assert (far.tier, far.reason, far.expected_wait) == ("cpu", Reason.SLOT_TOO_FAR, 0.0)
+    assert "1 may still start, the first in 300 s" in far.message
+
+
+def test_a_deadline_is_held_against_when_the_slots_are_ready(pool: WorkerPool, seeds: Seeds) -> None:
+    seeds.set_capacity("gpu", starting=1, ready_in=300)
+    with pytest.raises(Overloaded) as refused:
+        submit(pool, accelerated="required", deadline=299)
+    assert refused.value.retry_after == 1
+    assert submit(pool, accelerated="required", deadline=300).expected_wait == 300.0
+
+
 def test_a_refused_key_is_free_again(pool: WorkerPool, seeds: Seeds) -> None:
     with pytest.raises(Overloaded) as refused:
         submit(pool, max_wait=1, idempotency_key="upload-7")
@@ -188,7 +211,7 @@ steps = st.tuples(
 )
 tiers = st.fixed_dictionaries(
     {"ready": st.integers(0, 4), "starting": st.integers(0, 2), "busy": st.integers(0, 4), "waiting": st.integers(0, 3)},
-    optional={"service": st.floats(0.1, 20).map(lambda seconds: {TASK: seconds})},
+    optional={"ready_in": st.sampled_from([0.0, 5.0, 300.0]), "service": st.floats(0.1, 20).map(lambda seconds: {TASK: seconds})},
 )
 
 

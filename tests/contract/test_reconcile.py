@@ -572,7 +572,9 @@ def test_capacity_follows_what_is_ordered(redis_url: str, pool: Pool) -> None:
             await system.after()
             assert Policy.load(client.get(pool.keys.policy)) == planning.policy(pool.spec)
             gpu = Capacity.load(client.get(pool.keys.capacity)).tiers["gpu"]
-            return gpu.starting, gpu.startable
+            (seconds, _), starting = client.time(), gpu.starting
+            assert all(0 < group.ready_at - 1000 * seconds <= 1000 * (gpu.start_seconds + 1) for group in starting)
+            return sum(group.slots for group in starting), gpu.startable
 
     async def scenario() -> None:
         async with running(pool) as system:

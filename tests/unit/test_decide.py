@@ -17,6 +17,7 @@ from workerpool_routing.admission import Admission, Entry
 from workerpool_routing.content import main_type
 from workerpool_routing.decide import (
     MARGIN,
+    PATIENCE_SECONDS,
     SERVICE_SECONDS,
     SPILLS,
     START_SECONDS,
@@ -25,6 +26,7 @@ from workerpool_routing.decide import (
     Reason,
     Request,
     Verdict,
+    coming,
     explain,
     gains,
     place,
@@ -32,7 +34,7 @@ from workerpool_routing.decide import (
 )
 from workerpool_routing.ledger import script
 from workerpool_routing.message import Message
-from workerpool_routing.wire import Keyspace, Policy, TierPolicy, Wish
+from workerpool_routing.wire import Keyspace, Milliseconds, Policy, StartingSlots, TierCapacity, TierPolicy, Wish
 
 pytestmark = pytest.mark.unit
 
@@ -42,7 +44,12 @@ MIXED = Policy((GPU, GPU2, CPU, CPU2))
 KEYS = Keyspace("ml/media", "prod-")
 TWO = Candidates((GPU, CPU), accelerated=1)
 FOUR = preselect(MIXED, Request("t", True))
-IDLE = Load(0, 0, 1, 0)
+IDLE = Load(0, 0, 1)
+
+
+def soon(slots: int) -> tuple[tuple[int, float], ...]:
+    """Slots that are ready after the time that is assumed while none has been seen to start."""
+    return ((slots, START_SECONDS),)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +83,10 @@ def test_where_all_tiers_are_of_one_kind_they_take_every_job(only: tuple[TierPol
 
 counts = st.integers(0, 30)
 services = st.none() | st.floats(0.01, 100)
-loads = st.builds(Load, counts, counts, counts, counts, st.integers(0, 3), services)
+groups = st.lists(st.tuples(st.integers(1, 30), st.floats(0, 300)), max_size=4).map(
+    lambda found: tuple(sorted(found, key=lambda group: group[1]))
+)
+loads = st.builds(Load, counts, counts, counts, groups, st.integers(0, 3), services)
 four_loads = st.tuples(loads, loads, loads, loads)
 wishes = st.sampled_from([True, False, "required"])
 content_types = st.none() | st.sampled_from(["audio", "audio/mpeg", "text", "text/plain", ""]) | st.text(max_size=10)
@@ -140,40 +150,40 @@ def test_a_type_that_gains_nothing_goes_to_the_plain_tier_even_when_it_asked() -
 
 def test_a_job_for_the_plain_tier_never_takes_an_accelerated_slot() -> None:
     candidates = preselect(MIXED, Request("t", False))
-    assert place(candidates, (Load(50, 9, 1, 0), Load(50, 9, 1, 0)), limit=None).reason is Reason.NOT_REQUESTED
+    assert place(candidates, (Load(50, 9, 1), Load(50, 9, 1)), limit=None).reason is Reason.NOT_REQUESTED
     assert not any(tier.accelerated for tier in candidates.tiers)
 
 
 def test_without_a_free_accelerated_slot_and_none_on_its_way_a_job_goes_to_the_plain_tier() -> None:
-    assert place(TWO, (Load(0, 1, 1, 0), Load(9, 9, 1, 0)), limit=None) == Verdict(1, Reason.NO_CAPACITY, 18.0)
+    assert place(TWO, (Load(0, 1, 1), Load(9, 9, 1)), limit=None) == Verdict(1, Reason.NO_CAPACITY, 18.0)
 
 
 def test_an_accelerated_queue_more_than_five_longer_sends_the_job_to_the_plain_tier() -> None:
     assert MARGIN == 5
-    assert place(TWO, (Load(7, 1, 1, 8), Load(2, 0, 0, 1)), limit=None).reason is Reason.SLOT_STARTING
-    assert place(TWO, (Load(8, 1, 1, 8), Load(2, 0, 0, 1)), limit=None).reason is Reason.QUEUE_TOO_LONG
+    assert place(TWO, (Load(7, 1, 1, soon(8)), Load(2, 0, 0, soon(1))), limit=None).reason is Reason.SLOT_STARTING
+    assert place(TWO, (Load(8, 1, 1, soon(8)), Load(2, 0, 0, soon(1))), limit=None).reason is Reason.QUEUE_TOO_LONG
 
 
 @pytest.mark.parametrize(
     ("accelerated", "plain_waiting", "reason"),
     [
-        pytest.param(Load(0, 0, 1, 0), 0, Reason.FREE_SLOT, id="one idle worker"),
-        pytest.param(Load(1, 1, 3, 0), 0, Reason.FREE_SLOT, id="a slot is left after those that wait"),
-        pytest.param(Load(1, 1, 3, 0, leased=1), 0, Reason.NO_CAPACITY, id="the last slot is leased"),
-        pytest.param(Load(1, 0, 1, 0), 0, Reason.NO_CAPACITY, id="the free slot has its job already"),
-        pytest.param(Load(0, 0, 0, 0), 0, Reason.NO_CAPACITY, id="no worker and none can start"),
-        pytest.param(Load(0, 0, 0, 1), 0, Reason.SLOT_STARTING, id="from zero"),
-        pytest.param(Load(0, 1, 1, 1), 0, Reason.SLOT_STARTING, id="busy, another may start"),
-        pytest.param(Load(3, 1, 1, 8, leased=2), 0, Reason.SLOT_STARTING, id="five jobs longer, two on their way"),
-        pytest.param(Load(3, 1, 1, 8, leased=3), 0, Reason.QUEUE_TOO_LONG, id="six jobs longer, three on their way"),
-        pytest.param(Load(6, 1, 1, 8), 1, Reason.SLOT_STARTING, id="the plain queue is as long"),
-        pytest.param(Load(20, 0, 30, 0), 0, Reason.FREE_SLOT, id="a long queue that is taken in a moment"),
-        pytest.param(Load(50, 1, 1, 0), 0, Reason.NO_CAPACITY, id="a long queue is not the first thing that is wrong"),
-        pytest.param(Load(50, 1, 1, 0, service=2.0), 0, Reason.NO_CAPACITY, id="the service of one tier alone says nothing"),
+        pytest.param(Load(0, 0, 1), 0, Reason.FREE_SLOT, id="one idle worker"),
+        pytest.param(Load(1, 1, 3), 0, Reason.FREE_SLOT, id="a slot is left after those that wait"),
+        pytest.param(Load(1, 1, 3, leased=1), 0, Reason.NO_CAPACITY, id="the last slot is leased"),
+        pytest.param(Load(1, 0, 1), 0, Reason.NO_CAPACITY, id="the free slot has its job already"),
+        pytest.param(Load(0, 0, 0), 0, Reason.NO_CAPACITY, id="no worker and none can start"),
+        pytest.param(Load(0, 0, 0, soon(1)), 0, Reason.SLOT_STARTING, id="from zero"),
+        pytest.param(Load(0, 1, 1, soon(1)), 0, Reason.SLOT_STARTING, id="busy, another may start"),
+        pytest.param(Load(3, 1, 1, soon(8), leased=2), 0, Reason.SLOT_STARTING, id="five jobs longer, two on their way"),
+        pytest.param(Load(3, 1, 1, soon(8), leased=3), 0, Reason.QUEUE_TOO_LONG, id="six jobs longer, three on their way"),
+        pytest.param(Load(6, 1, 1, soon(8)), 1, Reason.SLOT_STARTING, id="the plain queue is as long"),
+        pytest.param(Load(20, 0, 30), 0, Reason.FREE_SLOT, id="a long queue that is taken in a moment"),
+        pytest.param(Load(50, 1, 1), 0, Reason.NO_CAPACITY, id="a long queue is not the first thing that is wrong"),
+        pytest.param(Load(50, 1, 1, service=2.0), 0, Reason.NO_CAPACITY, id="the service of one tier alone says nothing"),
     ],
 )
 def test_while_service_times_are_unknown_slots_and_lengths_decide(accelerated: Load, plain_waiting: int, reason: Reason) -> None:
-    assert place(TWO, (accelerated, Load(plain_waiting, 9, 9, 9)), limit=None).reason is reason
+    assert place(TWO, (accelerated, Load(plain_waiting, 9, 9, soon(9))), limit=None).reason is reason
 
 
 @pytest.mark.parametrize(("fast", "slow", "seconds"), [(1.0, 9.0, 2.0), (1.0, 16.0, 3.0), (4.0, 4.0, 0.0), (9.0, 1.0, 0.0)])
@@ -181,21 +191,21 @@ def test_the_threshold_grows_with_the_ratio_of_the_speeds_and_includes_its_bound
     fast: float, slow: float, seconds: float
 ) -> None:
     in_time = round(seconds / fast)
-    plain = Load(0, 0, 1, 0, service=slow)
-    assert not spilled(Load(in_time, 0, 1, 0, service=fast), plain) or in_time == 0
-    assert spilled(Load(in_time + 1, 0, 1, 0, service=fast), plain)
+    plain = Load(0, 0, 1, service=slow)
+    assert not spilled(Load(in_time, 0, 1, service=fast), plain) or in_time == 0
+    assert spilled(Load(in_time + 1, 0, 1, service=fast), plain)
 
 
 def test_the_wait_on_the_plain_tier_counts_against_it() -> None:
-    fast = Load(9, 1, 1, 0, service=1.0)
-    assert spilled(fast, Load(0, 0, 1, 0, service=9.0))
-    assert not spilled(fast, Load(0, 1, 1, 0, service=9.0))
+    fast = Load(9, 1, 1, service=1.0)
+    assert spilled(fast, Load(0, 0, 1, service=9.0))
+    assert not spilled(fast, Load(0, 1, 1, service=9.0))
 
 
 def test_a_task_that_spills_comes_back_at_half_the_threshold() -> None:
-    slow, verdicts = Load(0, 0, 1, 0, service=25.0), {}
+    slow, verdicts = Load(0, 0, 1, service=25.0), {}
     for waiting in range(1, 7):
-        fast = Load(waiting - 1, 1, 1, 0, service=1.0)  # waits that many seconds; the threshold is 4
+        fast = Load(waiting - 1, 1, 1, service=1.0)  # waits that many seconds; the threshold is 4
         verdicts[waiting] = tuple(place(TWO, (fast, slow), limit=None, spilling=side).reason for side in (False, True))
     assert [waiting for waiting, (not_yet, _) in verdicts.items() if not_yet is Reason.WORTH_THE_WAIT] == [1, 2, 3, 4]
     assert [waiting for waiting, (_, still) in verdicts.items() if still is Reason.WORTH_THE_WAIT] == [1, 2]
@@ -206,14 +216,14 @@ def test_a_task_that_spills_comes_back_at_half_the_threshold() -> None:
 def test_a_job_is_never_kept_waiting_for_longer_than_the_plain_tier_needs_to_finish_it(
     fast: float, ratio: float, waiting: int, in_flight: int, ready: int
 ) -> None:
-    seen = Load(waiting, in_flight, ready, 0, service=fast)
-    verdict = place(TWO, (seen, Load(0, 0, 1, 0, service=fast * ratio)), limit=None)
+    seen = Load(waiting, in_flight, ready, service=fast)
+    verdict = place(TWO, (seen, Load(0, 0, 1, service=fast * ratio)), limit=None)
     if verdict.index == 0:
         assert verdict.wait + fast <= sqrt(fast * fast * ratio) * 1.000001 or seen.free > 0
 
 
 def test_the_first_accelerated_tier_with_room_takes_the_job_in_order_of_preference() -> None:
-    busy = Load(0, 1, 1, 0)
+    busy = Load(0, 1, 1)
     assert place(FOUR, (IDLE, IDLE, IDLE, IDLE), limit=None).index == 0
     assert place(FOUR, (busy, IDLE, IDLE, IDLE), limit=None).index == 1
     assert place(FOUR, (busy, busy, busy, IDLE), limit=None) == Verdict(3, Reason.NO_CAPACITY, 0.0)
@@ -222,18 +232,18 @@ def test_the_first_accelerated_tier_with_room_takes_the_job_in_order_of_preferen
 
 def test_of_several_tiers_of_a_kind_the_one_that_starts_the_job_soonest_takes_it() -> None:
     plain = preselect(MIXED, Request("t", False))
-    assert place(plain, (Load(4, 1, 1, 0), Load(2, 1, 1, 0)), limit=None).index == 1
-    assert place(plain, (Load(4, 1, 1, 0, service=0.1), Load(2, 1, 1, 0)), limit=None).index == 0
+    assert place(plain, (Load(4, 1, 1), Load(2, 1, 1)), limit=None).index == 1
+    assert place(plain, (Load(4, 1, 1, service=0.1), Load(2, 1, 1)), limit=None).index == 0
 
 
 def test_a_tier_that_cannot_start_the_job_in_time_gives_way_to_one_that_can() -> None:
-    fast, slow = Load(1, 1, 1, 0, service=1.0), Load(0, 0, 1, 0, service=9.0)
+    fast, slow = Load(1, 1, 1, service=1.0), Load(0, 0, 1, service=9.0)
     assert place(TWO, (fast, slow), limit=2.0) == Verdict(0, Reason.WORTH_THE_WAIT, 2.0)
     assert place(TWO, (fast, slow), limit=1.9) == Verdict(1, Reason.STARTS_SOONER, 0.0)
 
 
 def test_a_job_that_no_tier_can_start_in_time_is_refused_or_goes_where_it_starts_soonest() -> None:
-    seen = (Load(4, 1, 1, 0, service=1.0), Load(0, 1, 1, 0, service=9.0))
+    seen = (Load(4, 1, 1, service=1.0), Load(0, 1, 1, service=9.0))
     assert place(TWO, seen, limit=3.0) == Verdict(0, Reason.OVERLOADED, 5.0)
     assert place(TWO, seen, limit=3.0, refuses=False).index == 0
 
@@ -241,34 +251,107 @@ def test_a_job_that_no_tier_can_start_in_time_is_refused_or_goes_where_it_starts
 @pytest.mark.parametrize(
     ("load", "seconds"),
     [
-        (Load(0, 0, 1, 0), 0.0),
-        (Load(0, 1, 1, 0, service=3.0), 3.0),
-        (Load(3, 2, 2, 0, service=3.0), 6.0),
-        (Load(3, 2, 2, 0), 2 * SERVICE_SECONDS),
-        (Load(0, 0, 0, 0), inf),
-        (Load(0, 0, 0, 2), START_SECONDS),
-        (Load(3, 0, 0, 2, service=3.0), START_SECONDS + 3.0),
-        (Load(0, 1, 1, 9, service=3.0), 3.0),
-        (Load(0, 1, 1, 9, service=300.0), START_SECONDS),
+        (Load(0, 0, 1), 0.0),
+        (Load(0, 1, 1, service=3.0), 3.0),
+        (Load(3, 2, 2, service=3.0), 6.0),
+        (Load(3, 2, 2), 2 * SERVICE_SECONDS),
+        (Load(0, 0, 0), inf),
+        (Load(0, 0, 0, soon(2)), START_SECONDS),
+        (Load(3, 0, 0, soon(2), service=3.0), START_SECONDS + 3.0),
+        (Load(0, 1, 1, soon(9), service=3.0), 3.0),
+        (Load(0, 1, 1, soon(9), service=300.0), START_SECONDS),
+        (Load(0, 0, 0, ((1, 5.0), (1, 300.0)), service=10.0), 5.0),
+        (Load(1, 0, 0, ((1, 5.0), (1, 300.0)), service=10.0), 15.0),
+        (Load(40, 0, 0, ((1, 5.0), (1, 300.0)), service=10.0), (10.0 * 39 + 5.0 + 300.0) / 2),
+        (Load(9, 1, 1, ((1, 20.0),), service=10.0), (10.0 * 9 + 20.0) / 2),
+        (Load(1, 1, 1, ((9, 19.0),), service=10.0), 19.0),
+        (Load(1, 1, 1, ((9, 21.0),), service=10.0), 20.0),
     ],
 )
-def test_the_expected_wait_counts_the_jobs_ahead_over_the_slots(load: Load, seconds: float) -> None:
+def test_the_expected_wait_counts_the_jobs_ahead_over_the_slots_and_when_they_are_ready(load: Load, seconds: float) -> None:
     assert load.wait == seconds
+
+
+@settings(max_examples=300)
+@given(loads)
+def test_a_job_is_expected_to_start_when_as_many_have_started_as_its_place_says(load: Load) -> None:
+    service = SERVICE_SECONDS if load.service is None else load.service
+
+    def starts(until: float) -> float:
+        """Ends of the jobs on ready slots, and what the slots that are there by then have started and ended."""
+        return load.ready * until / service + sum(n * (1 + (until - at) / service) for n, at in load.coming if at <= until)
+
+    place, wait = load.ahead + 1 - load.ready, load.wait
+    assert (wait == inf) == (load.slots == 0)
+    if place <= 0 or wait == inf:
+        assert wait == 0.0 or load.slots == 0
+        return
+    assert starts(wait + 1e-9) >= place - 1e-6
+    earlier = wait - 1e-6 * (1 + wait)
+    assert earlier < 0 or starts(earlier) < place
 
 
 @settings(max_examples=200)
 @given(loads)
-def test_more_slots_never_make_a_job_wait_longer(load: Load) -> None:
-    assert replace(load, ready=load.ready + 1).wait <= load.wait
-    assert replace(load, coming=load.coming + 1).wait <= load.wait
+def test_neither_more_slots_nor_sooner_ones_make_a_job_wait_longer(load: Load) -> None:
+    wait = load.wait * (1 + 1e-9) + 1e-9
+    assert replace(load, ready=load.ready + 1).wait <= wait
+    assert replace(load, coming=(*load.coming, (1, 300.0))).wait <= wait
+    assert replace(load, coming=tuple((n, at / 2) for n, at in load.coming)).wait <= wait
+
+
+@pytest.mark.parametrize(
+    ("accelerated", "plain"),
+    [
+        (Load(0, 0, 0), Load(0, 0, 4)),
+        (Load(0, 1, 1), Load(0, 0, 4)),
+        (Load(0, 0, 0, service=10.0), Load(0, 0, 4, service=90.0)),
+        (Load(4, 1, 1, service=10.0), Load(0, 0, 4, service=90.0)),
+    ],
+    ids=["unknown, from zero", "unknown, all busy", "known, from zero", "known, a queue that is too long for one"],
+)
+def test_a_job_waits_for_an_accelerator_that_is_5_s_away_and_spills_when_it_is_5_min_away(accelerated: Load, plain: Load) -> None:
+    reasons = [place(TWO, (replace(accelerated, coming=((8, away),)), plain), limit=None).reason for away in (5.0, 300.0)]
+    unknown, known = [Reason.SLOT_STARTING, Reason.SLOT_TOO_FAR], [Reason.WORTH_THE_WAIT, Reason.WAIT_TOO_LONG]
+    assert reasons == (unknown if accelerated.service is None else known)
+
+
+def test_while_service_times_are_unknown_the_first_slot_that_comes_may_be_so_much_later_than_a_plain_one() -> None:
+    patience = PATIENCE_SECONDS
+
+    def reason(fast: Load, slow: Load) -> Reason:
+        return place(TWO, (fast, slow), limit=None).reason
+
+    assert patience >= START_SECONDS, "what is not known to take long is waited for"
+    assert reason(Load(0, 0, 0, ((1, patience),)), IDLE) is Reason.SLOT_STARTING
+    assert reason(Load(0, 0, 0, ((1, patience + 1),)), IDLE) is Reason.SLOT_TOO_FAR
+    assert reason(Load(0, 1, 1, ((1, patience + 1), (9, patience + 2))), IDLE) is Reason.SLOT_TOO_FAR
+    assert reason(Load(0, 0, 0, ((1, patience + 60),)), Load(0, 0, 0, ((1, 60.0),))) is Reason.SLOT_STARTING
+    assert reason(Load(0, 0, 0, ((1, 9_999.0),)), Load(0, 0, 0)) is Reason.SLOT_STARTING, "the plain tier has nothing at all"
+
+
+def test_a_deadline_is_held_against_when_the_slots_are_ready() -> None:
+    only = preselect(MIXED, Request("t", "required"))
+    seen = (Load(0, 0, 0, ((1, 100.0),)), Load(2, 0, 0, ((2, 40.0), (1, 90.0)), service=60.0))
+    assert place(only, seen, limit=90.0) == Verdict(1, Reason.REQUIRED, 70.0)
+    assert place(only, seen, limit=69.0) == Verdict(1, Reason.OVERLOADED, 70.0)
+
+
+def test_what_comes_is_what_is_on_its_way_by_the_present_time_and_then_what_may_be_ordered() -> None:
+    on_its_way = (StartingSlots(2, Milliseconds(1_500)), StartingSlots(1, Milliseconds(9_250)))
+    assert coming(TierCapacity(on_its_way, 4, 10.5, 9), Milliseconds(2_000)) == ((2, 0.0), (1, 7.25), (4, 10.5))
+    assert coming(TierCapacity(on_its_way, 0, 10.5, 9), Milliseconds(2_001)) == ((2, 0.0), (1, 7.249))
+    assert coming(TierCapacity(), Milliseconds(0)) == ()
 
 
 @pytest.mark.parametrize("reason", Reason)
 def test_every_reason_is_explained_with_its_tier_and_the_numbers(reason: Reason) -> None:
     bare = explain(reason, "gpu")
     assert re.fullmatch(r"gpu: [a-z].{20,}", bare)
-    measured = explain(reason, "gpu", Load(waiting=11, in_flight=22, ready=33, coming=44, leased=5))
-    assert measured == f"{bare} (33 slots ready, 44 may still start, 22 in flight, 16 waiting)"
+    none = explain(reason, "gpu", Load(waiting=11, in_flight=22, ready=33, leased=5))
+    assert none == f"{bare} (33 slots ready, 0 may still start, 22 in flight, 16 waiting)"
+    some = explain(reason, "gpu", Load(waiting=11, in_flight=22, ready=33, coming=((4, 7.4), (40, 300.0)), leased=5))
+    assert some == f"{bare} (33 slots ready, 44 may still start, the first in 7 s, 22 in flight, 16 waiting)"
 
 
 def test_every_reason_is_spelt_as_its_name() -> None:
@@ -333,8 +416,9 @@ def test_the_script_knows_every_field_that_it_is_given() -> None:
 
 
 def test_the_answer_of_the_script_is_read_with_the_load_that_it_saw() -> None:
-    reply = [77, "t1", "cpu", "celery", "NoCapacity", "0.5", 1, 2, 3, 4, 5]
-    assert admission.parse(reply) == Admission("t1", "cpu", "celery", Reason.NO_CAPACITY, 0.5, Load(1, 2, 3, 4, 5), 77)  # type: ignore[arg-type]
+    reply = [77, "t1", "cpu", "celery", "NoCapacity", "0.5", 1, 2, 3, 5, 4, 30_000, 1, 30_125]
+    seen = Load(1, 2, 3, ((4, 30.0), (1, 30.125)), 5)
+    assert admission.parse(reply) == Admission("t1", "cpu", "celery", Reason.NO_CAPACITY, 0.5, seen, Milliseconds(77))
 
 
 def test_an_earlier_answer_has_no_load_and_one_that_came_too_late_only_the_time() -> None:

@@ -17,25 +17,27 @@ from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Marks, Pool
 from workerpool_operator.scaling import Memory, Reason
 from workerpool_routing import wire
-from workerpool_routing.wire import Milliseconds, Presence, TaskPolicy, TierCapacity, TierPolicy
+from workerpool_routing.decide import START_SECONDS, Load
+from workerpool_routing.wire import Capacity, Milliseconds, Presence, StartingSlots, TaskPolicy, TierCapacity, TierPolicy
 
 pytestmark = pytest.mark.unit
 
 OUTAGE = Unavailable("Redis is down")
+NOW, TIME = 1_000.0, Milliseconds(77_000)
+"""The same instant by the clock of the operator and by that of Redis."""
+
 TEMPLATE = {"spec": {"containers": [{"name": "worker"}]}}
+POOL_TIERS: list[dict[str, Any]] = [
+    {
+        "name": "gpu", "queue": "gpu-tasks", "accelerator": {"resource": "nvidia.com/gpu"}, "replicas": {"max": 8},
+        "template": TEMPLATE,
+    },
+    {"name": "cpu", "queue": "celery", "concurrency": 4, "replicas": {"min": 1, "max": 40}, "template": TEMPLATE},
+]  # fmt: skip
 
 
 def spec(**changes: Any) -> WorkerPoolSpec:
-    accelerator = {"resource": "nvidia.com/gpu"}
-    raw = {
-        "app": "media.tasks",
-        "broker": {"url": "redis://one"},
-        "tiers": [
-            {"name": "gpu", "queue": "gpu-tasks", "accelerator": accelerator, "replicas": {"max": 8}, "template": TEMPLATE},
-            {"name": "cpu", "queue": "celery", "concurrency": 4, "replicas": {"min": 1, "max": 40}, "template": TEMPLATE},
-        ],
-    }
-    parsed = parse_spec(raw | changes)
+    parsed = parse_spec({"app": "media.tasks", "broker": {"url": "redis://one"}, "tiers": POOL_TIERS} | changes)
     assert not isinstance(parsed, list), parsed
     return parsed
 
@@ -59,7 +61,7 @@ def plan(
 ) -> dict[str, TierPlan]:
     workers = {"gpu": gpu or replicas(0), "cpu": cpu or replicas(1)}
     known = {tier: planning.Memory(kept) for tier, kept in (memory or {}).items()}
-    plans = planning.plan(POOL, seen, workers, known, 1_000.0)
+    plans = planning.plan(POOL, seen, workers, known, NOW)
     assert [plan.tier for plan in plans] == list(POOL.spec.tiers)
     return {plan.tier.name: plan for plan in plans}
 
@@ -69,8 +71,15 @@ def worker(name: str, slots: int = 1, busy: int = 0) -> Presence:
 
 
 def capacity_of_gpu(present: tuple[Presence, ...], seen: TierReplicas, waiting: int = 0) -> TierCapacity:
-    plans = plan(reading(gpu=QueueReading(waiting, 0, 0, present)), gpu=seen)
-    return planning.capacity(list(plans.values())).tiers["gpu"]
+    return told(plan(reading(gpu=QueueReading(waiting, 0, 0, present)), gpu=seen)["gpu"])["gpu"]
+
+
+def told(one: TierPlan) -> Mapping[str, TierCapacity]:
+    return planning.capacity([one], TIME, NOW).tiers
+
+
+def starting(capacity: TierCapacity) -> int:
+    return sum(group.slots for group in capacity.starting)
 
 
 def test_each_tier_is_sized_by_its_own_queue_bounds_and_slots() -> None:
@@ -160,37 +169,32 @@ def test_an_unread_broker_leaves_no_tier_below_its_minimum() -> None:
 @pytest.mark.parametrize(
     ("present", "seen", "waiting", "expected"),
     [
-        pytest.param((), replicas(0), 0, TierCapacity(0, 8, 0), id="at zero all may still be started"),
-        pytest.param((), replicas(0), 3, TierCapacity(3, 5, 0), id="what this pass orders is starting"),
-        pytest.param((), replicas(3, Phase.STARTING), 3, TierCapacity(3, 5, 0), id="ordered and not there yet"),
-        pytest.param((worker("w0"),), replicas(3, Phase.READY), 3, TierCapacity(2, 5, 0), id="presence shows one of three"),
+        pytest.param((), replicas(0), 0, (0, 8, 0), id="at zero all may still be started"),
+        pytest.param((), replicas(0), 3, (3, 5, 0), id="what this pass orders is starting"),
+        pytest.param((), replicas(3, Phase.STARTING), 3, (3, 5, 0), id="ordered and not there yet"),
+        pytest.param((worker("w0"),), replicas(3, Phase.READY), 3, (2, 5, 0), id="presence shows one of three"),
+        pytest.param((worker("w0", slots=0),), replicas(3), 3, (3, 5, 0), id="one that leaves does not count as there"),
+        pytest.param((worker("w0"), worker("w1")), replicas(1), 1, (0, 7, 0), id="more are there than ordered"),
+        pytest.param((), replicas(8), 50, (8, 0, 0), id="at the maximum nothing more can be started"),
         pytest.param(
-            (worker("w0", slots=0),), replicas(3), 3, TierCapacity(3, 5, 0), id="one that leaves does not count as there"
+            (), replicas(3, Phase.UNSCHEDULABLE, Phase.UNSCHEDULABLE), 3, (1, 0, 2), id="unschedulable ones start never"
         ),
-        pytest.param((worker("w0"), worker("w1")), replicas(1), 1, TierCapacity(0, 7, 0), id="more are there than ordered"),
-        pytest.param((), replicas(8), 50, TierCapacity(8, 0, 0), id="at the maximum nothing more can be started"),
-        pytest.param(
-            (),
-            replicas(3, Phase.UNSCHEDULABLE, Phase.UNSCHEDULABLE),
-            3,
-            TierCapacity(1, 0, 2),
-            id="unschedulable ones start never",
-        ),
-        pytest.param((), replicas(2, Phase.FAILING), 2, TierCapacity(1, 0, 0), id="a failing one says that no more would start"),
-        pytest.param((), replicas(1, Phase.UNSCHEDULABLE, Phase.FAILING), 1, TierCapacity(0, 0, 1), id="more stuck than ordered"),
+        pytest.param((), replicas(2, Phase.FAILING), 2, (1, 0, 0), id="a failing one says that no more would start"),
+        pytest.param((), replicas(1, Phase.UNSCHEDULABLE, Phase.FAILING), 1, (0, 0, 1), id="more stuck than ordered"),
     ],
 )
 def test_capacity_counts_what_presence_cannot_show(
-    present: tuple[Presence, ...], seen: TierReplicas, waiting: int, expected: TierCapacity
+    present: tuple[Presence, ...], seen: TierReplicas, waiting: int, expected: tuple[int, int, int]
 ) -> None:
-    assert capacity_of_gpu(present, seen, waiting) == expected
+    capacity = capacity_of_gpu(present, seen, waiting)
+    assert (starting(capacity), capacity.startable, capacity.unschedulable) == expected
 
 
 def test_capacity_is_in_slots_not_in_workers() -> None:
-    plans = plan(reading(cpu=QueueReading(20, 0, 0)), cpu=replicas(5, Phase.UNSCHEDULABLE))
-    assert planning.capacity([plans["cpu"]]).tiers == {"cpu": TierCapacity(starting=16, startable=0, unschedulable=4)}
-    plans = plan(reading(cpu=QueueReading(20, 0, 0)), cpu=replicas(5))
-    assert planning.capacity([plans["cpu"]]).tiers == {"cpu": TierCapacity(starting=20, startable=140, unschedulable=0)}
+    (cpu,) = told(plan(reading(cpu=QueueReading(20, 0, 0)), cpu=replicas(5, Phase.UNSCHEDULABLE))["cpu"]).values()
+    assert (starting(cpu), cpu.startable, cpu.unschedulable) == (16, 0, 4)
+    (cpu,) = told(plan(reading(cpu=QueueReading(20, 0, 0)), cpu=replicas(5))["cpu"]).values()
+    assert (starting(cpu), cpu.startable, cpu.unschedulable) == (20, 140, 0)
 
 
 @settings(max_examples=60)
@@ -200,8 +204,82 @@ def test_capacity_never_promises_more_than_the_maximum_or_less_than_nothing(
 ) -> None:
     there = tuple(worker(f"w{n}") for n in range(present))
     capacity = capacity_of_gpu(there, replicas(desired, *phases), waiting)
-    assert min(capacity.starting, capacity.startable, capacity.unschedulable) >= 0
-    assert capacity.starting + capacity.startable <= 8
+    assert min(capacity.startable, capacity.unschedulable) >= 0
+    assert starting(capacity) + capacity.startable <= 8
+
+
+def ordered(*ages: float, phase: Phase = Phase.STARTING) -> TierReplicas:
+    """Workers that were ordered so many seconds before the pass."""
+    return TierReplicas(len(ages), tuple(Replica(f"w{n}", phase, NOW - age) for n, age in enumerate(ages)))
+
+
+def ready_in(seen: TierReplicas, learnt: float | None, *present: Presence, waiting: int = 8) -> list[tuple[int, float]]:
+    """What capacity says of the accelerated slots that are on their way: how many, in how many seconds."""
+    queue = QueueReading(waiting, 0, 0, present)
+    memory = {"gpu": Memory(start_seconds=learnt, newest_start=learnt)}
+    found = told(plan(reading(gpu=queue), gpu=seen, memory=memory)["gpu"])["gpu"]
+    return [(group.slots, (group.ready_at - TIME) / 1000) for group in found.starting]
+
+
+@pytest.mark.parametrize(
+    ("seen", "learnt", "expected"),
+    [
+        pytest.param(replicas(0), 40.0, [(8, 40.0)], id="ordered in this pass: after the time that a start has taken so far"),
+        pytest.param(replicas(0), None, [(8, START_SECONDS)], id="nothing known of starts"),
+        pytest.param(ordered(10.0, 30.0), 40.0, [(1, 10.0), (1, 30.0), (6, 40.0)], id="each after its own order"),
+        pytest.param(ordered(39.0, 10.0), 40.0, [(1, 5.0), (1, 30.0), (6, 40.0)], id="one that is due takes an eighth more"),
+        pytest.param(ordered(-99.0), 40.0, [(8, 40.0)], id="ordered in the future, says its clock"),
+        pytest.param(ordered(9_999.0, phase=Phase.READY), 40.0, [(1, 5.0), (7, 40.0)], id="ready, and not heard of yet"),
+        pytest.param(ordered(20.0), None, [(1, 10.0), (7, START_SECONDS)], id="the first start that is seen"),
+        pytest.param(ordered(80.0, 60.0), None, [(1, 10.0), (1, 20.0), (6, 80.0)], id="a first start that takes long"),
+    ],
+)
+def test_capacity_says_when_the_slots_that_are_on_their_way_are_ready(
+    seen: TierReplicas, learnt: float | None, expected: list[tuple[int, float]]
+) -> None:
+    assert ready_in(seen, learnt) == expected
+
+
+def test_a_start_that_takes_longer_than_any_before_is_expected_to_go_on_taking_longer() -> None:
+    assert ready_in(ordered(400.0), 40.0)[0] == (1, 20.0), "an eighth of four times the start time, as scaling believes then"
+
+
+def test_a_worker_that_was_to_leave_and_is_needed_again_is_back_in_a_moment() -> None:
+    leaving = replace(worker("w0", slots=0), draining=True)
+    assert ready_in(ordered(9_999.0), 40.0, leaving) == [(1, 5.0), (7, 40.0)]
+    assert ready_in(ordered(9_999.0), None, leaving) == [(1, START_SECONDS / 8), (7, START_SECONDS)]
+
+
+def test_what_may_still_be_ordered_takes_as_long_as_starts_do() -> None:
+    for learnt, seconds in ((40.0, 40.0), (None, START_SECONDS)):
+        memory = {"gpu": Memory(start_seconds=learnt, newest_start=learnt)}
+        assert told(plan(reading(), memory=memory)["gpu"])["gpu"].start_seconds == seconds
+
+
+@settings(max_examples=60)
+@given(st.lists(st.floats(-5, 500), max_size=40), st.none() | st.floats(0.1, 300))
+def test_slots_that_are_on_their_way_are_told_of_in_a_handful_of_groups_soonest_first(
+    ages: list[float], learnt: float | None
+) -> None:
+    pool = replace(POOL, spec=spec(tiers=[{**POOL_TIERS[0], "replicas": {"max": 50}}, POOL_TIERS[1]]))
+    memory = {"gpu": planning.Memory(Memory(start_seconds=learnt, newest_start=learnt))}
+    workers = {"gpu": ordered(*ages), "cpu": replicas(1)}
+    plans = planning.plan(pool, reading(gpu=QueueReading(90, 0, 0)), workers, memory, NOW)
+    found = planning.capacity(plans, TIME, NOW).tiers["gpu"]
+    assert len(found.starting) <= planning.GROUPS
+    times = [group.ready_at for group in found.starting]
+    assert times == sorted(times)
+    assert all(TIME < at <= TIME + 1000 * found.start_seconds + 1 for at in times)
+    assert starting(found) == plans[0].decision.replicas
+
+
+def test_a_load_is_what_admission_measures_with_that_capacity() -> None:
+    seen = QueueReading(4, 1, 0, (worker("w0", busy=1),), served=Served(10, 25.0, 90.0))
+    plans = list(plan(reading(gpu=seen), gpu=replicas(1, Phase.READY)).values())
+    held = Capacity({"gpu": TierCapacity((StartingSlots(2, Milliseconds(TIME + 4_000)),), 3, 9.0), "cpu": TierCapacity()})
+    assert planning.loads(plans, held, TIME) == {
+        "gpu": Load(4, 1, 1, ((2, 4.0), (3, 9.0)), service=2.5), "cpu": Load(0, 0, 0),
+    }  # fmt: skip
 
 
 def test_a_pod_that_drains_and_is_un_ready_for_it_is_not_one_that_takes_long_to_start() -> None:

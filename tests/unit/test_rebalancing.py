@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workerpool_operator.rebalancing import AT_ONCE, TOLD_SECONDS, Moved, Transfer, tell, told, transfers
-from workerpool_routing.decide import Load
+from workerpool_routing.decide import START_SECONDS, Load
 from workerpool_routing.wire import Policy, TierPolicy
 
 pytestmark = pytest.mark.unit
@@ -19,7 +19,7 @@ POLICY = Policy((TierPolicy("gpu", "g", accelerated=True), TierPolicy("cpu", "c"
 
 
 def load(waiting: int = 0, busy: int = 0, ready: int = 0, coming: int = 0, service: float | None = None) -> Load:
-    return Load(waiting, busy, ready, coming, service=service)
+    return Load(waiting, busy, ready, ((coming, START_SECONDS),) if coming else (), service=service)
 
 
 def moves(gpu: Load, cpu: Load, spilled: int = 1_000) -> tuple[str, int] | None:
@@ -122,7 +122,10 @@ def test_a_pool_without_both_kinds_of_tier_has_nothing_to_move() -> None:
 
 counts = st.integers(0, 30)
 services = st.one_of(st.none(), st.floats(0.01, 600))
-held = st.builds(Load, counts, counts, counts, counts, service=services)
+groups = st.lists(st.tuples(st.integers(1, 30), st.floats(0, 300)), max_size=4).map(
+    lambda found: tuple(sorted(found, key=lambda group: group[1]))
+)
+held = st.builds(Load, counts, counts, counts, groups, service=services)
 
 
 @given(gpu=held, cpu=held, spilled=counts)

@@ -19,6 +19,7 @@ from workerpool_routing.wire import (
     Milliseconds,
     Policy,
     Presence,
+    StartingSlots,
     TaskPolicy,
     TierCapacity,
     TierPolicy,
@@ -129,6 +130,9 @@ def test_every_name_of_schema_version_1_stays_as_other_releases_know_it() -> Non
     assert wire.HEADER == "workerpool"
 
 
+CAPACITY = Capacity({"gpu": TierCapacity((StartingSlots(1, Milliseconds(9)),), 2, 4.5, 3)})
+
+
 def test_a_policy_and_a_capacity_of_schema_version_1_stay_as_other_releases_write_them() -> None:
     policy = Policy(
         (TierPolicy("gpu", "gpu-tasks", True, 2, 8),), ("audio",), (TaskPolicy("media.*", "required"),), False, True, 600
@@ -138,8 +142,9 @@ def test_a_policy_and_a_capacity_of_schema_version_1_stay_as_other_releases_writ
         '"accelerated_content_types":["audio"],"tasks":[{"name":"media.*","accelerated":"required"}],'
         '"fallback_on_failure":false,"fallback_on_loss":true,"max_wait_seconds":600}'
     )
-    capacity = Capacity({"gpu": TierCapacity(1, 2, 3)})
-    assert capacity.dump() == '{"version":1,"tiers":{"gpu":{"starting":1,"startable":2,"unschedulable":3}}}'
+    assert CAPACITY.dump() == (
+        '{"version":1,"tiers":{"gpu":{"starting":[{"slots":1,"ready_at":9}],"startable":2,"start_seconds":4.5,"unschedulable":3}}}'
+    )
 
 
 def test_a_worker_finds_its_place_in_the_environment_under_the_promised_names() -> None:
@@ -152,6 +157,7 @@ def test_the_wake_channel_is_one_for_all_pools_under_a_prefix() -> None:
     assert (wake_channel(), wake_channel("prod-")) == ("workerpool:wake", "prod-workerpool:wake")
 
 
+starting = st.lists(st.builds(StartingSlots, st.integers(1, 1000), st.integers(0, 2**45)), max_size=3).map(tuple)
 names = st.text('aZ-/*"\\ é\n\u2028', min_size=1, max_size=8)
 slots = st.integers(0, 1000)
 wishes = st.sampled_from([True, False, "required"])
@@ -164,7 +170,9 @@ policies = st.builds(
     fallback_on_loss=st.booleans(),
     max_wait_seconds=st.none() | st.integers(1),
 )
-capacities = st.builds(Capacity, st.dictionaries(names, st.builds(TierCapacity, slots, slots, slots), max_size=3))
+capacities = st.builds(
+    Capacity, st.dictionaries(names, st.builds(TierCapacity, starting, slots, st.floats(0, 1e6), slots), max_size=3)
+)
 
 
 @settings(max_examples=50)
@@ -190,7 +198,7 @@ def test_presence_is_read_as_the_worker_wrote_it() -> None:
 
 LOADERS: dict[str, tuple[Callable[[str], object], dict[str, Any]]] = {
     "policy": (Policy.load, json.loads(Policy((TierPolicy("gpu", "q", True),), tasks=(TaskPolicy("t"),)).dump())),
-    "capacity": (Capacity.load, json.loads(Capacity({"gpu": TierCapacity(1, 2, 3)}).dump())),
+    "capacity": (Capacity.load, json.loads(CAPACITY.dump())),
     "presence": (Presence.load, REPORT),
 }
 
@@ -226,6 +234,14 @@ def test_a_field_that_does_not_belong_is_named(what: str) -> None:
     inner["novel"] = 1
     with pytest.raises(ValueError, match=f"{what} is not as schema version 1 has it: .*novel"):
         load(json.dumps(changed))
+
+
+@pytest.mark.parametrize("starting", [None, 3, [3], [{"slots": 3}], [{"slots": 3, "ready_at": 9, "novel": 1}]])
+def test_slots_that_start_without_a_time_are_a_value_error(starting: Any) -> None:
+    changed = json.loads(CAPACITY.dump())
+    changed["tiers"]["gpu"]["starting"] = starting
+    with pytest.raises(ValueError, match="capacity is not as schema version 1 has it"):
+        Capacity.load(json.dumps(changed))
 
 
 @pytest.mark.parametrize(("age", "alive"), [(0, True), (wire.PRESENCE_LIFE_MS - 1, True), (wire.PRESENCE_LIFE_MS, False)])

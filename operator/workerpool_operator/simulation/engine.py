@@ -18,7 +18,7 @@ from workerpool_operator.observation import Phase, Replica, TierReplicas
 from workerpool_operator.rebalancing import Transfer
 from workerpool_operator.simulation.trace import Trace
 from workerpool_routing import decide as routing
-from workerpool_routing.wire import PRESENCE_LIFE_MS, Milliseconds, Presence, TierPolicy
+from workerpool_routing.wire import PRESENCE_LIFE_MS, Milliseconds, Presence, TierCapacity, TierPolicy
 
 GRACE_SECONDS = 30.0
 """How long a worker that is told to stop may still work, the default of Kubernetes."""
@@ -102,7 +102,7 @@ class Tier:
         self.changes = 0
         self.killed = 0
         self.seconds = 0.0
-        self.coming = 0
+        self.capacity = TierCapacity()
         self.ghosts: list[Pod] = []
         self.down = False
         self.served_seconds = 0.0
@@ -155,12 +155,12 @@ def _presence(pod: Pod) -> Presence:
 class Orders:
     """What a controller wants: replicas by tier, and when it wants to be asked again even if nothing happens.
 
-    ``coming`` is what the routers are told: slots on their way or still to be had; ``transfers`` are waiting jobs that move.
+    ``capacity`` is what the routers are told of slots that come; ``transfers`` are waiting jobs that move.
     """
 
     replicas: Mapping[str, int]
     again_at: float
-    coming: Mapping[str, int] = field(default_factory=dict)
+    capacity: Mapping[str, TierCapacity] = field(default_factory=dict)
     transfers: Sequence[Transfer] = ()
 
 
@@ -276,7 +276,7 @@ class _Run:
 
     def _route(self) -> Tier:
         """The library's own rule; all jobs are of one task."""
-        loads = (_load(self.first), _load(self.last))
+        loads = (_load(self.first, self.now), _load(self.last, self.now))
         verdict = routing.place(_CANDIDATES, loads, limit=None, spilling=self.spilling)
         if verdict.reason is routing.Reason.WAIT_TOO_LONG:
             self.spilling = True
@@ -415,8 +415,8 @@ class _Run:
             if replicas != tier.desired:
                 tier.changes += 1
                 self._scale(tier, replicas)
-        for name, slots in orders.coming.items():
-            self.tiers[name].coming = slots
+        for name, capacity in orders.capacity.items():
+            self.tiers[name].capacity = capacity
         for transfer in orders.transfers:
             self._shift(transfer)
 
@@ -476,7 +476,8 @@ _CANDIDATES = routing.Candidates(
 )
 
 
-def _load(tier: Tier) -> routing.Load:
+def _load(tier: Tier, now: float) -> routing.Load:
     ready = tier.concurrency * (tier.ready() + len(tier.ghosts))
     service = tier.served_seconds / tier.finished if tier.finished else None
-    return routing.Load(len(tier.waiting), tier.in_flight, ready, tier.coming, service=service)
+    coming = routing.coming(tier.capacity, Milliseconds(int(now * 1000)))
+    return routing.Load(len(tier.waiting), tier.in_flight, ready, coming, service=service)

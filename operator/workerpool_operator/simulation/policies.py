@@ -35,12 +35,12 @@ class Operator:
         again_at = min(plan.decision.again_at for plan in plans)
         if len(plans) == 1:
             return Orders(replicas, again_at)
-        loads = planning.loads(plans)
-        coming = {name: load.coming for name, load in loads.items()}
+        capacity = planning.capacity(plans, reading.time, now)
         if not self._pool.spec.routing.rebalance:
-            return Orders(replicas, again_at, coming)
+            return Orders(replicas, again_at, capacity.tiers)
+        loads = planning.loads(plans, capacity, reading.time)
         spilled = {name: tier.spilled for name, tier in tiers.items()}
-        return Orders(replicas, again_at, coming, rebalancing.transfers(planning.policy(self._pool.spec), loads, spilled))
+        return Orders(replicas, again_at, capacity.tiers, rebalancing.transfers(planning.policy(self._pool.spec), loads, spilled))
 
 
 def _reading(tier: Tier, *, routed: bool) -> QueueReading:
