@@ -13,8 +13,11 @@ COPY README.md LICENSE ./
 COPY operator operator
 COPY routing routing
 RUN /build/bin/uv pip install --no-deps --build-constraints requirements.lock .
-# Compile what a start needs, and no more: most of the Kubernetes client is models that nobody loads.
-RUN /opt/workerpool/bin/python -c 'import workerpool_operator.cli, workerpool_operator.main'
+# Of the Kubernetes client the operator uses the connection and the login, and speaks JSON: the generated calls and models, more than
+# half of all that is installed, stay out. Then compile what a start needs, and no more.
+RUN cd /opt/workerpool/lib/python3*/site-packages/kubernetes \
+    && find client/api client/models aio/client/api aio/client/models -name '*.py' ! -name __init__.py -delete \
+    && /opt/workerpool/bin/python -c 'import workerpool_operator.cli, workerpool_operator.main'
 
 FROM docker.io/library/python:3.11-slim-bookworm${PYTHON_DIGEST}
 ARG VERSION=0.1.0

@@ -96,12 +96,24 @@ class Cluster:
         self._watchdog.communicate()
         self._machine.communicate()
 
+    def image_sizes(self) -> dict[str, int]:
+        """Bytes of each image, unpacked; the first is the sandbox's: the base of the others."""
+        names = (images.PAUSE, *(image.name for image in images.IMAGES))
+        return {name: archive.stat().st_size for name, archive in zip(names, self._images, strict=True)}
+
+    @property
+    def audit_log(self) -> Path:
+        """One line of JSON for each request of a pod."""
+        return self.kubeconfig.with_name("audit.log")
+
     def inside(self) -> list[str]:
         """The beginning of a command that is to run in the cluster's network."""
         return ["nsenter", f"--net=/proc/{self._pid}/ns/net"]
 
     def tell(self, command: str) -> None:
-        """Break something, or mend it: ``restart etcd``, ``restart kube-apiserver``, ``lose NODE``, ``find NODE``."""
+        """Break something, or mend it: ``restart`` ``etcd`` or ``kube-apiserver``; ``lose``, ``freeze`` or ``cut`` a node, and
+        ``find``, ``thaw`` or ``mend`` it.
+        """
         assert self._machine.stdin is not None
         self._machine.stdin.write(f"{command}\n")
         self._machine.stdin.flush()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import signal
 import socket
 import ssl
 import subprocess
@@ -23,6 +24,13 @@ from e2e.cluster.pki import Authority, new_key
 
 READY_SECONDS = 60.0
 _LOG_LINES = 20
+_AUDIT = {
+    "apiVersion": "audit.k8s.io/v1",
+    "kind": "Policy",
+    "omitStages": ["RequestReceived"],
+    "rules": [{"level": "Metadata", "userGroups": ["system:serviceaccounts"]}, {"level": "None"}],
+}
+"""What pods ask of the API server, and who asks."""
 _LOOPBACK = "127.0.0.1"
 
 
@@ -91,6 +99,8 @@ class ControlPlane:
             "--authorization-mode=Node,RBAC",
             "--allow-privileged=true",
             "--kubelet-preferred-address-types=InternalIP",
+            f"--audit-policy-file={self.directory}/audit.json",
+            f"--audit-log-path={self.directory}/audit.log",
             # The Service "kubernetes" may not point at a loopback address, and no pod is there to ask for it.
             *(["--endpoint-reconciler-type=none"] if self._address == _LOOPBACK else []),
         )
@@ -101,6 +111,10 @@ class ControlPlane:
         if process := self._processes.pop(name, None):
             process.kill()
             process.wait()
+
+    def signal(self, name: str, what: signal.Signals) -> None:
+        """Send a signal to one process."""
+        self._processes[name].send_signal(what)
 
     def stop_api_server(self) -> None:
         """Kill the API server: an outage until :meth:`restart_api_server`."""
@@ -181,6 +195,7 @@ class ControlPlane:
             "server.crt": server.certificate,
             "server.key": server.key,
             "service-accounts.key": new_key(),
+            "audit.json": json.dumps(_AUDIT).encode(),
             "kubeconfig": _kubeconfig(self.url, authority.certificate, admin.certificate, admin.key),
         }
         for name, content in files.items():

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -121,22 +121,54 @@ class Machine:
         """Wait until the node is ready, and say which GPUs it has, as a device plugin would."""
         self._wait_until(lambda: self._ready(node), f"node {node.name}")
         if node.gpus:
-            capacity = json.dumps({"status": {"capacity": {"nvidia.com/gpu": str(node.gpus)}}})
-            patch = ["patch", "node", node.name, "--subresource=status", "--type=merge", f"--patch={capacity}"]
-            subprocess.run([*self._kubectl, *patch], check=True, stdout=subprocess.DEVNULL)
+            gpus = {"nvidia.com/gpu": str(node.gpus)}
+            self._patch(node, {"capacity": gpus, "allocatable": gpus})
 
     def lose(self, node: Node) -> None:
         """What a power cut does to a node: its kubelet, its containerd and all that they run are gone at once."""
         for part in ("kubelet", "containerd"):
             self._plane.stop(f"{node.name}.{part}")
-        own = f"/{self._cgroup}/{node.name}/"
-        shims = f"{self._directory / node.name}/containerd.sock"
-        _kill_while(lambda pid: own in _read(pid, "cgroup") or shims in _read(pid, "cmdline"))
+        _until_none(lambda: self._run_by(node), signal.SIGKILL)
 
     def find(self, node: Node) -> None:
         """Bring a lost node back."""
+        # A kubelet that starts takes back what was said of the GPUs: the wait has to be for its own word.
+        self._patch(node, {"conditions": [{"type": "Ready", "status": "Unknown"}]})
         self.start_node(node)
         self.wait_for(node)
+
+    def freeze(self, node: Node) -> None:
+        """What a hypervisor does that pauses a node: nothing of it runs, and nothing is gone."""
+        self.cut(node)
+        self._plane.signal(f"{node.name}.containerd", signal.SIGSTOP)
+        _until_none(lambda: [pid for pid in self._run_by(node) if _state(pid) != "T"], signal.SIGSTOP)
+
+    def thaw(self, node: Node) -> None:
+        """Let a frozen node go on."""
+        for pid in self._run_by(node):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        self._plane.signal(f"{node.name}.containerd", signal.SIGCONT)
+        self.mend(node)
+
+    def cut(self, node: Node) -> None:
+        """Stop the kubelet alone: what it has started runs on, and nobody can tell it anything."""
+        self._plane.signal(f"{node.name}.kubelet", signal.SIGSTOP)
+
+    def mend(self, node: Node) -> None:
+        """Let it go on."""
+        self._plane.signal(f"{node.name}.kubelet", signal.SIGCONT)
+        self.wait_for(node)
+
+    def _run_by(self, node: Node) -> list[int]:
+        """The processes of its pods, and those that containerd has started for them."""
+        own = f"/{self._cgroup}/{node.name}/"
+        shims = f"{self._directory / node.name}/containerd.sock"
+        return [pid for pid in _pids() if own in _read(pid, "cgroup") or shims in _read(pid, "cmdline")]
+
+    def _patch(self, node: Node, status: Mapping[str, object]) -> None:
+        patch = ["--subresource=status", "--type=strategic", f"--patch={json.dumps({'status': status})}"]
+        subprocess.run([*self._kubectl, "patch", "node", node.name, *patch], check=True, stdout=subprocess.DEVNULL)
 
     def _ready(self, node: Node) -> bool:
         path = '{.status.conditions[?(@.type=="Ready")].status}'
@@ -275,12 +307,12 @@ def _run(*command: str) -> None:
     subprocess.run(command, check=True)
 
 
-def _kill_while(doomed: Callable[[int], bool]) -> None:
-    """Kill what matches until nothing does: what is killed may have been starting something."""
-    while pids := [pid for pid in _pids() if doomed(pid)]:
+def _until_none(find: Callable[[], Sequence[int]], what: signal.Signals) -> None:
+    """Signal what is found until nothing is: what is signalled may have been starting something."""
+    while pids := find():
         for pid in pids:
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, what)
         time.sleep(0.05)
 
 
@@ -288,12 +320,20 @@ def _pids() -> list[int]:
     return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and int(path.name) != os.getpid()]
 
 
+def _state(pid: int) -> str:
+    """A process's state as one letter; Z, as of one that waits to be collected, when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
 def _read(pid: int, file: str) -> str:
     """A file of a process that is not just waiting to be collected; nothing when it is gone."""
     try:
-        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-            return ""
-        return Path(f"/proc/{pid}/{file}").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return (
+            "" if _state(pid) == "Z" else Path(f"/proc/{pid}/{file}").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        )
     except OSError:
         return ""
 
@@ -309,8 +349,8 @@ def main(binaries: Path, cgroup: str, images: Sequence[Path]) -> int:
             print(f"ready {plane.kubeconfig}", flush=True)
             commands = {"restart etcd": plane.restart_etcd, "restart kube-apiserver": plane.restart_api_server}
             for node in NODES:
-                commands[f"lose {node.name}"] = partial(machine.lose, node)
-                commands[f"find {node.name}"] = partial(machine.find, node)
+                for do in (machine.lose, machine.find, machine.freeze, machine.thaw, machine.cut, machine.mend):
+                    commands[f"{do.__name__} {node.name}"] = partial(do, node)
             for line in sys.stdin:
                 commands[line.strip()]()
                 print("ok", flush=True)

@@ -62,6 +62,7 @@ def assess(
         _grace(plans, broker, workers),
         _overdue(plans),
         _rebalancing(moved, now),
+        _outdated(pool),
         _paused(pool.spec.mode),
     ]
     conditions = [Condition(*fields, pool.generation) for fields in [_ready(found, plans, workers), *found]]
@@ -231,6 +232,16 @@ def _rebalancing(moved: Sequence[Moved], now: float) -> _Fields:
     if news := told(moved, now):
         return kind, "True", "JobsMoved", "; ".join(one.message for one in news)
     return kind, "False", "JobsStay", "no waiting job changes its tier"
+
+
+def _outdated(pool: Pool) -> _Fields:
+    kind = ConditionType.DEFINITION_OUTDATED
+    if pool.unknown:
+        message = (
+            "the CustomResourceDefinition is older than the operator, so that nothing can be set there and the defaults hold"
+        )
+        return kind, "True", "FieldsUnknown", f"{', '.join(pool.unknown)}: {message}; apply crds/workerpool.yaml of its version"
+    return kind, "False", "UpToDate", "the CustomResourceDefinition knows every field that has a default"
 
 
 def _paused(mode: Mode) -> _Fields:

@@ -7,7 +7,7 @@ to ``workerpool check`` or ``workerpool dev`` needs is checked here too, because
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
@@ -328,6 +328,25 @@ def parse_spec(raw: object) -> WorkerPoolSpec | list[Problem]:
     except ValidationError as error:
         details = error.errors(include_url=False)
         return [_problem(detail) for detail in details if not _only_follows(detail, details)]
+
+
+def unknown_to_the_api_server(stored: Mapping[str, Any], spec: WorkerPoolSpec) -> tuple[str, ...]:
+    """The fields that have a default and are not in a stored spec: its definition is older than this, and drops them."""
+    whole = spec.model_dump(by_alias=True, exclude_none=True, exclude={"tiers": {"__all__": {"template"}}})
+    return tuple(_lacking(stored, whole, "spec"))
+
+
+def _lacking(stored: Any, whole: Any, path: str) -> Iterator[str]:
+    match whole:
+        case dict():
+            for name, value in whole.items():
+                if name not in stored:
+                    yield f"{path}.{name}"
+                else:
+                    yield from _lacking(stored[name], value, f"{path}.{name}")
+        case [*items] if isinstance(stored, list):
+            for index, (one, item) in enumerate(zip(stored, items, strict=True)):
+                yield from _lacking(one, item, f"{path}[{index}]")
 
 
 def _only_follows(detail: Any, details: Sequence[Any]) -> bool:

@@ -20,6 +20,7 @@ class Pool:
     Attributes:
         created_at: wall-clock seconds; of two pools on one queue the older keeps it.
         status: the status as last stored, so that a new operator continues where the old one stopped.
+        unknown: fields of the spec that whoever stored it does not know, and drops.
     """
 
     namespace: str
@@ -29,6 +30,7 @@ class Pool:
     created_at: float
     spec: WorkerPoolSpec
     status: Mapping[str, Any] = field(default_factory=dict)
+    unknown: Sequence[str] = ()
 
     @property
     def id(self) -> str:

@@ -30,6 +30,7 @@ class ConditionType(StrEnum):
     GRACE_PERIOD_TOO_SHORT = "GracePeriodTooShort"
     DRAIN_OVERDUE = "DrainOverdue"
     REBALANCING = "Rebalancing"
+    DEFINITION_OUTDATED = "DefinitionOutdated"
     PAUSED = "Paused"
 
 
@@ -41,6 +42,7 @@ WARNS_WHEN = {
     ConditionType.AUTOSCALER_CONFLICT: "True",
     ConditionType.GRACE_PERIOD_TOO_SHORT: "True",
     ConditionType.DRAIN_OVERDUE: "True",
+    ConditionType.DEFINITION_OUTDATED: "True",
 }
 """The status of a condition that makes its Event a Warning."""
 

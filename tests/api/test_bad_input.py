@@ -6,14 +6,21 @@ The pods' side is made by the real admission and the real controllers; what a ku
 from __future__ import annotations
 
 import json
+import time
+from datetime import UTC, datetime
 
 import pytest
 import yaml
-from tests.api.conftest import Kubectl
+from e2e.cluster.control_plane import ControlPlane
+from tests.api.conftest import CRD, Kubectl
 from tests.api.operators import SAMPLE, Namespace, Object
 from tests.api.test_operator import set_status
 
+from workerpool_operator.main import RELIST_SECONDS
+
 pytestmark = [pytest.mark.api, pytest.mark.timeout(180)]
+
+TROUBLE_SECONDS = 15
 
 CONTROLLER_SECONDS = 60.0
 """The ReplicaSet controller tries a refused pod again with growing pauses."""
@@ -71,6 +78,29 @@ def test_an_image_that_cannot_be_pulled_is_named(ml: Namespace) -> None:
     ml.eventually(lambda: told(ml, "container worker: ImagePullBackOff", "media:typo"))
 
 
+def test_a_resource_definition_that_is_older_than_the_operator_is_told(ml: Namespace, kubectl: Kubectl) -> None:
+    definition: Object = yaml.safe_load(CRD.read_text())
+    older: Object = yaml.safe_load(CRD.read_text())
+    routing = older["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["routing"]
+    del routing["properties"]["rebalance"]
+    try:
+        serve(kubectl, older)
+        ml.create_pool()
+        ml.eventually(lambda: ml.condition("DefinitionOutdated")["status"] == "True")
+        message = ml.condition("DefinitionOutdated")["message"]
+        assert message.startswith("spec.routing.rebalance: the CustomResourceDefinition is older than the operator")
+        ml.eventually(lambda: message in [event["message"] for event in ml.objects("events") if event["type"] == "Warning"])
+        ml.settled()
+    finally:
+        serve(kubectl, definition)
+    ml.eventually(lambda: ml.condition("DefinitionOutdated")["status"] == "False", 2 * RELIST_SECONDS)
+
+
+def serve(kubectl: Kubectl, definition: Object) -> None:
+    applied = kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=json.dumps(definition))
+    assert applied.returncode == 0, applied.stderr
+
+
 def test_a_namespace_that_is_being_deleted_is_outlived(ml: Namespace, kubectl: Kubectl) -> None:
     ml.create_pool()
     ml.settled()
@@ -83,3 +113,48 @@ def test_a_namespace_that_is_being_deleted_is_outlived(ml: Namespace, kubectl: K
         assert ml.operator.running()
     finally:
         ml.kubectl("patch", "wp", "media", "--type=merge", "--patch", '{"metadata": {"finalizers": null}}')
+
+
+def test_a_namespace_that_is_on_its_way_out_is_told_and_costs_few_requests(
+    ml: Namespace, kubectl: Kubectl, control_plane: ControlPlane
+) -> None:
+    ml.create_pool()
+    ml.settled()
+    kubectl("apply", "-f", "-", stdin=json.dumps(kept(ml.name)))
+    try:
+        # A policy may take a while to be known to the API server.
+        ml.eventually(lambda: kubectl("delete", "wp", "media", f"--namespace={ml.name}", "--dry-run=server").returncode)
+        kubectl("delete", "namespace", ml.name, "--wait=false")
+        ml.eventually(
+            lambda: "because it is being terminated" in ml.condition("CapacityAvailable")["message"], CONTROLLER_SECONDS
+        )
+        assert ml.condition("Ready")["status"] == "False"
+        began = datetime.now(UTC)
+        time.sleep(TROUBLE_SECONDS)
+        tried = [entry for entry in audited(control_plane, ml.name, began) if entry["verb"] in {"create", "patch"}]
+        assert len(tried) < TROUBLE_SECONDS, tried
+    finally:
+        kubectl("delete", "validatingadmissionpolicybinding,validatingadmissionpolicy", ml.name)
+    ml.eventually(lambda: kubectl("get", "wp", "media", f"--namespace={ml.name}").returncode, CONTROLLER_SECONDS)
+
+
+def kept(namespace: str) -> Object:
+    """A policy by which no WorkerPool of a namespace can be deleted, so that the namespace stays half deleted."""
+    resources = {"apiGroups": ["workerpool.dev"], "apiVersions": ["*"], "operations": ["DELETE"], "resources": ["workerpools"]}
+    group = {"apiVersion": "admissionregistration.k8s.io/v1", "metadata": {"name": namespace}}
+    here = {"matchLabels": {"kubernetes.io/metadata.name": namespace}}
+    policy = {"matchConstraints": {"resourceRules": [resources]}, "validations": [{"expression": "false"}]}
+    binding = {"policyName": namespace, "validationActions": ["Deny"], "matchResources": {"namespaceSelector": here}}
+    items = [
+        {**group, "kind": "ValidatingAdmissionPolicy", "spec": policy},
+        {**group, "kind": "ValidatingAdmissionPolicyBinding", "spec": binding},
+    ]
+    return {"apiVersion": "v1", "kind": "List", "items": items}
+
+
+def audited(plane: ControlPlane, namespace: str, since: datetime) -> list[Object]:
+    """What service accounts have asked about a namespace since then, as the API server has recorded it."""
+    lines = (plane.directory / "audit.log").read_text().rpartition("\n")[0].splitlines()
+    entries = [json.loads(line) for line in lines]
+    at = since.isoformat()
+    return [e for e in entries if e.get("objectRef", {}).get("namespace") == namespace and e["requestReceivedTimestamp"] > at]

@@ -219,6 +219,20 @@ def test_the_drained_workers_are_the_ones_that_go(cluster: Cluster) -> None:
     cluster.run(scenario)
 
 
+def test_a_drained_worker_that_is_gone_before_it_can_be_made_cheaper_holds_nothing_up(cluster: Cluster) -> None:
+    async def scenario(process: Process) -> None:
+        await process.scale(gpu=3)
+        pods = await until(
+            lambda: [p["metadata"]["name"] for p in cluster.objects("pods")] if len(cluster.objects("pods")) == 3 else []
+        )
+        pool = await process.look()
+        cluster.kubectl("delete", "pod", pods[0], "--force", "--grace-period=0")
+        await process.workers.scale(pool, {"gpu": 2}, frozenset({pods[0]}))
+        assert (await process.observe("gpu")).desired == 2
+
+    cluster.run(scenario)
+
+
 async def until(look: Callable[[], list[str]]) -> list[str]:
     deadline = time.monotonic() + 15
     while not (seen := look()):

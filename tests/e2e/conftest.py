@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,21 +46,59 @@ def operator(kube: Kube) -> Kube:
 
 
 @pytest.fixture
+def nodes(operator: Kube) -> cluster.Cluster:
+    """The cluster whose parts a test may take away, and whose records it may read."""
+    if operator.cluster is None:
+        pytest.skip("E2E_KUBECONFIG names a cluster that is not ours")
+    return operator.cluster
+
+
+@pytest.fixture
 def site(operator: Kube) -> Iterator[Site]:
     """A namespace of the scenario's own, gone when it ends."""
     site = Site(operator)
     try:
-        site.open()
+        site.set_up()
         yield site
     finally:
-        site.close()
+        site.take_down()
+
+
+FIGURES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def show(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Takes a figure that was measured into the summary at the end, whether the test passes or not."""
+    return request.config.stash.setdefault(FIGURES, []).append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if figures := config.stash.get(FIGURES, []):
+        terminalreporter.section("measured")
+        for line in figures:
+            terminalreporter.write_line(line)
 
 
 def install(kube: Kube, *options: str) -> None:
     """Install or upgrade, and wait until the operator is ready."""
     kube.helm("upgrade", "--install", RELEASE, str(CHART), f"--namespace={SYSTEM}", *VALUES, *options)
-    kube.kubectl("rollout", "status", f"deployment/{RELEASE}", f"--namespace={SYSTEM}", "--timeout=120s")
-    eventually(lambda: kube.kubectl("get", "workerpools", "--all-namespaces", "--output=name") is not None)
+    kube.kubectl("rollout", "status", f"deployment/{RELEASE}", f"--namespace={SYSTEM}", "--timeout=230s")
+    kube.kubectl("wait", "--for=condition=Established", "--timeout=230s", "crd/workerpools.workerpool.dev")
+
+
+def after_passes(kube: Kube, count: int) -> None:
+    """Wait until the operator has ended so many more passes."""
+    start = passes(kube)
+    eventually(lambda: passes(kube), lambda now: now >= start + count)
+
+
+def passes(kube: Kube) -> float:
+    """How many passes the operators have ended together."""
+    pods = kube.items(SYSTEM, "pods", f"--selector=app.kubernetes.io/instance={RELEASE}")
+    paths = [f"/api/v1/namespaces/{SYSTEM}/pods/{pod['metadata']['name']}:8080/proxy/metrics" for pod in pods]
+    lines = [line for path in paths for line in kube.kubectl("get", "--raw", path).splitlines()]
+    return sum(float(line.split()[1]) for line in lines if line.startswith("workerpool_pass_seconds_count"))
 
 
 @pytest.hookimpl(wrapper=True)

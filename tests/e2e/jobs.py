@@ -1,6 +1,7 @@
 """Runs in the pods: an app whose jobs take as long as they are told, and a client of it and of the media service.
 
-``python jobs.py submit COUNT SECONDS`` and ``states``; ``upload COUNT`` sends real files to the media service.
+``python jobs.py submit COUNT``, ``hold`` and ``states``; ``upload COUNT`` sends real files to the media service; ``open GATE``
+and ``marks``: what pods tell one another by files that all of them see.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from workerpool_routing import WorkerPool
 
 URL = os.environ["CELERY_BROKER_URL"]
 TIER = os.environ.get("WORKERPOOL_TIER", "none")
+MARKS = Path(os.environ["MEDIA_DIR"]) / "marks"
 
 app = Celery("jobs", broker=URL, backend=URL)
 app.conf.update(broker_connection_retry_on_startup=True)
@@ -26,15 +29,39 @@ pool = WorkerPool(os.environ["MEDIA_POOL"], app)
 
 
 @app.task  # type: ignore[untyped-decorator]
-def work(seconds: float) -> str:
-    """Run for some seconds and tell the tier."""
-    time.sleep(seconds)
+def work() -> str:
+    """Run for a second and tell the tier."""
+    time.sleep(1)
     return TIER
 
 
-def submit(count: int, seconds: float) -> list[str | None]:
+@app.task  # type: ignore[untyped-decorator]
+def hold() -> str:
+    """On a GPU run until released, elsewhere for no time; leave a mark and tell the tier.
+
+    So whatever a test does while it is held happens while it runs, however long that takes.
+    """
+    while TIER == "gpu" and not (MARKS / "released").exists():
+        time.sleep(0.1)
+    mark(f"ended-{TIER}")
+    return TIER
+
+
+def mark(name: str) -> None:
+    MARKS.mkdir(parents=True, exist_ok=True)
+    (MARKS / name).touch()
+
+
+def submit(count: int) -> list[str | None]:
     """Ask for a GPU that many times; the task ids."""
-    return [pool.submit(work, args=(seconds,), accelerated=True).task_id for _ in range(count)]
+    return [pool.submit(work, accelerated=True).task_id for _ in range(count)]
+
+
+def submit_held() -> str | None:
+    """A job that a GPU is to hold; the task id. One that was sent elsewhere, for want of news of the GPUs, does not count."""
+    while (decision := pool.submit(hold, accelerated=True)).tier != "gpu":
+        time.sleep(1)
+    return decision.task_id
 
 
 def states(tasks: list[str]) -> list[dict[str, Any] | None]:
@@ -46,7 +73,7 @@ def states(tasks: list[str]) -> list[dict[str, Any] | None]:
             found.append(None)
         else:
             result = app.AsyncResult(task).result
-            found.append({"state": job.state, "tier": job.tier, "starts": job.starts, "result": result})
+            found.append({"state": job.state, "tier": job.tier, "starts": job.starts, "owner": job.owner, "result": result})
     return found
 
 
@@ -63,9 +90,11 @@ def upload(count: int) -> list[dict[str, Any]]:
         key = {"Idempotency-Key": f"upload-{number}"}
         wish = {"gpu": "true" if number % 4 else "false"}
         while True:
-            answer = httpx2.post(f"{address}/process/file", files={"file": file}, data=wish, headers=key, timeout=60)
-            if answer.status_code != httpx2.codes.SERVICE_UNAVAILABLE:
-                return {"status": answer.status_code, **answer.json()}
+            # The key makes a repeated upload the same job, so that an answer that got lost does not matter.
+            with suppress(httpx2.TransportError):
+                answer = httpx2.post(f"{address}/process/file", files={"file": file}, data=wish, headers=key, timeout=60)
+                if answer.status_code != httpx2.codes.SERVICE_UNAVAILABLE:
+                    return {"status": answer.status_code, **answer.json()}
             time.sleep(1)  # what Retry-After asks for
 
     with ThreadPoolExecutor(8) as senders:
@@ -74,8 +103,14 @@ def upload(count: int) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["submit", count, seconds]:
-            print(json.dumps(submit(int(count), float(seconds))))
+        case ["submit", count]:
+            print(json.dumps(submit(int(count))))
+        case ["hold"]:
+            print(json.dumps(submit_held()))
+        case ["open", gate]:
+            mark(gate)
+        case ["marks"]:
+            print(json.dumps([path.name for path in MARKS.glob("*")]))
         case ["upload", count]:
             print(json.dumps(upload(int(count))))
         case _:

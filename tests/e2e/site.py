@@ -18,6 +18,9 @@ RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 SHARED = "/mnt"
 """What both nodes see: e2e/cluster mounts it so."""
 
+PATIENT_PROBE = {"periodSeconds": 1, "timeoutSeconds": 30, "failureThreshold": 10}
+"""Ready as soon as it answers, and not taken out of its Service because the machine is busy."""
+
 CPU_NODE = {"nodeSelector": {"workerpool.dev/node": "cpu-node"}}
 POD_SECURITY = {"runAsNonRoot": True, "runAsUser": 65532, "runAsGroup": 65532, "seccompProfile": {"type": "RuntimeDefault"}}
 CONTAINER_SECURITY = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
@@ -40,7 +43,7 @@ class Site:
         self.kube = kube
         self.namespace = f"site-{secrets.token_hex(3)}"
 
-    def open(self) -> None:
+    def set_up(self) -> None:
         """Make it, and wait until Redis and the API answer."""
         self.kube.apply("default", namespace(self.namespace), self._volume())
         self.kube.apply(self.namespace, self._claim(), service("redis", 6379), service("media-api", 8000))
@@ -50,21 +53,24 @@ class Site:
         jobs = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "jobs"}, "data": {"jobs.py": JOBS.read_text()}}
         self.kube.apply(self.namespace, secret, jobs, self._redis(), self._api())
         for name in ("redis", "media-api"):
-            self.kube.kubectl("rollout", "status", f"deployment/{name}", f"--namespace={self.namespace}", "--timeout=120s")
+            self.kube.kubectl("rollout", "status", f"deployment/{name}", f"--namespace={self.namespace}", "--timeout=230s")
 
-    def close(self) -> None:
+    def take_down(self) -> None:
         """Take it away, workers first: they may have to be told by kubectl, not by an operator that a test took away."""
-        delete = ("delete", "--ignore-not-found", "--wait=true", f"--timeout={90}s")
-        self.kube.kubectl(*delete, "workerpools,deployments", "--all", f"--namespace={self.namespace}", check=False)
-        self.kube.kubectl("delete", "pods", "--all", "--force", "--grace-period=0", f"--namespace={self.namespace}", check=False)
-        self.kube.kubectl(*delete, "namespace", self.namespace, check=False)
-        self.kube.kubectl(*delete, "persistentvolume", self.namespace, check=False)
+        delete = ("delete", "--ignore-not-found")
+        here = f"--namespace={self.namespace}"
+        self.kube.kubectl(*delete, "--timeout=90s", "workerpools,deployments", "--all", here, check=False)
+        self.kube.kubectl(*delete, "--force", "--grace-period=0", "pods", "--all", here, check=False)
+        self.kube.kubectl(*delete, "--wait=false", "namespace", self.namespace, check=False)
+        self.kube.kubectl(*delete, "--wait=false", "persistentvolume", self.namespace, check=False)
 
-    def pool(self, name: str = "media", app: str = "jobs", **spec: Any) -> Object:
+    def pool(self, name: str = "media", app: str = "jobs") -> Object:
         """The sample WorkerPool, for this namespace: the same tiers and queues, our image, a broker URL from the Secret."""
         pool: Object = yaml.safe_load(SAMPLE.read_text())
         pool["metadata"] = {"name": name, "namespace": self.namespace}
-        pool["spec"] |= {"app": app, "broker": {"urlFrom": {"secretKeyRef": {"name": "redis", "key": "url"}}}, **spec}
+        pool["spec"] |= {"app": app, "broker": {"urlFrom": {"secretKeyRef": {"name": "redis", "key": "url"}}}}
+        # Longer than a start takes on a busy machine: after one that outlasts it workers stand ready for a quarter of an hour.
+        pool["spec"]["scaling"] = {"targetWaitSeconds": 240}
         for tier in pool["spec"]["tiers"]:
             pod = tier["template"]["spec"]
             (container,) = pod["containers"]
@@ -97,15 +103,49 @@ class Site:
     def workers(self, tier: str, pool: str = "media") -> list[Object]:
         return self.kube.items(self.namespace, "pods", f"--selector=workerpool.dev/pool={pool},workerpool.dev/tier={tier}")
 
+    def scheduled(self, tier: str) -> list[bool]:
+        """Of each of its workers, whether it has a node; those that wait for one first."""
+        return sorted("nodeName" in pod["spec"] for pod in self.workers(tier))
+
     def told(self, kind: str) -> list[str]:
         """The notes of the Events about objects of that kind."""
         events = self.kube.items(self.namespace, "events.events.k8s.io")
         return [event["note"] for event in events if event["regarding"]["kind"] == kind]
 
-    def submit(self, count: int, seconds: float) -> list[str]:
-        """Jobs of that length that ask for a GPU; their task ids."""
-        tasks: list[str] = json.loads(self._python("submit", str(count), str(seconds)))
+    def submit(self, count: int) -> list[str]:
+        """Short jobs that ask for a GPU; their task ids."""
+        tasks: list[str] = json.loads(self._python("submit", str(count)))
         return tasks
+
+    def hold(self) -> str:
+        """Let a GPU run a job that ends only when it is released, and wait until it does; on a CPU it ends at once."""
+        task: str = json.loads(self._python("hold"))
+        eventually(lambda: self.jobs([task])[0], lambda job: job and job["state"] == "claimed" and job["tier"] == "gpu")
+        return task
+
+    def worker_of(self, task: str) -> str:
+        """The name of the pod that runs a job."""
+        (job,) = self.jobs([task])
+        return str(job["owner"]).rpartition(".")[0]
+
+    def release(self) -> None:
+        """Let the job that is held end."""
+        self.open("released")
+
+    def gate(self, tier: Object) -> None:
+        """Let the workers of a tier of a pool's manifest start only when its gate is opened."""
+        wait = "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.1)"
+        command = ["python", "-c", wait, f"{self._media}/marks/{tier['name']}"]
+        image = {"image": images.MEDIA.name, "imagePullPolicy": "IfNotPresent", "securityContext": CONTAINER_SECURITY}
+        tier["template"]["spec"]["initContainers"] = [{"name": "gate", "command": command, "volumeMounts": MOUNTS, **image}]
+
+    def open(self, gate: str) -> None:
+        self._python("open", gate)
+
+    def marks(self) -> list[str]:
+        """The gates that are open, and ``ended-TIER`` where a held job came to its end there."""
+        marks: list[str] = json.loads(self._python("marks"))
+        return marks
 
     def upload(self, count: int) -> list[Object]:
         answers: list[Object] = json.loads(self._python("upload", str(count)))
@@ -121,10 +161,9 @@ class Site:
         done = lambda jobs: all(job and job["state"] == "done" for job in jobs)  # noqa: E731
         return eventually(lambda: self.jobs(tasks), done, seconds)
 
-    def claimed(self, tasks: Sequence[str], tier: str) -> None:
-        """Wait until one of them runs on that tier."""
-        running = lambda jobs: any(job and job["state"] == "claimed" and job["tier"] == tier for job in jobs)  # noqa: E731
-        eventually(lambda: self.jobs(tasks), running)
+    def comes_to_zero(self, tier: str) -> None:
+        """Wait until none of a tier's workers is left."""
+        eventually(lambda: self.workers(tier), lambda pods: not pods, seconds=240)
 
     def _python(self, *arguments: str, stdin: str = "") -> str:
         exec_ = ("exec", "--stdin", "deployment/media-api", f"--namespace={self.namespace}", "--")
@@ -134,14 +173,18 @@ class Site:
         return [
             {"name": "MEDIA_POOL", "value": f"{self.namespace}/{pool}"},
             {"name": "PYTHONPATH", "value": "/jobs:/srv"},
-            {"name": "MEDIA_DIR", "value": f"/shared/media/{self.namespace}"},
+            {"name": "MEDIA_DIR", "value": self._media},
         ]
+
+    @property
+    def _media(self) -> str:
+        return f"/shared/media/{self.namespace}"
 
     def _api(self) -> Object:
         broker = {"name": "CELERY_BROKER_URL", "valueFrom": {"secretKeyRef": {"name": "redis", "key": "url"}}}
         container = {"name": "api", "image": images.MEDIA.name, "env": [*self._environment("media"), broker]}
         requests = {"requests": {"cpu": "100m"}}
-        ready = {"httpGet": {"path": "/openapi.json", "port": 8000}, "periodSeconds": 1}
+        ready = {"httpGet": {"path": "/openapi.json", "port": 8000}, **PATIENT_PROBE}
         return deployment(
             "media-api", {**container, "readinessProbe": ready, "volumeMounts": MOUNTS, "resources": requests}, VOLUMES
         )
@@ -152,7 +195,7 @@ class Site:
             "name": "redis",
             "image": images.REDIS.name,
             "args": save,
-            "readinessProbe": {"exec": {"command": ["redis-cli", "ping"]}, "periodSeconds": 1},
+            "readinessProbe": {"exec": {"command": ["redis-cli", "ping"]}, **PATIENT_PROBE},
             # A busy worker must not starve it: without a request it would have a fiftieth of a worker's share.
             "resources": {"requests": {"cpu": "300m"}},
             "volumeMounts": [{"name": "media", "mountPath": "/data"}],

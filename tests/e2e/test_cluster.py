@@ -11,7 +11,7 @@ import pytest
 from e2e.cluster import images
 from tests.e2e.kube import Kube, eventually
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 OWNER = """
 import signal
@@ -45,9 +45,12 @@ def test_nothing_is_left_of_a_cluster_whose_owner_is_killed(kube: Kube) -> None:
         directory = Path(kubeconfig).parents[1]
         assert len(left_of(directory)) > 10
         owner.send_signal(signal.SIGKILL)
-    eventually(lambda: left_of(directory), lambda found: not found)
+    eventually(lambda: left_of(directory), lambda found: not found, seconds=240)
 
 
 def test_the_scheduler_counts_the_gpus(kube: Kube) -> None:
-    nodes = kube.items("default", "nodes")
-    assert sum(int(node["status"]["allocatable"].get("nvidia.com/gpu", 0)) for node in nodes) == 2
+    eventually(lambda: allocatable_gpus(kube), lambda gpus: gpus == 2)
+
+
+def allocatable_gpus(kube: Kube) -> int:
+    return sum(int(node["status"]["allocatable"].get("nvidia.com/gpu", 0)) for node in kube.items("default", "nodes"))

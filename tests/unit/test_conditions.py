@@ -101,6 +101,7 @@ HEALTHY = {
     "GracePeriodTooShort": "False",
     "DrainOverdue": "False",
     "Rebalancing": "False",
+    "DefinitionOutdated": "False",
     "Paused": "False",
 }
 
@@ -110,7 +111,7 @@ def test_a_pool_at_rest_is_healthy_and_silent() -> None:
     assert values(outcome) == HEALTHY
     assert [condition.reason for condition in outcome[0].conditions] == [
         "Working", "Answering", "AsOrdered", "NoJobsElsewhere", "WithinBounds", "QueuesOwned",
-        "NoOtherAutoscaler", "LongEnough", "InTime", "JobsStay", "Active",
+        "NoOtherAutoscaler", "LongEnough", "InTime", "JobsStay", "UpToDate", "Active",
     ]  # fmt: skip
     assert outcome[1] == ()
     assert {condition.observed_generation for condition in outcome[0].conditions} == {7}
@@ -401,3 +402,11 @@ def test_jobs_that_outlast_the_grace_period_are_told(served: Served, status: str
     condition = conditions(told(plans(IDLE, gpu=QueueReading(0, 0, 0, served=served))))["GracePeriodTooShort"]
     assert condition.status == status
     assert ("gpu: jobs take" in condition.message and "grace period is 600 s" in condition.message) == (status == "True")
+
+
+def test_a_definition_that_is_older_than_the_operator_is_told_with_the_fields_that_it_drops() -> None:
+    outcome = told(plans(IDLE), pool=replace(POOL, unknown=("spec.mode", "spec.scaling")))
+    condition = conditions(outcome)["DefinitionOutdated"]
+    assert (condition.status, condition.reason) == ("True", "FieldsUnknown")
+    assert condition.message.startswith("spec.mode, spec.scaling: ")
+    assert [event for event in outcome[1] if event.warning and event.message == condition.message]

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import time
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import Mock
 
+import aiohttp
 import pytest
 
+from workerpool_operator import main
+from workerpool_operator.kube.seen import worker_pool
 from workerpool_operator.main import Operator
+from workerpool_operator.observation import Unavailable
+from workerpool_operator.ports import Pool
 
 pytestmark = pytest.mark.unit
+
+PATIENCE_SECONDS = 20.0
 
 
 def stored(name: str) -> dict[str, Any]:
@@ -43,10 +53,68 @@ def test_a_pool_that_cannot_be_taken_in_keeps_no_other_from_it(caplog: pytest.Lo
 
         operator._reflect = reflect  # type: ignore[method-assign]
         listing = asyncio.create_task(operator._keep_listing())
-        await asyncio.wait([listing], timeout=0.2)
+        await until(lambda: "ml/c" in operator._reconciler.pools)
         assert not listing.done()
         listing.cancel()
         return sorted(operator._reconciler.pools)
 
     assert asyncio.run(scenario()) == ["ml/a", "ml/c"]
     assert caplog.messages == ["ml/b: not taken in, the next listing tries again"]
+
+
+def test_a_pass_that_does_not_end_makes_the_process_ask_for_its_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "STUCK_SECONDS", 1.0)
+
+    async def scenario() -> None:
+        operator = Operator(Listing(), [], Mock())  # type: ignore[arg-type]
+        pool = worker_pool(stored("a"))
+        assert isinstance(pool, Pool)
+        operator._reconciler.pools[pool.id] = pool
+
+        async def hang(_: Pool) -> str | Unavailable:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        monkeypatch.setattr(operator._urls, "broker_url", hang)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        await operator.endpoints.open(port)
+        passes = asyncio.create_task(operator._reconciler.run())
+        try:
+            assert await healthz(port) == (200, "ok\n"), "a standby makes no pass"
+            operator._began = time.monotonic()
+            await until(operator.ailing)
+            status, text = await healthz(port)
+            assert status == 503
+            assert text.startswith("no pass has ended for ")
+        finally:
+            passes.cancel()
+            await asyncio.gather(passes, return_exceptions=True)
+            await operator.endpoints.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_watch_that_does_nothing_makes_the_process_ask_for_its_restart() -> None:
+    async def scenario() -> None:
+        operator = Operator(Listing(), [], Mock())  # type: ignore[arg-type]
+        operator._began = operator._reconciler.passes.last_ended_at = time.monotonic()
+        for kind in main._WATCHED:
+            operator._watched[kind] = operator._began
+        assert operator.ailing() == ""
+        operator._watched["pods"] -= main.SILENT_SECONDS + 1
+        assert operator.ailing().startswith("the watch of pods has done nothing for ")
+
+    asyncio.run(scenario())
+
+
+async def until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+async def healthz(port: int) -> tuple[int, str]:
+    async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/healthz") as answer:
+        return answer.status, await answer.text()

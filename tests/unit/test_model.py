@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from workerpool_operator.deployment import build
 from workerpool_operator.local.launch import launch
-from workerpool_operator.model import Mode, Problem, WorkerPoolSpec, parse_spec
+from workerpool_operator.model import Mode, Problem, WorkerPoolSpec, parse_spec, unknown_to_the_api_server
 from workerpool_operator.ports import Pool
 
 pytestmark = pytest.mark.unit
@@ -415,3 +415,13 @@ def test_nothing_but_a_map_is_a_spec(value: Any) -> None:
     outcome = parse_spec(value)
     assert isinstance(outcome, list)
     assert outcome
+
+
+def test_what_a_definition_has_not_defaulted_it_does_not_know() -> None:
+    spec = parse_spec(FULL)
+    assert isinstance(spec, WorkerPoolSpec)
+    stored = spec.model_dump(by_alias=True, mode="json", exclude_none=True)
+    assert unknown_to_the_api_server(stored, spec) == ()
+    del stored["routing"]["rebalance"], stored["tiers"][1]["concurrency"], stored["tiers"][0]["accelerator"]["count"]
+    unknown = {"spec.routing.rebalance", "spec.tiers[1].concurrency", "spec.tiers[0].accelerator.count"}
+    assert set(unknown_to_the_api_server(stored, spec)) == unknown

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from workerpool_operator.deployment import BROKER_MARK, MANAGED_BY, MANAGER, POOL_LABEL, TIER_LABEL
 from workerpool_operator.kube.api import Api, path_to
-from workerpool_operator.model import API_VERSION, PLURAL, Problem, parse_spec
+from workerpool_operator.model import API_VERSION, PLURAL, Problem, parse_spec, unknown_to_the_api_server
 from workerpool_operator.observation import Phase, Replica
 from workerpool_operator.ports import Pool
 from workerpool_routing.wire import ENV_QUEUE
@@ -206,7 +206,8 @@ def worker_pool(raw: Mapping[str, Any], _before: Pool | Refused | None = None) -
     spec = parse_spec(raw.get("spec"))
     if isinstance(spec, list):
         return Refused(namespace, name, uid, generation, status, spec)
-    return Pool(namespace, name, uid, generation, _seconds(metadata["creationTimestamp"]), spec, status)
+    unknown = unknown_to_the_api_server(raw["spec"], spec)
+    return Pool(namespace, name, uid, generation, _seconds(metadata["creationTimestamp"]), spec, status, unknown)
 
 
 def deployment(raw: Mapping[str, Any], _before: LiveDeployment | None = None) -> LiveDeployment:
