@@ -8,6 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -22,12 +23,23 @@ from redis.backoff import NoBackoff
 
 from workerpool_operator import asking, moving, salvage
 from workerpool_operator.asking import Outlook
-from workerpool_operator.observation import BrokerReading, QueueReading, Served, Unavailable
-from workerpool_operator.ports import NO_MARKS, Marks, Pool
+from workerpool_operator.breaker import Decision
+from workerpool_operator.observation import (
+    NEVER_OPENED,
+    Attempts,
+    Breaker,
+    BreakerState,
+    BrokerReading,
+    QueueReading,
+    Served,
+    Unavailable,
+)
+from workerpool_operator.ports import NO_BREAKERS, NO_MARKS, Marks, Pool
 from workerpool_operator.rebalancing import Transfer
 from workerpool_routing.ledger import CorruptEntry, Job
 from workerpool_routing.wire import (
     CAPACITY_LIFE_MS,
+    JOB_LIFE_SECONDS,
     MARK_LIFE_MS,
     Capacity,
     Milliseconds,
@@ -93,9 +105,15 @@ class RedisBroker:
             return Unavailable(_why(url, error))
 
     async def publish(
-        self, url: str, pool: Pool, policy: Policy, capacity: Capacity | None, marks: Marks = NO_MARKS
+        self,
+        url: str,
+        pool: Pool,
+        policy: Policy,
+        capacity: Capacity | None,
+        marks: Marks = NO_MARKS,
+        breakers: Mapping[str, Decision] = NO_BREAKERS,
     ) -> Unavailable | None:
-        """Tell API pods and workers what they may count on."""
+        """Tell API pods and workers what they may count on, and keep what the next pass has to know of the breakers."""
         try:
             async with self._client(url).pipeline(transaction=False) as pipe:
                 pipe.set(pool.keys.policy, policy.dump())
@@ -106,6 +124,9 @@ class RedisBroker:
                 if marks.remove:
                     pipe.srem(pool.keys.drain, *marks.remove)
                 pipe.pexpire(pool.keys.drain, MARK_LIFE_MS)
+                for tier, kept in breakers.items():
+                    pipe.hset(pool.keys.served(tier), mapping={**asdict(kept.attempts), **asdict(kept.breaker)})
+                    pipe.expire(pool.keys.served(tier), JOB_LIFE_SECONDS)
                 answers = await pipe.execute(raise_on_error=False)
         except (redis.RedisError, OSError) as error:
             return Unavailable(_why(url, error))
@@ -324,7 +345,14 @@ def _queue(answers: Sequence[Any], now: Milliseconds) -> QueueReading:
         workers=tuple(report for report in reports if report.alive(now)),
         lost=tuple(report.owner for report in reports if not report.alive(now)),
         served=Served(int(served.get("jobs", 0)), float(served.get("seconds", 0)), float(served.get("squares", 0))),
+        attempts=Attempts(*(float(served.get(field.name, 0)) for field in fields(Attempts))),
+        breaker=_breaker(served) if "state" in served else NEVER_OPENED,
     )
+
+
+def _breaker(stored: Mapping[str, str]) -> Breaker:
+    at, since = Milliseconds(int(stored["at"])), Milliseconds(int(stored["since"]))
+    return Breaker(BreakerState(stored["state"]), at, int(stored["opened"]), since)
 
 
 @contextlib.contextmanager

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from workerpool_operator import scaling
+from workerpool_operator.breaker import Decision
 from workerpool_operator.drain import OVERDUE_SECONDS, Drain
 from workerpool_operator.model import Mode
-from workerpool_operator.observation import NOTHING_SERVED, Phase, Unavailable
+from workerpool_operator.observation import NOTHING_SERVED, BreakerState, Phase, Unavailable
 from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Pool
 from workerpool_operator.rebalancing import Moved, told
@@ -50,7 +51,15 @@ def assess(
         moved: the waiting jobs that have changed their tier.
     """
     if pool.spec.mode is Mode.ADVISORY:
-        plans = [replace(plan, decision=_advised(plan.decision), drain=Drain(plan.workers.desired)) for plan in plans]
+        plans = [
+            replace(
+                plan,
+                decision=_advised(plan.decision),
+                drain=Drain(plan.workers.desired),
+                breaker=_untouched(plan.breaker),
+            )
+            for plan in plans
+        ]
     tiers = tuple(_tier(plan) for plan in plans)
     found = [
         _broker(broker, refused),
@@ -61,6 +70,7 @@ def assess(
         _rivals(plans, workers),
         _grace(plans, broker, workers),
         _overdue(plans),
+        _broken(plans, broker, workers),
         _rebalancing(moved, now),
         _outdated(pool),
         _paused(pool.spec.mode),
@@ -85,6 +95,10 @@ def _advised(decision: scaling.Decision) -> scaling.Decision:
     return replace(decision, message=decision.message.replace(", ordered", ", would order"))
 
 
+def _untouched(breaker: Decision | None) -> Decision | None:
+    return replace(breaker, message=breaker.message.replace(": out of", ": would be out of")) if breaker else None
+
+
 def _tier(plan: TierPlan) -> TierStatus:
     queue, workers, decision = plan.queue, plan.workers, plan.decision
     return TierStatus(
@@ -98,7 +112,7 @@ def _tier(plan: TierPlan) -> TierStatus:
         in_flight=queue.in_flight if queue else None,
         spilled=queue.spilled if queue else None,
         reason=decision.reason,
-        message="; ".join(filter(None, (decision.message, plan.drain.message))),
+        message="; ".join(filter(None, (decision.message, plan.drain.message, plan.breaker.message if plan.breaker else ""))),
     )
 
 
@@ -225,6 +239,20 @@ def _overdue(plans: Sequence[TierPlan]) -> _Fields:
         message = f"still busy {OVERDUE_SECONDS:.0f} s after it was told to take nothing new; it is not killed"
         return kind, "True", "WorkersStayBusy", f"{'; '.join(late)}: {message}"
     return kind, "False", "InTime", "no worker that is to leave has been busy for too long"
+
+
+def _broken(plans: Sequence[TierPlan], broker: Unavailable | None, workers: Unavailable | None) -> _Fields:
+    kind = ConditionType.TIER_BROKEN
+    if unread := _unread(kind, broker, workers):
+        return unread
+    decided = [(plan.tier.name, plan.breaker) for plan in plans if plan.breaker and plan.breaker.message]
+    message = "; ".join(f"{name}: {breaker.message}" for name, breaker in decided)
+    states = {breaker.breaker.state for _, breaker in decided}
+    if BreakerState.OPEN in states:
+        return kind, "True", "AttemptsFail", message
+    if BreakerState.HALF_OPEN in states:
+        return kind, "True", "OnTrial", message
+    return kind, "False", "InRouting", message or "every accelerated tier takes part in routing"
 
 
 def _rebalancing(moved: Sequence[Moved], now: float) -> _Fields:

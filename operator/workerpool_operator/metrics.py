@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
-from workerpool_operator.observation import NOTHING_SERVED, BrokerReading, Unavailable
+from workerpool_operator.observation import BrokerReading, QueueReading, Unavailable
 from workerpool_operator.ports import Pool, Report
 from workerpool_operator.reconcile import Passes
 
@@ -35,6 +35,7 @@ class Metric:
 
 
 _TIER = ("pool", "tier")
+_NOTHING_READ = QueueReading(0, 0, 0)
 
 LEADER = Metric("workerpool_leader", GaugeMetricFamily, (), "1 in the operator that acts, 0 in one that stands by")
 PASSES = Metric("workerpool_pass_seconds", SummaryMetricFamily, (), "Passes over all pools, and how long they took")
@@ -57,12 +58,19 @@ WAITING = Metric("workerpool_tier_jobs_waiting", GaugeMetricFamily, _TIER, "Mess
 IN_FLIGHT = Metric("workerpool_tier_jobs_in_flight", GaugeMetricFamily, _TIER, "Messages that the tier's workers hold")
 SPILLED = Metric("workerpool_tier_jobs_spilled", GaugeMetricFamily, _TIER, "Jobs that wanted this tier and wait or run elsewhere")
 JOBS = Metric("workerpool_tier_job_seconds", SummaryMetricFamily, _TIER, "Jobs that the tier has ended, and their time on a slot")
+BREAKER = Metric(
+    "workerpool_tier_breaker",
+    GaugeMetricFamily,
+    (*_TIER, "state"),
+    "1 for the state of an accelerated tier's circuit breaker: closed, open, half-open",
+)
 ROUTED = Metric(
     "workerpool_jobs_routed_total", CounterMetricFamily, (*_TIER, "reason"), "Jobs by where admission sent them and why"
 )
 
 ALL = (
-    LEADER, PASSES, FAILURES, REACHABLE, CONDITION, DESIRED, REPLICAS, REASON, WAITING, IN_FLIGHT, SPILLED, JOBS, ROUTED,
+    LEADER, PASSES, FAILURES, REACHABLE, CONDITION, DESIRED, REPLICAS, REASON, WAITING, IN_FLIGHT, SPILLED, JOBS,
+    BREAKER, ROUTED,
 )  # fmt: skip
 
 
@@ -109,6 +117,7 @@ class Metrics(Collector):
 
 
 def _tiers(pool: str, report: Report) -> Iterator[tuple[Metric, list[str], *tuple[float, ...]]]:
+    accelerated = {tier.name for tier in report.pool.spec.tiers if tier.accelerated}
     for tier in report.status.tiers:
         labels = [pool, tier.name]
         yield DESIRED, labels, tier.desired
@@ -119,5 +128,7 @@ def _tiers(pool: str, report: Report) -> Iterator[tuple[Metric, list[str], *tupl
             if number is not None:
                 yield metric, labels, number
         if isinstance(report.reading, BrokerReading):
-            served = report.reading.tiers[tier.name].served if tier.name in report.reading.tiers else NOTHING_SERVED
-            yield JOBS, labels, served.jobs, served.seconds
+            queue = report.reading.tiers.get(tier.name, _NOTHING_READ)
+            yield JOBS, labels, queue.served.jobs, queue.served.seconds
+            if tier.name in accelerated:
+                yield BREAKER, [*labels, queue.breaker.state], 1.0

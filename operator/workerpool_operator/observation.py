@@ -33,6 +33,53 @@ NOTHING_SERVED = Served()
 
 
 @dataclass(frozen=True, slots=True)
+class Attempts:
+    """How the latest attempts on an accelerated tier ended; older ones weigh less, so these are no whole numbers.
+
+    Attributes:
+        succeeded: ended well.
+        failed: raised, ran over their time or lost their worker, so that the job went on to another tier.
+        confirmed: of these, jobs that ended well there: the tier was at fault.
+        refuted: of these, jobs that failed there as well: they were at fault themselves.
+    """
+
+    succeeded: float = 0.0
+    failed: float = 0.0
+    confirmed: float = 0.0
+    refuted: float = 0.0
+
+
+class BreakerState(StrEnum):
+    """Whether a tier takes part in routing: all jobs, none, or single ones that try it."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half-open"
+
+
+_NEVER = Milliseconds(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Breaker:
+    """The circuit breaker of a tier as Redis keeps it; times are Redis milliseconds.
+
+    Attributes:
+        at: when it entered its state.
+        opened: how often it has opened in a row.
+        since: attempts that began before this do not count.
+    """
+
+    state: BreakerState = BreakerState.CLOSED
+    at: Milliseconds = _NEVER
+    opened: int = 0
+    since: Milliseconds = _NEVER
+
+
+NO_ATTEMPTS, NEVER_OPENED = Attempts(), Breaker()
+
+
+@dataclass(frozen=True, slots=True)
 class QueueReading:
     """One tier as Redis has it.
 
@@ -43,6 +90,8 @@ class QueueReading:
         workers: the last report of each live worker.
         lost: owners that reported once and then fell silent, not yet taken over.
         served: the jobs that it has ended.
+        attempts: how its latest attempts ended.
+        breaker: whether it took part in routing so far.
     """
 
     waiting: int
@@ -51,6 +100,8 @@ class QueueReading:
     workers: tuple[Presence, ...] = ()
     lost: tuple[str, ...] = ()
     served: Served = NOTHING_SERVED
+    attempts: Attempts = NO_ATTEMPTS
+    breaker: Breaker = NEVER_OPENED
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import fmean
 
-from workerpool_operator import drain, scaling
+from workerpool_operator import breaker, drain, scaling
 from workerpool_operator.model import Mode, Tier, WorkerPoolSpec
 from workerpool_operator.observation import BrokerReading, Phase, QueueReading, TierReplicas, Unavailable
 from workerpool_operator.ports import Marks, Pool
@@ -27,7 +27,8 @@ _PAUSED = "mode: Paused: nothing is decided, the count is what was seen"
 class TierPlan:
     """One tier: what was seen of it, and what it should have. ``queue`` is None when the broker could not be read.
 
-    ``drain`` says how it comes to what it should have without cutting off a job.
+    ``drain`` says how it comes to what it should have without cutting off a job, ``breaker`` whether it takes part in routing;
+    None where there is nothing to decide: a plain tier, one whose jobs have nowhere else to go, a pool that is paused or unread.
     """
 
     tier: Tier
@@ -35,6 +36,7 @@ class TierPlan:
     workers: TierReplicas
     decision: scaling.Decision
     drain: drain.Drain
+    breaker: breaker.Decision | None = None
 
     @property
     def spilled(self) -> int | None:
@@ -71,13 +73,14 @@ def plan(
         live, known = workers[tier.name], memory.get(tier.name, Memory())
         queue = None if isinstance(reading, Unavailable) else _bounded(reading, tier)
         bounds = scaling.Policy(tier.replicas.min, tier.replicas.max, tier.concurrency, pool.spec.scaling.target_wait_seconds)
+        routing = _routing(pool, tier, queue, reading)
         observed: scaling.Demand | scaling.Unread
         if queue is None or isinstance(reading, Unavailable):
             assert isinstance(reading, Unavailable)
             # The minimum needs no reading: a Deployment that is not there is created with it.
             observed = scaling.Unread(max(live.desired, tier.replicas.min), reading)
         else:
-            observed = demand(queue, live, reading.arrived(tier.name), now)
+            observed = demand(_servable(queue, routing), live, reading.arrived(tier.name), now)
         decision = scaling.decide(bounds, observed, known.scaling, now)
         if live.rival:
             why = f"the count is left to {live.rival}"
@@ -88,7 +91,7 @@ def plan(
             leaves = drain.held(live, decision.replicas, known.drain)
         else:
             leaves = drain.decide(decision.replicas, live, queue, reading.marked, reading.time, known.drain, now)
-        plans.append(TierPlan(tier, queue, live, decision, leaves))
+        plans.append(TierPlan(tier, queue, live, decision, leaves, routing))
     return plans
 
 
@@ -113,6 +116,20 @@ def demand(queue: QueueReading, live: TierReplicas, arrived: int, now: float) ->
         arrived=arrived,
         served=queue.served,
     )
+
+
+def _routing(pool: Pool, tier: Tier, queue: QueueReading | None, reading: BrokerReading | Unavailable) -> breaker.Decision | None:
+    elsewhere = any(not other.accelerated for other in pool.spec.tiers)
+    if isinstance(reading, Unavailable) or queue is None or pool.spec.mode is Mode.PAUSED or not (tier.accelerated and elsewhere):
+        return None
+    return breaker.decide(queue.breaker, queue.attempts, reading.time)
+
+
+def _servable(queue: QueueReading, routing: breaker.Decision | None) -> QueueReading:
+    """The jobs for which the tier is to have workers: all that want it, or the one that may try it."""
+    if routing is None or routing.limit is None:
+        return queue
+    return replace(queue, waiting=min(queue.waiting + queue.spilled, breaker.TRIALS_AT_ONCE), spilled=0)
 
 
 def _bounded(reading: BrokerReading, tier: Tier) -> QueueReading:
@@ -161,6 +178,7 @@ def _capacity(plan: TierPlan, time: Milliseconds, now: float) -> TierCapacity:
         startable=0 if stuck else slots * max(0, plan.tier.replicas.max - plan.decision.replicas),
         start_seconds=start,
         unschedulable=slots * plan.workers.count(Phase.UNSCHEDULABLE),
+        limit=plan.breaker.limit if plan.breaker else None,
     )
 
 
@@ -206,7 +224,18 @@ def _load(queue: QueueReading, capacity: TierCapacity, time: Milliseconds) -> Lo
         ready=sum(worker.slots for worker in queue.workers),
         coming=coming(capacity, time),
         service=queue.served.seconds / queue.served.jobs if queue.served.jobs else None,
+        limit=capacity.limit,
     )
+
+
+def breakers(plans: list[TierPlan]) -> Mapping[str, breaker.Decision]:
+    """What the next pass has to find of the breakers, where that is not what this one has found."""
+    found = {plan.tier.name: (plan.breaker, plan.queue) for plan in plans}
+    return {
+        name: decided
+        for name, (decided, queue) in found.items()
+        if decided and queue and (decided.breaker, decided.attempts) != (queue.breaker, queue.attempts)
+    }
 
 
 def marks(plans: list[TierPlan], marked: frozenset[str]) -> Marks:

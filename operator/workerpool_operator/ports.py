@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from workerpool_operator.breaker import Decision
 from workerpool_operator.model import WorkerPoolSpec
 from workerpool_operator.observation import BrokerReading, TierReplicas, Unavailable
 from workerpool_operator.rebalancing import Transfer
@@ -60,6 +61,7 @@ class Marks:
 
 
 NO_MARKS = Marks()
+NO_BREAKERS: Mapping[str, Decision] = {}
 
 
 class Broker(Protocol):
@@ -69,11 +71,18 @@ class Broker(Protocol):
         """Read all pools of one broker in one pipeline; by pool id. What one pool alone has wrong is unavailable there."""
 
     async def publish(
-        self, url: str, pool: Pool, policy: Policy, capacity: Capacity | None, marks: Marks = NO_MARKS
+        self,
+        url: str,
+        pool: Pool,
+        policy: Policy,
+        capacity: Capacity | None,
+        marks: Marks = NO_MARKS,
+        breakers: Mapping[str, Decision] = NO_BREAKERS,
     ) -> Unavailable | None:
         """Tell API pods and workers what they may count on; say why not where the broker did not take it.
 
         Without a capacity the one before stands until it expires. Marks to drain that stay are kept from running out.
+        ``breakers`` are those that changed, by tier name, for the next reading.
         """
 
     async def take_over(self, url: str, pool: Pool, tier: str, worker: str) -> list[str]:

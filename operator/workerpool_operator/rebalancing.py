@@ -5,7 +5,7 @@ they would not be put now. They move by admission's own rule (:func:`workerpool_
 disagree:
 
 * *Away* from an accelerated tier goes what admission would send elsewhere now: everything where no slot is ready or may still
-  start; else no more than can start at once on the other side.
+  start, or its attempts fail; else no more than can start at once on the other side.
 * *Home* goes what the slots that are ready there start sooner, until both queues are expected to take as long.
 
 What came home does not leave again for its own sake: it came because the wait there was shorter, and to leave it has to be longer
@@ -95,7 +95,7 @@ def transfers(policy: Policy, loads: Mapping[str, Load], spilled: Mapping[str, i
 def _away(fast: TierPolicy, plain: list[TierPolicy], loads: Mapping[str, Load]) -> Transfer | None:
     candidates = Candidates((fast, *plain), accelerated=1)
     held = [loads[tier.name] for tier in candidates.tiers]
-    serves = held[0].slots > 0
+    serves = held[0].slots > 0 and not held[0].full
     to, jobs, reason = 0, 0, Reason.NO_CAPACITY
     while held[0].waiting and jobs < AT_ONCE:
         without = replace(held[0], waiting=held[0].waiting - 1)

@@ -29,6 +29,7 @@ class ConditionType(StrEnum):
     AUTOSCALER_CONFLICT = "AutoscalerConflict"
     GRACE_PERIOD_TOO_SHORT = "GracePeriodTooShort"
     DRAIN_OVERDUE = "DrainOverdue"
+    TIER_BROKEN = "TierBroken"
     REBALANCING = "Rebalancing"
     DEFINITION_OUTDATED = "DefinitionOutdated"
     PAUSED = "Paused"
@@ -42,6 +43,7 @@ WARNS_WHEN = {
     ConditionType.AUTOSCALER_CONFLICT: "True",
     ConditionType.GRACE_PERIOD_TOO_SHORT: "True",
     ConditionType.DRAIN_OVERDUE: "True",
+    ConditionType.TIER_BROKEN: "True",
     ConditionType.DEFINITION_OUTDATED: "True",
 }
 """The status of a condition that makes its Event a Warning."""

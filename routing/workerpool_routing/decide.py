@@ -21,6 +21,9 @@ The rule, in this order:
 
 4. If that tier cannot start it before its deadline or the longest wait allowed, the tier that starts it soonest takes it; if none
    can, the job is refused. Exactly in time is in time.
+
+A tier whose attempts fail has no room, whatever slots it has, but for the jobs that are to try it (:attr:`Load.limit`). A job
+that requires such a tier would only fail there: it is refused, however long it may wait.
 """
 
 from __future__ import annotations
@@ -60,6 +63,7 @@ class Reason(StrEnum):
     SLOT_TOO_FAR = "SlotTooFar"
     WORTH_THE_WAIT = "WorthTheWait"
     NO_CAPACITY = "NoCapacity"
+    TIER_BROKEN = "TierBroken"
     QUEUE_TOO_LONG = "QueueTooLong"
     WAIT_TOO_LONG = "WaitTooLong"
     STARTS_SOONER = "StartsSooner"
@@ -108,6 +112,7 @@ class Load:
         coming: slots that are not ready yet, and in how many seconds they are: soonest first, at least one slot each.
         leased: jobs that were sent to it and are not in its queue yet.
         service: mean seconds of this task on it, None when unknown.
+        limit: how many jobs it may have at once while its attempts fail; None while they do not.
     """
 
     waiting: int
@@ -116,6 +121,7 @@ class Load:
     coming: tuple[tuple[int, float], ...] = ()
     leased: int = 0
     service: float | None = None
+    limit: int | None = None
 
     @property
     def ahead(self) -> int:
@@ -128,9 +134,15 @@ class Load:
         return self.waiting + self.leased
 
     @property
+    def full(self) -> bool:
+        """Whether it may have no more jobs, whatever slots it has."""
+        return self.limit is not None and self.ahead >= self.limit
+
+    @property
     def free(self) -> int:
         """Ready slots that no job has or waits for."""
-        return self.ready - self.ahead
+        free = self.ready - self.ahead
+        return min(0, free) if self.full else free
 
     @property
     def slots(self) -> int:
@@ -151,6 +163,8 @@ class Load:
         starts have been as it takes. It is the fluid limit, and exact in the mean where lengths are exponential and no group
         comes in between.
         """
+        if self.full:
+            return inf
         if self.free > 0:
             return 0.0
         service = SERVICE_SECONDS if self.service is None else self.service
@@ -214,8 +228,9 @@ def place(
         index, reason = soonest, candidates.reason
     else:
         index, reason = _prefer(candidates.accelerated, loads, spilling)
-    if limit is not None and loads[index].wait > limit:
-        if loads[soonest].wait > limit and refuses:
+    longest = inf if limit is None else limit
+    if loads[index].full or loads[index].wait > longest:
+        if refuses and (loads[soonest].full or loads[soonest].wait > longest):
             return Verdict(soonest, Reason.OVERLOADED, loads[soonest].wait)
         if soonest != index:
             index, reason = soonest, Reason.STARTS_SOONER
@@ -223,7 +238,7 @@ def place(
 
 
 def _soonest(loads: Sequence[Load], among: range) -> int:
-    return min(among, key=lambda index: loads[index].wait)
+    return min(among, key=lambda index: (loads[index].full, loads[index].wait))
 
 
 def _prefer(accelerated: int, loads: Sequence[Load], spilling: bool) -> tuple[int, Reason]:
@@ -237,7 +252,9 @@ def _prefer(accelerated: int, loads: Sequence[Load], spilling: bool) -> tuple[in
 
 
 def _weigh(fast: Load, slow: Load, spilling: bool) -> Reason:
-    """Whether a full accelerated tier is worth the wait."""
+    """Whether an accelerated tier without a free slot is worth the wait."""
+    if fast.full:
+        return Reason.TIER_BROKEN
     if fast.service is not None and slow.service is not None:
         if fast.slots <= 0:
             return Reason.NO_CAPACITY
@@ -251,7 +268,7 @@ def _weigh(fast: Load, slow: Load, spilling: bool) -> Reason:
     return Reason.QUEUE_TOO_LONG if fast.queued > slow.queued + MARGIN else Reason.SLOT_STARTING
 
 
-SPILLS = frozenset({Reason.NO_CAPACITY, Reason.SLOT_TOO_FAR, Reason.QUEUE_TOO_LONG, Reason.WAIT_TOO_LONG})
+SPILLS = frozenset({Reason.NO_CAPACITY, Reason.TIER_BROKEN, Reason.SLOT_TOO_FAR, Reason.QUEUE_TOO_LONG, Reason.WAIT_TOO_LONG})
 """Why a job is not on the accelerated tier that it asked for."""
 
 
@@ -276,6 +293,7 @@ _WORDS = {
     Reason.SLOT_TOO_FAR: "an accelerated slot is starting or may be started, but a plain one is ready long before it",
     Reason.WORTH_THE_WAIT: "the accelerated tier is so much faster that the wait for it is worth it",
     Reason.NO_CAPACITY: "no accelerated slot is free and none can be started",
+    Reason.TIER_BROKEN: "attempts on the accelerated tier fail: for now only single jobs may try it",
     Reason.QUEUE_TOO_LONG: f"the accelerated queue is more than {MARGIN} jobs longer",
     Reason.WAIT_TOO_LONG: "the wait for the accelerated tier costs more than its speed is worth",
     Reason.STARTS_SOONER: "the tier that it would have had cannot start it in time",

@@ -326,6 +326,7 @@ def move(
             keys.queue_list(to.tier.queue, priority_of(message)),
             keys.routes,
             keys.waiting(to.tier.name),
+            keys.served(job.tier),
         ],
         [
             job.task_id, job.attempt, job.tag, held_as, to.attempt, to.tier.name, to.reason,

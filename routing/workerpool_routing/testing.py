@@ -54,6 +54,7 @@ class _Tier:
     busy: int = 0
     service: dict[str, float] = field(default_factory=dict)
     leases: set[str] = field(default_factory=set)
+    limit: int | None = None
 
 
 class Double:
@@ -84,6 +85,7 @@ class Double:
         busy: int = 0,
         waiting: int = 0,
         service: Mapping[str, float] | None = None,
+        limit: int | None = None,
     ) -> None:
         """Say what a tier has.
 
@@ -95,11 +97,11 @@ class Double:
             busy: jobs that its workers have.
             waiting: jobs in its queue.
             service: mean seconds of each task on it; others are unknown.
+            limit: how many jobs it may have at once while its attempts fail: 0, it is out of routing; 1, single jobs try it.
         """
         self._queues[self._named(tier).queue] = waiting
-        self._tiers[tier] = _Tier(
-            ready, ((starting, ready_in),) if starting else (), busy, dict(service or {}), self._tiers[tier].leases
-        )
+        coming = ((starting, ready_in),) if starting else ()
+        self._tiers[tier] = _Tier(ready, coming, busy, dict(service or {}), self._tiers[tier].leases, limit)
 
     def assert_routed(self, task: str, *, tier: str, reason: Reason | None = None) -> Submitted:
         """The last job of that task, which must have gone to that tier, for that reason if one is given."""
@@ -191,7 +193,7 @@ class Double:
     def _load(self, tier: TierPolicy, task: str) -> Load:
         has = self._tiers[tier.name]
         waiting = self._queues.get(tier.queue, 0)
-        return Load(waiting, has.busy, has.ready, has.coming, len(has.leases), has.service.get(task))
+        return Load(waiting, has.busy, has.ready, has.coming, len(has.leases), has.service.get(task), has.limit)
 
     def _take_side(self, candidates: Candidates, loads: Sequence[Load], task: str, *, spilling: bool) -> None:
         side = place(candidates, loads, limit=None, spilling=spilling).reason

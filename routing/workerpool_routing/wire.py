@@ -22,7 +22,10 @@ key                       type    meaning
 ``idempotent:<key>``      hash    the decision that the first caller with that key got
 ``service:<tier>``        hash    task → mean seconds from claim to end, an EWMA of weight 0.2; written when a job has ended
 ``sides``                 hash    task → 1 while its jobs spill because the wait is too long
-``served:<tier>``         hash    ``jobs``, ``seconds``, ``squares``: attempts so far, their time on a slot and the squares of it
+``served:<tier>``         hash    ``jobs``, ``seconds``, ``squares``: attempts so far, their time on a slot and the squares of it;
+                                  ``succeeded``, ``failed``, ``confirmed``, ``refuted``: how the latest of those that began after
+                                  ``since`` ended, and of those that failed what their jobs came to on another tier; ``state``,
+                                  ``at``, ``opened``: the circuit breaker that stands on them, written by the operator
 ``drain``                 set     workers (by name) that are to stop consuming; written by the operator, expires by itself
 ``aside``                 hash    task id → JSON: a message or entry that nobody could read, and why; for people
 ``aside:count``           string  how many were ever set aside
@@ -305,12 +308,14 @@ class TierCapacity:
         startable: those that may still be ordered.
         start_seconds: how long these take once they are ordered; no slot that is on its way takes longer.
         unschedulable: those that were ordered and find no place.
+        limit: how many jobs the tier may have at once while its attempts fail; None while they do not.
     """
 
     starting: tuple[StartingSlots, ...] = ()
     startable: int = 0
     start_seconds: float = 0.0
     unschedulable: int = 0
+    limit: int | None = None
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> TierCapacity:

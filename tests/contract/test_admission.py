@@ -93,7 +93,8 @@ services = st.none() | st.floats(0.001, 1000)
 groups = st.lists(st.tuples(st.integers(1, 12), st.floats(0, 120)), max_size=4).map(
     lambda found: tuple(sorted(found, key=lambda group: group[1]))
 )
-loads = st.builds(Load, counts, counts, counts, groups, st.integers(0, 3), services)
+limits = st.none() | st.integers(0, 12)
+loads = st.builds(Load, counts, counts, counts, groups, st.integers(0, 3), services, limits)
 full = st.builds(Load, counts, st.integers(4, 12), st.integers(0, 4), groups, st.just(0), services)
 known = st.builds(Load, counts, st.integers(4, 12), st.integers(1, 4), groups, st.just(0), st.floats(0.5, 8))
 GPU2, CPU2 = Tier("gpu2", "gpu2-jobs", accelerated=True), Tier("cpu2", "cpu2-jobs", accelerated=False)
@@ -103,10 +104,10 @@ FOUR = (GPU, CPU, GPU2, CPU2)
 def capacity_of(seen: Load, now: Milliseconds) -> TierCapacity:
     """What the operator says of those slots: of the last of them that they may be ordered, of the others when they are ready."""
     if not seen.coming:
-        return TierCapacity()
+        return TierCapacity(limit=seen.limit)
     *starting, (startable, start_seconds) = seen.coming
     told = tuple(StartingSlots(slots, Milliseconds(now + round(1000 * ready_in))) for slots, ready_in in starting)
-    return TierCapacity(told, startable, start_seconds)
+    return TierCapacity(told, startable, start_seconds, limit=seen.limit)
 
 
 def check_against_the_rule(

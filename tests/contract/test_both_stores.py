@@ -40,6 +40,7 @@ class Seeds(Protocol):
         busy: int = 0,
         waiting: int = 0,
         service: Mapping[str, float] | None = None,
+        limit: int | None = None,
     ) -> None: ...
 
 
@@ -59,6 +60,7 @@ class RedisSeeds:
         busy: int = 0,
         waiting: int = 0,
         service: Mapping[str, float] | None = None,
+        limit: int | None = None,
     ) -> None:
         keys, client, queue = self.keys, self.client, f"{tier}-jobs"
         client.delete(keys.slots(tier), keys.unacked(tier), keys.service(tier), *keys.queue_lists(queue))
@@ -72,7 +74,7 @@ class RedisSeeds:
         if service:
             client.hset(keys.service(tier), mapping=service)
         # Slots that may be ordered are so many seconds away at any time, those that are on their way only now.
-        self.capacity[tier] = TierCapacity(startable=starting, start_seconds=ready_in)
+        self.capacity[tier] = TierCapacity(startable=starting, start_seconds=ready_in, limit=limit)
         client.set(keys.capacity, Capacity(self.capacity).dump())
 
 
@@ -183,6 +185,30 @@ def test_a_deadline_is_held_against_when_the_slots_are_ready(pool: WorkerPool, s
     assert submit(pool, accelerated="required", deadline=300).expected_wait == 300.0
 
 
+def test_a_tier_that_is_out_of_routing_gets_no_job_whatever_slots_it_has(pool: WorkerPool, seeds: Seeds) -> None:
+    seeds.set_capacity("cpu", ready=1)
+    seeds.set_capacity("gpu", ready=4, limit=0)
+    decision = submit(pool, accelerated=True)
+    assert (decision.tier, decision.reason) == ("cpu", Reason.TIER_BROKEN)
+    assert decision.message.startswith("cpu: attempts on the accelerated tier fail")
+    with pytest.raises(Overloaded) as refused:
+        submit(pool, accelerated="required")
+    assert (refused.value.retry_after, pool.queue_length("gpu-jobs")) == (10, 0)
+
+
+@pytest.mark.parametrize("gpu", [{"ready": 4}, {"starting": 4}], ids=str)
+def test_a_tier_on_trial_gets_one_job_at_a_time(pool: WorkerPool, seeds: Seeds, gpu: Any) -> None:
+    seeds.set_capacity("cpu", ready=1)
+    seeds.set_capacity("gpu", **gpu, limit=1)
+    assert [submit(pool, accelerated=True).tier for _ in range(3)] == ["gpu", "cpu", "cpu"]
+    seeds.set_capacity("gpu", **gpu, busy=1, limit=1)
+    assert submit(pool, accelerated=True).reason is Reason.TIER_BROKEN
+    seeds.set_capacity("gpu", **gpu, limit=1)
+    assert submit(pool, accelerated="required").tier == "gpu"
+    with pytest.raises(Overloaded):
+        submit(pool, accelerated="required")
+
+
 def test_a_refused_key_is_free_again(pool: WorkerPool, seeds: Seeds) -> None:
     with pytest.raises(Overloaded) as refused:
         submit(pool, max_wait=1, idempotency_key="upload-7")
@@ -211,7 +237,11 @@ steps = st.tuples(
 )
 tiers = st.fixed_dictionaries(
     {"ready": st.integers(0, 4), "starting": st.integers(0, 2), "busy": st.integers(0, 4), "waiting": st.integers(0, 3)},
-    optional={"ready_in": st.sampled_from([0.0, 5.0, 300.0]), "service": st.floats(0.1, 20).map(lambda seconds: {TASK: seconds})},
+    optional={
+        "ready_in": st.sampled_from([0.0, 5.0, 300.0]),
+        "service": st.floats(0.1, 20).map(lambda seconds: {TASK: seconds}),
+        "limit": st.integers(0, 4),
+    },
 )
 
 

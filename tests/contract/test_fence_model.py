@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -25,6 +25,7 @@ from tests.contract.seeds import make_pool
 
 from workerpool_operator import moving, planning, salvage
 from workerpool_operator.local.redis_server import private_redis
+from workerpool_operator.observation import Attempts
 from workerpool_operator.ports import Pool
 from workerpool_operator.rebalancing import Transfer
 from workerpool_routing import ledger
@@ -82,6 +83,11 @@ class World:
         job = Job.load(JOB, self.client.hgetall(self.pool.keys.job(JOB)))
         assert job
         return job
+
+    def counted(self, tier: str) -> Attempts:
+        """How its attempts on a tier ended, as the breaker will read it."""
+        stored = self.client.hgetall(self.pool.keys.served(tier))
+        return Attempts(**{field.name: float(stored.get(field.name, 0)) for field in fields(Attempts)})
 
     def waits_for_its_first_start(self) -> bool:
         return not self.job().runs and any(place.startswith("queue") for place in self.places())
@@ -152,6 +158,8 @@ class Fence(RuleBasedStateMachine):
         assert self.world.job().state.ended, self.world.places()
         assert len(self.world.stored) == 1
         assert self.world.job().state is (State.DONE if self.world.stored == ["result"] else State.FAILED)
+        counted = self.world.counted("gpu")
+        assert counted.confirmed + counted.refuted == counted.failed, "a tier that was suspected is so no longer"
         Fence.reached.add(f"ended {self.world.job().state}")
         self.connection.client.close()
         self.world.client.close()
@@ -375,6 +383,13 @@ class Fence(RuleBasedStateMachine):
         starts = self.world.job().starts
         assert starts.get("gpu", 0) <= 1 + self.world.interruptions
         assert starts.get("cpu", 0) <= 2 + self.world.interruptions
+
+    @invariant()
+    def an_attempt_is_counted_once(self) -> None:
+        counted, starts = self.world.counted("gpu"), self.world.job().starts.get("gpu", 0)
+        assert counted.succeeded + counted.failed <= starts
+        assert counted.confirmed + counted.refuted <= counted.failed <= 1
+        assert self.world.counted("cpu").failed == 0
 
     @invariant()
     def a_job_that_has_not_ended_can_be_found(self) -> None:

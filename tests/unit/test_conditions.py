@@ -14,6 +14,9 @@ from workerpool_operator.drain import Drain
 from workerpool_operator.model import Mode, parse_spec
 from workerpool_operator.observation import (
     NOTHING_SERVED,
+    Attempts,
+    Breaker,
+    BreakerState,
     BrokerReading,
     Phase,
     QueueReading,
@@ -100,6 +103,7 @@ HEALTHY = {
     "AutoscalerConflict": "False",
     "GracePeriodTooShort": "False",
     "DrainOverdue": "False",
+    "TierBroken": "False",
     "Rebalancing": "False",
     "DefinitionOutdated": "False",
     "Paused": "False",
@@ -111,7 +115,7 @@ def test_a_pool_at_rest_is_healthy_and_silent() -> None:
     assert values(outcome) == HEALTHY
     assert [condition.reason for condition in outcome[0].conditions] == [
         "Working", "Answering", "AsOrdered", "NoJobsElsewhere", "WithinBounds", "QueuesOwned",
-        "NoOtherAutoscaler", "LongEnough", "InTime", "JobsStay", "UpToDate", "Active",
+        "NoOtherAutoscaler", "LongEnough", "InTime", "InRouting", "JobsStay", "UpToDate", "Active",
     ]  # fmt: skip
     assert outcome[1] == ()
     assert {condition.observed_generation for condition in outcome[0].conditions} == {7}
@@ -140,6 +144,7 @@ def test_a_broker_that_cannot_be_read_is_named_and_nothing_is_claimed_about_its_
         "Spilling": "Unknown",
         "ScalingLimited": "Unknown",
         "GracePeriodTooShort": "Unknown",
+        "TierBroken": "Unknown",
     }
     for kind in ("Ready", "BrokerReachable", "Spilling", "ScalingLimited"):
         assert conditions(outcome)[kind].reason == "BrokerUnreadable"
@@ -159,7 +164,9 @@ def test_a_broker_that_takes_no_writes_is_told_and_its_queues_are_still_shown() 
 
 def test_workers_that_cannot_be_seen_make_what_depends_on_them_unknown() -> None:
     outcome = told([], blind=BLIND)
-    unknown = ("Ready", "CapacityAvailable", "Spilling", "ScalingLimited", "AutoscalerConflict", "GracePeriodTooShort")
+    unknown = (
+        "Ready", "CapacityAvailable", "Spilling", "ScalingLimited", "AutoscalerConflict", "GracePeriodTooShort", "TierBroken",
+    )  # fmt: skip
     assert values(outcome) == HEALTHY | dict.fromkeys(unknown, "Unknown")
     assert {(conditions(outcome)[kind].reason, conditions(outcome)[kind].message) for kind in unknown} == {
         ("WorkersUnreadable", BLIND.why)
@@ -345,7 +352,7 @@ def test_a_condition_that_stays_as_it_is_gives_one_event_and_keeps_its_time() ->
     assert events == ()
     assert again.conditions == first.conditions
     back, events = assess(POOL, plans(IDLE), None, None, None, None, again.dump(), NOON + 120)
-    assert [event.warning for event in events] == [False] * 5
+    assert [event.warning for event in events] == [False] * 6
     assert {c.last_transition_time for c in back.conditions if c.type in ("Ready", "BrokerReachable")} == {"2026-01-01T12:02:00Z"}
 
 
@@ -402,6 +409,40 @@ def test_jobs_that_outlast_the_grace_period_are_told(served: Served, status: str
     condition = conditions(told(plans(IDLE, gpu=QueueReading(0, 0, 0, served=served))))["GracePeriodTooShort"]
     assert condition.status == status
     assert ("gpu: jobs take" in condition.message and "grace period is 600 s" in condition.message) == (status == "True")
+
+
+BROKEN = QueueReading(0, 0, 0, attempts=Attempts(0, 6, 6, 0))
+ON_TRIAL = QueueReading(0, 0, 0, breaker=Breaker(BreakerState.HALF_OPEN, Milliseconds(0), 1))
+MENDED = replace(ON_TRIAL, attempts=Attempts(3))
+
+
+def test_a_tier_that_is_taken_out_of_routing_is_told_once_and_so_is_its_return() -> None:
+    previous, told_so_far = told(plans(IDLE))[0].dump(), []
+    for queue in (BROKEN, replace(BROKEN, breaker=Breaker(BreakerState.OPEN, Milliseconds(0), 1)), ON_TRIAL, MENDED):
+        outcome = told(plans(IDLE, gpu=queue), previous=previous)
+        condition, previous = conditions(outcome)["TierBroken"], outcome[0].dump()
+        told_so_far.append((condition.status, condition.reason, [(event.warning, event.reason) for event in outcome[1]]))
+        assert condition.message.removeprefix("gpu: ") in outcome[0].tiers[0].message
+    assert told_so_far == [
+        ("True", "AttemptsFail", [(True, "AttemptsFail")]),
+        ("True", "AttemptsFail", []),
+        ("True", "OnTrial", []),
+        ("False", "InRouting", [(False, "InRouting")]),
+    ]
+
+
+def test_the_sentences_of_a_broken_tier_say_what_is_done_or_would_be_done() -> None:
+    acts = conditions(told(plans(IDLE, gpu=BROKEN)))["TierBroken"].message
+    assert values(told(plans(IDLE, gpu=BROKEN)))["Ready"] == "True", "its jobs run elsewhere"
+    assert acts == (
+        "gpu: 6 of its latest 6 attempts failed, 6 of these jobs succeeded on another tier and 0 failed there too: "
+        "out of routing, single jobs try it in 30 s"
+    )
+    pool = in_mode(Mode.ADVISORY)
+    advises = conditions(told(plans(IDLE, pool=pool, gpu=BROKEN), pool=pool))["TierBroken"].message
+    assert advises == acts.replace("out of routing", "would be out of routing")
+    paused = in_mode(Mode.PAUSED)
+    assert values(told(plans(IDLE, pool=paused, gpu=BROKEN), pool=paused))["TierBroken"] == "False"
 
 
 def test_a_definition_that_is_older_than_the_operator_is_told_with_the_fields_that_it_drops() -> None:

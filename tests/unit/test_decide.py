@@ -87,7 +87,8 @@ groups = st.lists(st.tuples(st.integers(1, 30), st.floats(0, 300)), max_size=4).
     lambda found: tuple(sorted(found, key=lambda group: group[1]))
 )
 loads = st.builds(Load, counts, counts, counts, groups, st.integers(0, 3), services)
-four_loads = st.tuples(loads, loads, loads, loads)
+limited = st.builds(replace, loads, limit=st.integers(0, 40))
+four_loads = st.tuples(*[loads | limited] * 4)
 wishes = st.sampled_from([True, False, "required"])
 content_types = st.none() | st.sampled_from(["audio", "audio/mpeg", "text", "text/plain", ""]) | st.text(max_size=10)
 
@@ -106,7 +107,10 @@ def test_a_job_gets_a_tier_of_a_kind_that_it_may_have_whatever_the_load(
     if wish is False:
         assert not tier.accelerated
     assert verdict.wait == seen[verdict.index].wait
-    assert (verdict.reason is Reason.OVERLOADED) == (refuses and limit is not None and all(load.wait > limit for load in seen))
+    late = [load.full or (limit is not None and load.wait > limit) for load in seen]
+    assert (verdict.reason is Reason.OVERLOADED) == (refuses and all(late))
+    if not all(late):
+        assert not seen[verdict.index].full, "a tier that is out of routing gets no job that another may have"
 
 
 @pytest.mark.parametrize(
@@ -134,6 +138,43 @@ def test_the_content_types_of_the_policy_are_read_in_any_case() -> None:
 )  # fmt: skip
 def test_a_content_type_is_a_mime_type_a_main_type_or_a_file_name(given: str, expected: str) -> None:
     assert main_type(given) == expected
+
+
+OUT, ON_TRIAL = Load(0, 0, 4, limit=0), Load(0, 0, 4, limit=1)
+
+
+@pytest.mark.parametrize(
+    ("fast", "verdict"),
+    [
+        (OUT, Verdict(1, Reason.TIER_BROKEN, 0.0)),
+        (replace(OUT, service=1.0), Verdict(1, Reason.TIER_BROKEN, 0.0)),
+        (replace(OUT, ready=0, coming=soon(4)), Verdict(1, Reason.TIER_BROKEN, 0.0)),
+        (ON_TRIAL, Verdict(0, Reason.FREE_SLOT, 0.0)),
+        (replace(ON_TRIAL, ready=0, coming=soon(4)), Verdict(0, Reason.SLOT_STARTING, START_SECONDS)),
+        (replace(ON_TRIAL, in_flight=1), Verdict(1, Reason.TIER_BROKEN, 0.0)),
+        (replace(ON_TRIAL, waiting=1), Verdict(1, Reason.TIER_BROKEN, 0.0)),
+        (replace(ON_TRIAL, leased=1), Verdict(1, Reason.TIER_BROKEN, 0.0)),
+    ],
+    ids=[
+        "out, with idle slots", "out, and much faster", "out, with slots that start", "on trial", "on trial, its slots start",
+        "one runs there", "one waits there", "one is on its way there",
+    ],
+)  # fmt: skip
+def test_a_tier_whose_attempts_fail_has_room_for_those_that_try_it_alone(fast: Load, verdict: Verdict) -> None:
+    assert place(TWO, (fast, replace(IDLE, service=9.0)), limit=None) == verdict
+
+
+def test_a_job_goes_to_the_next_accelerated_tier_while_the_first_is_out() -> None:
+    assert place(FOUR, (OUT, IDLE, IDLE, IDLE), limit=None) == Verdict(1, Reason.FREE_SLOT, 0.0)
+    assert place(FOUR, (OUT, Load(0, 9, 9), IDLE, IDLE), limit=None) == Verdict(2, Reason.TIER_BROKEN, 0.0)
+
+
+def test_a_job_that_requires_a_tier_that_is_out_is_refused_however_long_it_may_wait() -> None:
+    required, nobody = preselect(MIXED, Request("t", "required")), Load(0, 0, 0)
+    assert place(required, (OUT, OUT), limit=None) == Verdict(0, Reason.OVERLOADED, inf)
+    assert place(required, (OUT, OUT), limit=None, refuses=False) == Verdict(0, Reason.REQUIRED, inf), "delay() never refuses"
+    assert place(required, (OUT, nobody), limit=None) == Verdict(1, Reason.REQUIRED, inf), "the other may have workers some day"
+    assert place(required, (ON_TRIAL, nobody), limit=None) == Verdict(0, Reason.REQUIRED, 0.0)
 
 
 def spilled(fast: Load, slow: Load) -> bool:

@@ -209,6 +209,7 @@ def test_a_move_takes_the_message_from_the_tier_that_held_it_to_the_queue_of_the
         KEYS.queue_list("celery", 6),
         KEYS.routes,
         KEYS.waiting("cpu"),
+        KEYS.served("gpu"),
     ]
     *before, message, channel, pool, life, queue, how, error = call.args
     assert (queue, how, error) == ("celery", "lost", "why")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from workerpool_operator import metrics
 from workerpool_operator.metrics import Metrics
 from workerpool_operator.model import WorkerPoolSpec
-from workerpool_operator.observation import BrokerReading, QueueReading, Served, Unavailable
+from workerpool_operator.observation import Breaker, BreakerState, BrokerReading, QueueReading, Served, Unavailable
 from workerpool_operator.ports import Pool, Report
 from workerpool_operator.reconcile import Passes
 from workerpool_operator.status import Condition, ConditionType, Status, TierStatus
@@ -29,12 +30,12 @@ READING = BrokerReading({"cpu": QUEUE}, "r1", Milliseconds(0), {"cpu:NoAccelerat
 OUTAGE = Unavailable("connection refused")
 
 
-def shown(reading: BrokerReading | Unavailable, *, gone: bool = False) -> list[str]:
+def shown(reading: BrokerReading | Unavailable, *, gone: bool = False, pool: Pool = POOL) -> list[str]:
     known = None if isinstance(reading, Unavailable) else 12
     tier = TierStatus("cpu", 3, 1, 1, 1, 0, known, known and 2, known and 0, "BacklogExceedsCapacity", "12 waiting, ordered 3")
     ready = Condition(ConditionType.READY, "True", "Working", "", 1)
     exposed = Metrics(lambda: True, lambda: Passes(ended=4, seconds=0.5, errors=1), lambda: {} if gone else {POOL.id: POOL})
-    exposed.saw(Report(POOL, Status(1, (ready,), (tier,), known, known and 2, ""), reading))
+    exposed.saw(Report(pool, Status(1, (ready,), (tier,), known, known and 2, ""), reading))
     registry = CollectorRegistry()
     registry.register(exposed)
     return [line for line in generate_latest(registry).decode().splitlines() if not line.startswith("#")]
@@ -64,6 +65,18 @@ def test_a_pass_is_shown_in_full() -> None:
             'workerpool_jobs_routed_total{pool="ml/media",reason="NoAcceleratedWorkers",tier="cpu"} 5.0',
         ]
     )
+
+
+@pytest.mark.parametrize("state", BreakerState)
+def test_an_accelerated_tier_shows_the_state_of_its_breaker(state: BreakerState) -> None:
+    accelerator = {"resource": "nvidia.com/gpu"}
+    tiers = [{"name": "cpu", "queue": "celery", "accelerator": accelerator, "template": WORKER}]
+    nowhere = {"fallback": {"onFailure": False, "onLoss": False}}
+    raw = {"app": "media", "broker": {"url": "redis://one"}, "tiers": tiers, "routing": nowhere}
+    pool = replace(POOL, spec=WorkerPoolSpec.model_validate(raw))
+    reading = replace(READING, tiers={"cpu": replace(QUEUE, breaker=Breaker(state))})
+    lines = [line for line in shown(reading, pool=pool) if line.startswith("workerpool_tier_breaker")]
+    assert lines == [f'workerpool_tier_breaker{{pool="ml/media",state="{state}",tier="cpu"}} 1.0']
 
 
 def test_what_is_not_known_is_left_out() -> None:

@@ -10,9 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workerpool_operator import planning, scaling
+from workerpool_operator import breaker, planning, scaling
 from workerpool_operator.model import WorkerPoolSpec, parse_spec
-from workerpool_operator.observation import BrokerReading, Phase, QueueReading, Replica, Served, TierReplicas, Unavailable
+from workerpool_operator.observation import (
+    Attempts,
+    Breaker,
+    BreakerState,
+    BrokerReading,
+    Phase,
+    QueueReading,
+    Replica,
+    Served,
+    TierReplicas,
+    Unavailable,
+)
 from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Marks, Pool
 from workerpool_operator.scaling import Memory, Reason
@@ -346,3 +357,71 @@ def test_decisions_of_a_plan_remember_for_the_next_pass() -> None:
     assert (
         plan(reading(), gpu=replicas(4), memory={"gpu": first.memory})["gpu"].decision.reason is scaling.Reason.WAITING_TO_LOWER
     )
+
+
+FAILING, SOUND = Attempts(0, 6, 6), Attempts(5)
+OUT = Breaker(BreakerState.OPEN, Milliseconds(0), 1)
+
+
+@pytest.mark.parametrize(
+    ("queue", "replicas_wanted"),
+    [
+        (QueueReading(40, 0, 20), 8),
+        (QueueReading(40, 0, 20, attempts=FAILING), 1),
+        (QueueReading(0, 0, 20, breaker=OUT, attempts=FAILING), 1),
+        (QueueReading(0, 0, 0, breaker=OUT, attempts=FAILING), 0),
+        (QueueReading(9, 3, 20, breaker=OUT, attempts=FAILING), 4),
+        (QueueReading(0, 0, 20, breaker=replace(OUT, state=BreakerState.HALF_OPEN)), 1),
+    ],
+    ids=["sound", "breaks now", "out", "out, and nobody wants it", "out, and some still run", "on trial"],
+)
+def test_a_tier_that_is_out_of_routing_has_workers_for_one_trial_and_for_what_still_runs(
+    queue: QueueReading, replicas_wanted: int
+) -> None:
+    plans = plan(reading(gpu=queue, cpu=QueueReading(60, 0, 0)))
+    assert plans["gpu"].decision.replicas == replicas_wanted
+    assert plans["cpu"].decision.replicas == plan(reading(cpu=QueueReading(60, 0, 0)))["cpu"].decision.replicas
+
+
+@pytest.mark.parametrize(
+    ("queue", "limit"),
+    [
+        (QueueReading(3, 0, 0, attempts=SOUND), None),
+        (QueueReading(3, 0, 0, attempts=FAILING), 0),
+        (QueueReading(3, 0, 0, breaker=replace(OUT, state=BreakerState.HALF_OPEN)), 1),
+    ],
+    ids=["sound", "breaks now", "on trial"],
+)
+def test_admission_and_rebalancing_are_told_the_same_limit(queue: QueueReading, limit: int | None) -> None:
+    plans = list(plan(reading(gpu=queue)).values())
+    capacity = planning.capacity(plans, TIME, NOW)
+    assert capacity.tiers["gpu"].limit == planning.loads(plans, capacity, TIME)["gpu"].limit == limit
+    assert capacity.tiers["cpu"].limit is None
+
+
+def test_a_breaker_is_kept_when_it_changes_or_its_record_grows_too_long() -> None:
+    kept = [
+        planning.breakers(list(plan(reading(gpu=QueueReading(0, 0, 0, attempts=seen))).values()))
+        for seen in (SOUND, FAILING, Attempts(5_000))
+    ]
+    assert [list(one) for one in kept] == [[], ["gpu"], ["gpu"]]
+    assert kept[1]["gpu"].breaker.state is BreakerState.OPEN
+    assert kept[2]["gpu"].attempts == Attempts(breaker.WINDOW)
+
+
+@pytest.mark.parametrize("changes", [{"mode": "Paused"}, {"tiers": "accelerated alone"}], ids=str)
+def test_there_is_no_breaker_where_nothing_is_decided_or_jobs_have_nowhere_else_to_go(changes: dict[str, Any]) -> None:
+    if "tiers" in changes:
+        alone = {"name": "gpu", "queue": "gpu-tasks", "accelerator": {"resource": "nvidia.com/gpu"}, "template": TEMPLATE}
+        changes = {"tiers": [alone], "routing": {"fallback": {"onFailure": False, "onLoss": False}}}
+    pool = replace(POOL, spec=spec(**changes))
+    seen = reading(gpu=QueueReading(3, 0, 0, attempts=FAILING))
+    workers = {"gpu": replicas(2), "cpu": replicas(1)}
+    plans = planning.plan(pool, seen, workers, {}, 0.0)
+    assert [one.breaker for one in plans] == [None] * len(plans)
+    assert planning.breakers(plans) == {}
+
+
+def test_a_plain_tier_has_no_breaker_whatever_is_counted_there() -> None:
+    assert plan(reading(cpu=QueueReading(3, 0, 0, attempts=FAILING)))["cpu"].breaker is None
+    assert plan(OUTAGE)["gpu"].breaker is None

@@ -93,6 +93,30 @@ def test_the_transfer_says_why() -> None:
     assert home.message == "from cpu to gpu: the last of its queue would wait 90 s, there it waits at most 10 s"
 
 
+@pytest.mark.parametrize(
+    ("gpu", "cpu", "moved"),
+    [
+        (replace(load(12, 0, 4), limit=0), load(ready=1), ("cpu", 12)),
+        (replace(load(12, 0, 4), limit=0), load(9, 4, 4), ("cpu", 12)),
+        (replace(load(12, 0, 4), limit=0), load(), None),
+        (replace(load(12, 0, 4), limit=1), load(ready=1), ("cpu", 11)),
+        (replace(load(12, 1, 4), limit=1), load(ready=1), ("cpu", 12)),
+        (replace(load(ready=4), limit=0), load(9, 4, 4), None),
+        (replace(load(ready=4), limit=1), load(9, 4, 4), ("gpu", 1)),
+        (replace(load(0, 1, 4), limit=1), load(9, 4, 4), None),
+    ],
+    ids=[
+        "out: all leave", "out: all leave, however long the other queue", "out, and nobody elsewhere: none",
+        "on trial: all but one leave", "one tries it: all leave", "out: none come home", "on trial: one comes home",
+        "one tries it: none come home",
+    ],
+)  # fmt: skip
+def test_what_waits_for_a_tier_whose_attempts_fail_leaves_but_for_the_one_that_tries_it(
+    gpu: Load, cpu: Load, moved: tuple[str, int] | None
+) -> None:
+    assert moves(gpu, cpu) == moved
+
+
 def test_moves_of_one_way_are_told_as_one_until_a_longer_pause() -> None:
     away, home = Transfer("gpu", "cpu", 9, "away"), Transfer("cpu", "gpu", 9, "home")
     first = tell([], away, 3, 0.0)
@@ -126,9 +150,10 @@ groups = st.lists(st.tuples(st.integers(1, 30), st.floats(0, 300)), max_size=4).
     lambda found: tuple(sorted(found, key=lambda group: group[1]))
 )
 held = st.builds(Load, counts, counts, counts, groups, service=services)
+limited = st.builds(replace, held, limit=st.integers(0, 2))
 
 
-@given(gpu=held, cpu=held, spilled=counts)
+@given(gpu=held | limited, cpu=held, spilled=counts)
 def test_a_job_is_never_moved_there_and_back(gpu: Load, cpu: Load, spilled: int) -> None:
     loads: Mapping[str, Load] = {"gpu": gpu, "cpu": cpu}
     for transfer in transfers(POLICY, loads, {"gpu": spilled}):

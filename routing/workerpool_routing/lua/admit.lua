@@ -34,6 +34,7 @@ local function measure(tier)
   local capacity = coming[tier.name]
   if capacity then
     for i, group in ipairs(capacity.starting) do load.coming[i] = {group.slots, math.max(0, group.ready_at - now) / 1000} end
+    load.full = tonumber(capacity.limit) and load.waiting + load.in_flight + load.leased >= capacity.limit
     if capacity.startable > 0 then table.insert(load.coming, {capacity.startable, capacity.start_seconds}) end
   end
   load.service = tonumber(redis.call('HGET', tier.service, ask.task) or nil)
@@ -42,6 +43,7 @@ end
 
 -- From here to the blank line before "act": the twin of decide.place.
 local function wait(load)
+  if load.full then return math.huge end
   local free = load.ready - load.in_flight - load.waiting - load.leased
   if free > 0 then return 0 end
   local service = load.service or pool.service_seconds
@@ -55,6 +57,7 @@ local function wait(load)
 end
 
 local function weigh(fast, slow, spilling)
+  if fast.full then return 'TierBroken', true end
   if fast.service and slow.service then
     if fast.ready == 0 and not fast.coming[1] then return 'NoCapacity', true end
     local threshold = math.max(0, math.sqrt(fast.service * slow.service) - fast.service) * (spilling and pool.back or 1)
@@ -71,7 +74,7 @@ local loads = {}
 local function soonest(first)
   local best = first
   for index = first + 1, #loads do
-    if loads[index].wait < loads[best].wait then best = index end
+    if loads[index].wait < loads[best].wait or loads[best].full and not loads[index].full then best = index end
   end
   return best
 end
@@ -79,7 +82,7 @@ end
 local function prefer(spilling)
   for index = 1, pool.accelerated do
     local load = loads[index]
-    if load.ready - load.in_flight - load.waiting - load.leased > 0 then return index, 'FreeSlot' end
+    if not load.full and load.ready - load.in_flight - load.waiting - load.leased > 0 then return index, 'FreeSlot' end
   end
   local plain, first = soonest(pool.accelerated + 1), nil
   for index = 1, pool.accelerated do
@@ -100,9 +103,10 @@ if not reason then
   index, reason = prefer(was_spilling)
 end
 local side = reason
-if ask.limit and loads[index].wait > ask.limit then
+local longest = ask.limit or math.huge
+if loads[index].full or loads[index].wait > longest then
   local best = soonest(1)
-  if loads[best].wait > ask.limit and ask.refuses then
+  if ask.refuses and (loads[best].full or loads[best].wait > longest) then
     index, reason = best, 'Overloaded'
   elseif best ~= index then
     index, reason = best, 'StartsSooner'

@@ -21,7 +21,7 @@ if ARGV[11] ~= '' then
   redis.call('HDEL', KEYS[4], ARGV[11])
   redis.call('ZREM', KEYS[5], ARGV[11])
 end
-local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'tag', 'owner', 'runs', 'claimed_at', 'task')
+local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'tag', 'owner', 'runs', 'claimed_at', 'task', 'suspect', 'suspect_since')
 if not job[1] then
   redis.call('SREM', KEYS[2], id)
   store_result()
@@ -39,6 +39,20 @@ if from == 'claimed' and to ~= 'admitted' and tonumber(job[6]) then
   redis.call('HINCRBYFLOAT', KEYS[7], 'seconds', seconds)
   redis.call('HINCRBYFLOAT', KEYS[7], 'squares', seconds * seconds)
   redis.call('EXPIRE', KEYS[7], ARGV[7])
+end
+if to ~= 'admitted' then
+  local good = to == 'done' or (to == 'finishing' and ARGV[8] == 'done')
+  local function note(served, began, what, many)
+    if (tonumber(began) or 0) < (tonumber(redis.call('HGET', served, 'since')) or 0) then return end
+    redis.call('HINCRBYFLOAT', served, what, many)
+    redis.call('EXPIRE', served, ARGV[7])
+  end
+  if from == 'claimed' and good then note(KEYS[7], job[6], 'succeeded', 1) end
+  -- How the job ends here says whether the tier was at fault on which it failed before; one that expires says nothing.
+  if job[8] then
+    redis.call('HDEL', KEYS[1], 'suspect', 'suspect_since')
+    if to == 'expired' then note(job[8], job[9], 'failed', -1) else note(job[8], job[9], good and 'confirmed' or 'refuted', 1) end
+  end
 end
 
 local raw = job[5] and redis.call('HGET', KEYS[1], 'run:' .. job[5])

@@ -1,0 +1,364 @@
+"""A broken accelerator: how attempts end is counted in Redis by whoever ends them, and a tier that fails leaves routing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from redis import Redis
+from tests.contract import seeds
+from tests.contract.seeds import claim, consumer, make_pool
+from tests.contract.test_attempts import claimed, operator_pool, outcome, parked, take_over_the_lost
+from tests.contract.test_broker import ask, open_for_jobs, read, submit
+from tests.contract.test_reconcile import running
+from tests.contract.workers import until, worker
+
+from workerpool_operator import breaker, planning
+from workerpool_operator.breaker import Decision
+from workerpool_operator.observation import Attempts, Breaker, BreakerState
+from workerpool_operator.ports import Pool, Report
+from workerpool_operator.status import ConditionType, Event
+from workerpool_routing import Overloaded, Reason, ledger
+from workerpool_routing.ledger import State
+from workerpool_routing.wire import Capacity, Keyspace, Milliseconds
+
+pytestmark = pytest.mark.contract
+
+
+@pytest.fixture
+def pool(redis_url: str) -> Pool:
+    return make_pool(redis_url)
+
+
+def counted(client: Any, keys: Keyspace, tier: str = "gpu") -> Attempts:
+    """How the attempts on a tier have ended so far."""
+    names = ("succeeded", "failed", "confirmed", "refuted")
+    return Attempts(*(float(number or 0) for number in client.hmget(keys.served(tier), names)))
+
+
+def settle(pool: Pool, held: seeds.Held, tier: str, attempt: int, after: State, how: str = "") -> None:
+    """End the run of a job that ``w.1`` has claimed."""
+    call = ledger.settle(
+        pool.keys, planning.policy(pool.spec), held.task_id, attempt=attempt, tag=held.message.delivery_tag, owner="w.1",
+        tier=tier, before=State.CLAIMED, after=after, how=how,
+    )  # fmt: skip
+    with Redis.from_url(str(pool.spec.broker.url)) as client:
+        for _ in range(2):  # as when the first answer was lost
+            assert client.register_script(ledger.script("settle"))(keys=call.keys, args=call.args) == 1
+
+
+def fail(url: str, pool: Pool, held: seeds.Held) -> None:
+    """Let a job that ``w.1`` has claimed go on to the plain tier; whoever comes second finds it gone."""
+    job = seeds.job(url, pool, held.task_id)
+    move = ledger.after_failure(planning.policy(pool.spec), job)
+    assert move
+    with Redis.from_url(url, decode_responses=True) as client:
+        raw = client.hget(pool.keys.unacked("gpu"), held.message.delivery_tag)
+        call = ledger.move(pool.keys, job, move, held_as=job.tag, raw=raw, delivery_tag="fresh", how="failed")
+        run = client.register_script(ledger.script("move"))
+        assert [run(keys=call.keys, args=call.args) for _ in range(2)] == [1, 0]
+
+
+def test_a_job_that_expires_after_it_failed_leaves_no_suspicion(redis_url: str, pool: Pool) -> None:
+    open_for_jobs(redis_url, pool)
+    submit(pool)
+    with consumer(pool, "gpu") as gpu, consumer(pool, "cpu") as cpu, Redis.from_url(redis_url) as client:
+        fail(redis_url, pool, claim(redis_url, pool, gpu, "gpu", "w.1"))
+        assert counted(client, pool.keys) == Attempts(0, 1)
+        settle(pool, claim(redis_url, pool, cpu, "cpu", "w.1"), "cpu", 2, State.EXPIRED, "revoked")
+        assert counted(client, pool.keys) == Attempts()
+
+
+@pytest.mark.parametrize("since", ["before it began", "while it ran", "while the job ran elsewhere"])
+def test_what_began_before_a_trial_is_not_counted_to_it(redis_url: str, pool: Pool, since: str) -> None:
+    open_for_jobs(redis_url, pool)
+    submit(pool)
+    submit(pool)
+
+    def begins_now(when: str) -> None:
+        if since == when:
+            seconds, micros = client.time()
+            client.hset(pool.keys.served("gpu"), "since", seconds * 1000 + micros // 1000 + 1)
+
+    with consumer(pool, "gpu") as gpu, consumer(pool, "cpu") as cpu, Redis.from_url(redis_url) as client:
+        client.hset(pool.keys.served("gpu"), "since", 1)
+        good, bad = (claim(redis_url, pool, gpu, "gpu", "w.1") for _ in range(2))
+        begins_now("while it ran")
+        settle(pool, good, "gpu", 1, State.FINISHING, "done")
+        fail(redis_url, pool, bad)
+        begins_now("while the job ran elsewhere")
+        settle(pool, claim(redis_url, pool, cpu, "cpu", "w.1"), "cpu", 2, State.FINISHING, "done")
+        late = {"before it began": Attempts(1, 1, 1), "while it ran": Attempts(), "while the job ran elsewhere": Attempts(1, 1)}
+        assert counted(client, pool.keys) == late[since]
+
+
+def test_the_breaker_is_read_as_it_was_left_with_what_was_counted_since(redis_url: str, pool: Pool) -> None:
+    left = Breaker(BreakerState.HALF_OPEN, Milliseconds(2_000), 3, since=Milliseconds(1_000))
+    kept = {"gpu": Decision(left, Attempts(2.5, 1.25, 0.75, 0.5), 1)}
+    policy = planning.policy(pool.spec)
+    assert ask(lambda broker: broker.publish(redis_url, pool, policy, Capacity(), breakers=kept)) is None
+    found = read(redis_url, pool).tiers
+    assert (found["gpu"].breaker, found["gpu"].attempts) == (left, Attempts(2.5, 1.25, 0.75, 0.5))
+    assert (found["cpu"].breaker, found["cpu"].attempts) == (Breaker(), Attempts())
+    open_for_jobs(redis_url, pool)
+    submit(pool)
+    with consumer(pool, "gpu") as gpu, Redis.from_url(redis_url) as client:
+        settle(pool, claim(redis_url, pool, gpu, "gpu", "w.1"), "gpu", 1, State.FINISHING, "done")
+        assert read(redis_url, pool).tiers["gpu"].attempts.succeeded == 3.5
+        assert client.ttl(pool.keys.served("gpu")) > 0, "it goes with a tier that nobody uses any more"
+
+
+def break_down(client: Any, pool: Pool) -> None:
+    """Count so many failures of an accelerated tier that the next pass takes it out."""
+    client.hset(pool.keys.served("gpu"), mapping={"failed": breaker.LEAST_FAILURES, "confirmed": breaker.LEAST_FAILURES})
+
+
+def test_what_waits_for_a_tier_that_is_taken_out_goes_to_the_plain_one(redis_url: str, pool: Pool) -> None:
+    open_for_jobs(redis_url, pool)
+    ids = [submit(pool) for _ in range(3)]
+    for tier in ("gpu", "cpu"):
+        seeds.report(redis_url, pool, tier, f"{tier}-a.1")
+
+    async def scenario(client: Any) -> tuple[list[str], list[str]]:
+        async with running(pool) as system:
+            await system.after()
+            before = [seeds.job(redis_url, pool, task_id).tier for task_id in ids]
+            break_down(client, pool)
+            await system.after()
+            assert system.condition(pool, ConditionType.TIER_BROKEN) == "True"
+            return before, [seeds.job(redis_url, pool, task_id).tier for task_id in ids]
+
+    with Redis.from_url(redis_url) as client:
+        assert asyncio.run(scenario(client)) == (["gpu"] * 3, ["cpu"] * 3)
+        assert Capacity.load(client.get(pool.keys.capacity)).tiers["gpu"].limit == 0
+
+
+def test_two_operators_at_once_open_a_breaker_once_and_a_new_one_keeps_it_open(redis_url: str, pool: Pool) -> None:
+    async def scenario() -> tuple[str, str]:
+        async with running(pool) as one, running(pool) as other:
+            await asyncio.gather(one.after(), other.after())
+        async with running(pool) as later:
+            await later.after()
+        return one.condition(pool, ConditionType.TIER_BROKEN), later.condition(pool, ConditionType.TIER_BROKEN)
+
+    with Redis.from_url(redis_url) as client:
+        break_down(client, pool)
+        assert asyncio.run(scenario()) == ("True", "True")
+    kept = read(redis_url, pool).tiers["gpu"].breaker
+    assert (kept.state, kept.opened) == (BreakerState.OPEN, 1)
+
+
+@pytest.mark.parametrize("mode", ["Advisory", "Paused"])
+def test_an_operator_that_touches_nothing_takes_no_tier_out(redis_url: str, mode: str) -> None:
+    pool = make_pool(redis_url, mode=mode)
+
+    async def scenario() -> None:
+        async with running(pool) as system:
+            await system.after()
+
+    with Redis.from_url(redis_url) as client:
+        break_down(client, pool)
+        asyncio.run(scenario())
+        assert client.get(pool.keys.capacity) is None
+    assert read(redis_url, pool).tiers["gpu"].breaker == Breaker()
+
+
+@pytest.fixture(scope="module")
+def two_tiers(url: str, jobs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """The app, with a worker on either tier that no test kills."""
+    log = tmp_path_factory.mktemp("workers")
+    with ExitStack() as stack:
+        stack.enter_context(worker(url, "gpu", "gpu-jobs", "gpu-a", log))
+        stack.enter_context(worker(url, "cpu", "cpu-jobs", "cpu-a", log))
+        until(lambda: {w.worker for w in jobs.pool.workers().values()} == {"gpu-a", "cpu-a"}, "both workers report")
+        yield jobs
+
+
+def counts_of(jobs: ModuleType, task: Any, *args: Any, **options: Any) -> Attempts:
+    """What one job adds, once it has ended."""
+    client, keys = jobs.pool.connection.client, jobs.pool.keys
+    client.delete(keys.served("gpu"))
+    decision = jobs.pool.submit(task, args, **{"accelerated": True, **options})
+    assert decision.tier == "gpu"
+    outcome(jobs, decision.task_id)
+    return counted(client, keys)
+
+
+GOOD, CONFIRMED, REFUTED = Attempts(1), Attempts(0, 1, 1), Attempts(0, 1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("task", "args", "options", "expected"),
+    [
+        ("work", [{}], {}, GOOD),
+        ("work", [{"gpu": "raise"}], {}, CONFIRMED),
+        ("work", [{"gpu": "exit"}], {}, CONFIRMED),
+        ("work", [{"gpu": "kill"}], {}, CONFIRMED),
+        ("work", [{"before": "gpu"}], {}, CONFIRMED),
+        ("hard_limited", [{"gpu": "hang"}], {}, CONFIRMED),
+        ("soft_limited", [{"gpu": "hang"}], {}, CONFIRMED),
+        ("work", [{"gpu": "raise", "cpu": "raise"}], {}, REFUTED),
+        ("work", [{"gpu": "raise", "cpu": "kill"}], {}, REFUTED),
+        ("work", [{"gpu": "kill", "cpu": "kill"}], {}, REFUTED),
+        ("work", [{"before": "always"}], {}, REFUTED),
+        ("retried", [2], {}, GOOD),
+        ("special", ["ignore"], {}, GOOD),
+        ("special", ["reject"], {}, Attempts()),
+        ("settled_here", [{"gpu": "raise"}], {}, Attempts()),
+        ("work", [{"gpu": "raise"}], {"accelerated": "required"}, Attempts()),
+        ("work", [{}], {"accelerated": "required"}, GOOD),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str | list) else "",
+)
+def test_the_end_of_an_attempt_is_counted_once_and_what_its_job_comes_to_says_whose_fault_it_was(
+    two_tiers: ModuleType, task: str, args: list[Any], options: dict[str, Any], expected: Attempts
+) -> None:
+    assert counts_of(two_tiers, getattr(two_tiers, task), *args, **options) == expected
+
+
+def test_a_worker_that_is_killed_is_counted_when_it_is_taken_over(
+    url: str, two_tiers: ModuleType, tmp_path: Path, short_life: float
+) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-killed", tmp_path) as doomed:
+        client.delete(keys.served("gpu"))
+        decision = two_tiers.pool.submit(two_tiers.work, ({"gpu": "hang"},), accelerated=True)
+        assert claimed(two_tiers, decision.task_id).owner.startswith("gpu-killed.")
+        os.killpg(doomed.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while not counted(client, keys).failed and time.monotonic() < deadline:
+        asyncio.run(take_over_the_lost(url, "gpu"))
+        time.sleep(0.2)
+    outcome(two_tiers, decision.task_id)
+    assert counted(client, keys) == CONFIRMED
+
+
+def test_what_a_worker_gives_back_because_it_has_to_leave_is_not_counted(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-leaving", tmp_path) as leaving:
+        client.delete("gate", keys.served("gpu"))
+        decision = two_tiers.pool.submit(two_tiers.work, ({"gpu": "gate"},), accelerated=True)
+        assert claimed(two_tiers, decision.task_id).owner.startswith("gpu-leaving.")
+        leaving.send_signal(signal.SIGTERM)
+        until(lambda: not any(w.worker == "gpu-leaving" and w.slots for w in two_tiers.pool.workers().values()), "no more slots")
+        leaving.send_signal(signal.SIGQUIT)
+        leaving.wait(30)
+        assert counted(client, keys) == Attempts()
+        client.set("gate", "open")
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 2})
+    assert counted(client, keys) == GOOD
+
+
+async def a_pass(pool: Pool, clock: float) -> Report:
+    """Of an operator that has just started: all that it knows of the breaker stands in Redis."""
+    async with running(pool) as system:
+        system.now = clock
+        await system.after()
+        return system.reports[-1]
+
+
+def test_a_tier_whose_driver_breaks_loses_routing_after_a_few_jobs_and_has_it_back_when_it_is_mended(
+    url: str, two_tiers: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real jobs on real workers, and a new operator at every pass."""
+    library, client, pool = two_tiers.pool, two_tiers.pool.connection.client, operator_pool(url)
+    clock, told, ids = count(1_000.0, 1.0), list[Event](), list[str]()
+    # Passes are as far apart as this machine is slow.
+    monkeypatch.setattr("workerpool_operator.broker.CAPACITY_LIFE_MS", 3_600_000)
+    monkeypatch.setattr(breaker, "PAUSE_SECONDS", 3_600.0)
+    monkeypatch.setattr(breaker, "LONGEST_PAUSE_SECONDS", 4 * 3_600.0)
+    status: dict[str, Any] = {}
+
+    def operator() -> tuple[str, str]:
+        nonlocal pool, status
+        report = asyncio.run(a_pass(replace(pool, status=status), next(clock)))
+        told.extend(event for event in report.events if event.reason in ("AttemptsFail", "OnTrial", "InRouting"))
+        status = report.status.dump()
+        broken = next(condition for condition in report.status.conditions if condition.type is ConditionType.TIER_BROKEN)
+        return broken.status, broken.reason
+
+    def submit(**options: Any) -> Any:
+        """Once the GPU's slot is free, so that the breaker alone decides."""
+        until(lambda: not client.hlen(library.keys.unacked("gpu")), "the GPU is idle")
+        until(library.has_accelerated_workers, "the GPU worker reports")
+        decision = library.submit(two_tiers.work, ({"gpu": "driver", **options},), accelerated=True)
+        ids.append(decision.task_id)
+        return decision
+
+    def the_pause_ends() -> None:
+        """By itself it would take an hour, on a machine of any speed."""
+        with monkeypatch.context() as patch:
+            patch.setattr(breaker, "PAUSE_SECONDS", 0.0)
+            assert operator() == ("True", "OnTrial")
+
+    client.delete(library.keys.served("gpu"))
+    assert operator() == ("False", "InRouting")
+    client.set("driver is broken", 1)
+    decisions = list[Any]()
+    while not decisions or decisions[-1].tier == "gpu":
+        decisions.append(submit())
+        assert outcome(two_tiers, ids[-1])[0] is State.DONE, "it succeeds on the CPU"
+        operator()
+        assert len(decisions) < 20
+    assert [decision.reason for decision in decisions[-2:]] == [Reason.FREE_SLOT, Reason.TIER_BROKEN]
+    assert len(decisions) == breaker.LEAST_FAILURES + 1, "so many fallbacks it has cost"
+    assert operator() == ("True", "AttemptsFail")
+    with pytest.raises(Overloaded):
+        library.submit(two_tiers.work, ({"gpu": "driver"},), accelerated="required")
+
+    the_pause_ends()
+    client.delete("gate")
+    assert submit().tier == "gpu", "a single job tries it"
+    outcome(two_tiers, ids[-1])
+    assert operator() == ("True", "AttemptsFail")
+    assert read(url, pool).tiers["gpu"].breaker.opened == 2
+    assert submit().reason is Reason.TIER_BROKEN
+
+    client.delete("driver is broken")
+    the_pause_ends()
+    trial = submit(gpu="gate")
+    claimed(two_tiers, trial.task_id)
+    second = library.submit(two_tiers.work, ({},), accelerated=True)
+    ids.append(second.task_id)
+    assert (trial.tier, second.tier, second.reason) == ("gpu", "cpu", Reason.TIER_BROKEN)
+    client.set("gate", "open")
+    outcome(two_tiers, trial.task_id)
+    for _ in range(breaker.SUCCESSES_TO_CLOSE - 1):
+        assert operator() == ("True", "OnTrial")
+        assert submit().tier == "gpu"
+        outcome(two_tiers, ids[-1])
+    assert operator() == ("False", "InRouting")
+    assert submit().reason is Reason.FREE_SLOT
+
+    ended = [outcome(two_tiers, task_id) for task_id in ids]
+    assert {state for state, _ in ended} == {State.DONE}
+    assert {count for _, starts in ended for count in starts.values()} == {1}, "no job started twice on a tier"
+    assert [(event.warning, event.reason) for event in told] == [(True, "AttemptsFail"), (False, "InRouting")]
+    assert told[-1].message == "gpu: 3 single jobs that tried it succeeded: back in routing"
+
+
+def test_jobs_that_fail_on_either_tier_leave_the_accelerated_one_in_routing(
+    url: str, two_tiers: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, client, pool = two_tiers.pool, two_tiers.pool.connection.client, operator_pool(url)
+    monkeypatch.setattr("workerpool_operator.broker.CAPACITY_LIFE_MS", 3_600_000)
+    client.delete(library.keys.served("gpu"))
+    for number in range(2 * breaker.LEAST_FAILURES):
+        until(lambda: not client.hlen(library.keys.unacked("gpu")), "the GPU is idle")
+        until(library.has_accelerated_workers, "the GPU worker reports")
+        decision = library.submit(two_tiers.work, ({"gpu": "raise", "cpu": "raise"},), accelerated=True)
+        assert decision.reason is Reason.FREE_SLOT
+        assert outcome(two_tiers, decision.task_id) == (State.FAILED, {"gpu": 1, "cpu": 1})
+        report = asyncio.run(a_pass(pool, 1_000.0 + number))
+        assert [c.status for c in report.status.conditions if c.type is ConditionType.TIER_BROKEN] == ["False"]
+    assert counted(client, library.keys).refuted == 2 * breaker.LEAST_FAILURES
