@@ -12,13 +12,11 @@ from datetime import UTC, datetime
 import pytest
 import yaml
 from e2e.cluster.control_plane import ControlPlane
-from redis import Redis
 from tests.api.conftest import CRD, Kubectl
 from tests.api.operators import SAMPLE, Namespace, Object
 from tests.api.test_operator import set_status
 
 from workerpool_operator.main import RELIST_SECONDS
-from workerpool_routing.wire import Capacity, Keyspace
 
 pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
 
@@ -78,36 +76,6 @@ def test_an_image_that_cannot_be_pulled_is_named(ml: Namespace) -> None:
     container = {"name": "worker", "image": "media:typo", "imageID": "", "ready": False, "restartCount": 0}
     set_status(ml, pod, {"phase": "Pending", "containerStatuses": [{**container, "state": {"waiting": waiting}}]})
     ml.eventually(lambda: told(ml, "container worker: ImagePullBackOff", "media:typo"))
-
-
-def test_a_device_that_a_node_does_not_give_takes_its_slots_out_of_the_view_of_admission(ml: Namespace) -> None:
-    def promised() -> int | None:
-        """The slots of the accelerated tier on which admission counts although they are not there yet; None: nothing was said."""
-        with Redis.from_url(ml.redis_url, decode_responses=True) as client:
-            raw = client.get(Keyspace(f"{ml.name}/media").capacity)
-        gpu = Capacity.load(raw).tiers["gpu"] if raw else None
-        return gpu.startable + sum(group.slots for group in gpu.starting) if gpu else None
-
-    def gpu_pods() -> list[Object]:
-        pods = [pod for pod in ml.objects("pods") if pod["metadata"]["labels"]["workerpool.dev/tier"] == "gpu"]
-        return [pod for pod in pods if pod["status"].get("phase") == "Pending"]
-
-    ml.create_pool()
-    ml.publish("gpu", 1)
-    ml.settled({"media-gpu": 1, "media-cpu": 1})
-    [pod] = ml.eventually(gpu_pods)
-    ml.eventually(promised)
-    why = "Pod was rejected: Allocate failed due to no healthy devices present; cannot allocate unhealthy devices nvidia.com/gpu"
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    set_status(ml, pod, {"phase": "Failed", "reason": "UnexpectedAdmissionError", "message": why, "startTime": now})
-    ml.eventually(lambda: told(ml, "gpu: 1 of 1 failing: UnexpectedAdmissionError", "unhealthy devices nvidia.com/gpu"))
-    ml.eventually(lambda: promised() == 0)
-    [replacement] = ml.eventually(gpu_pods, CONTROLLER_SECONDS)
-    assert replacement["metadata"]["name"] != pod["metadata"]["name"]
-    ready = {"type": "Ready", "status": "True", "lastTransitionTime": now}
-    set_status(ml, replacement, {"phase": "Running", "conditions": [ready]})
-    ml.eventually(lambda: ml.condition("CapacityAvailable")["status"] == "True")
-    ml.eventually(promised)
 
 
 def test_a_resource_definition_that_is_older_than_the_operator_is_told(ml: Namespace, kubectl: Kubectl) -> None:

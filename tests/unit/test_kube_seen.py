@@ -6,19 +6,8 @@ from typing import Any
 
 import pytest
 
-from workerpool_operator.kube.seen import (
-    REFUSED_SECONDS,
-    Cache,
-    LiveAutoscaler,
-    LivePod,
-    Refused,
-    autoscaler,
-    deployment,
-    pod,
-    replicas_of,
-    worker_pool,
-)
-from workerpool_operator.observation import Phase, Replica
+from workerpool_operator.kube.seen import Cache, LiveAutoscaler, LivePod, Refused, autoscaler, deployment, pod, worker_pool
+from workerpool_operator.observation import Phase
 
 pytestmark = pytest.mark.unit
 
@@ -89,61 +78,6 @@ def test_a_pod_that_was_told_to_stop_is_stopping_even_while_ready() -> None:
 @pytest.mark.parametrize("phase", ["Failed", "Succeeded"])
 def test_a_pod_that_is_over_counts_no_more(phase: str) -> None:
     assert pod(raw_pod(phase=phase)) is None
-
-
-REFUSED: Object = {
-    "phase": "Failed",
-    "reason": "UnexpectedAdmissionError",
-    "message": "Pod was rejected: no healthy devices present",
-    "startTime": "2026-01-01T00:01:00Z",
-}
-"""As a kubelet writes it whose device plugin does not give what it has promised."""
-
-
-@pytest.mark.parametrize("reason", ["UnexpectedAdmissionError", "OutOfnvidia.com/gpu"])
-def test_a_pod_that_its_node_refused_says_why_and_when(reason: str) -> None:
-    live = pod(raw_pod(**{**REFUSED, "reason": reason}))
-    assert live
-    assert (live.replica.phase, live.replica.detail) == (Phase.FAILING, f"{reason}: Pod was rejected: no healthy devices present")
-    assert live.refused_at == live.replica.ordered_at + 60
-    unstarted = pod(raw_pod(phase="Failed", reason=reason))
-    assert unstarted
-    assert (unstarted.refused_at, unstarted.replica.detail) == (unstarted.replica.ordered_at, reason)
-
-
-@pytest.mark.parametrize("reason", ["Evicted", "NodeLost", ""])
-def test_a_pod_that_failed_for_another_reason_is_replaced_and_counts_no_more(reason: str) -> None:
-    assert pod(raw_pod(phase="Failed", reason=reason)) is None
-
-
-def refused(name: str, at: float) -> LivePod:
-    return LivePod(Replica(name, Phase.FAILING, at), "", at)
-
-
-def up(name: str, phase: Phase) -> LivePod:
-    return LivePod(Replica(name, phase, 0.0), "")
-
-
-@pytest.mark.parametrize(
-    ("pods", "desired", "found"),
-    [
-        ([refused("a", 990)], 1, ["a"]),
-        ([refused("a", 990), up("b", Phase.STARTING)], 1, ["b", "a"]),
-        ([refused("a", 990), up("b", Phase.READY)], 1, ["b"]),
-        ([refused("a", 990), up("b", Phase.READY)], 2, ["b", "a"]),
-        ([refused("a", 990), refused("c", 995), refused("b", 992)], 2, ["c", "b"]),
-        ([refused("a", 1_000 - REFUSED_SECONDS)], 1, []),
-        ([refused("a", 990)], 0, []),
-    ],
-    ids=[
-        "not replaced yet", "its replacement is on its way", "its replacement runs", "one of two runs", "refused again and again",
-        "long ago", "none is wanted any more",
-    ],
-)  # fmt: skip
-def test_pods_that_a_node_refused_lately_stand_for_the_workers_that_a_tier_lacks(
-    pods: list[LivePod], desired: int, found: list[str]
-) -> None:
-    assert [replica.worker for replica in replicas_of(pods, desired, 1_000.0)] == found
 
 
 def test_a_pod_that_is_ready_again_still_took_as_long_to_start_as_the_first_time() -> None:

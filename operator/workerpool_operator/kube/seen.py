@@ -59,30 +59,10 @@ class LiveDeployment:
 
 @dataclass(frozen=True, slots=True)
 class LivePod:
-    """A pod that is not over, or has never begun: its worker, and the deletion cost that it carries.
-
-    ``refused_at`` is when its node would not take it for want of a device that it had promised, in wall-clock seconds; the
-    ReplicaSet has ordered another one by then.
-    """
+    """A pod that is not over: its worker, and the deletion cost that it carries."""
 
     replica: Replica
     deletion_cost: str
-    refused_at: float | None = None
-
-
-REFUSED_SECONDS = 60.0
-"""How long after a refusal it is taken for granted that the next pod would be refused too, unless that runs by then."""
-
-
-def replicas_of(pods: Sequence[LivePod], desired: int, now: float) -> tuple[Replica, ...]:
-    """The workers of a tier, and in place of those that it lacks the pods that a node refused lately, the latest first."""
-    live = [pod.replica for pod in pods if pod.refused_at is None]
-    lacking = max(0, desired - sum(replica.phase is Phase.READY for replica in live))
-    refused = sorted(
-        ((pod.refused_at, pod.replica.worker, pod.replica) for pod in pods if pod.refused_at is not None), reverse=True
-    )
-    lately = [replica for at, _, replica in refused if now - at < REFUSED_SECONDS]
-    return (*live, *lately[:lacking])
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,10 +242,10 @@ def _queue(spec: Mapping[str, Any]) -> str:
 
 
 def pod(raw: Mapping[str, Any], before: LivePod | None = None) -> LivePod | None:
-    """Parse a pod; None for one that has run and ended, because its ReplicaSet has replaced it."""
+    """Parse a pod; None for one that has ended, because its ReplicaSet has replaced it."""
     metadata, status = raw["metadata"], raw.get("status") or {}
     if status.get("phase") in {"Succeeded", "Failed"}:
-        return _refused(raw)
+        return None
     phase, detail = _phase(raw)
     ready = _condition(raw, "Ready")
     since = ready.get("lastTransitionTime")
@@ -282,18 +262,6 @@ def pod(raw: Mapping[str, Any], before: LivePod | None = None) -> LivePod | None
         replica = replace(replica, ready_at=before.replica.ready_at)
     cost = _annotations(raw).get(DELETION_COST, "")
     return LivePod(replica, cost)
-
-
-def _refused(raw: Mapping[str, Any]) -> LivePod | None:
-    """A pod that the kubelet did not take because it has no healthy device, or no room, for it; None for any other."""
-    metadata, status = raw["metadata"], raw["status"]
-    reason = status.get("reason", "")
-    if reason != "UnexpectedAdmissionError" and not reason.startswith("OutOf"):
-        return None
-    detail = ": ".join(filter(None, (reason, status.get("message"))))
-    replica = Replica(metadata["name"], Phase.FAILING, _seconds(metadata["creationTimestamp"]), detail=detail)
-    cost = _annotations(raw).get(DELETION_COST, "")
-    return LivePod(replica, cost, _seconds(status.get("startTime") or metadata["creationTimestamp"]))
 
 
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"

@@ -28,7 +28,6 @@ from workerpool_operator.kube.seen import (
     LivePod,
     Seen,
     deployment,
-    replicas_of,
 )
 from workerpool_operator.model import KIND, Tier
 from workerpool_operator.observation import Phase, Replica, TierReplicas, Unavailable
@@ -124,10 +123,9 @@ class KubeWorkers:
     def _tier(self, pool: Pool, tier: Tier) -> TierReplicas:
         name = name_of(pool, tier)
         live = self._seen.deployments.get(pool.namespace, name)
-        desired, failure, rolling = 0, "", False
+        desired, failure, rolling, pods = 0, "", False, [pod.replica for pod in self._pods(pool, tier)]
         if live is not None and _owned(live, pool, tier):
             desired, failure, rolling = live.replicas, live.failure, live.rolling
-        pods = [*replicas_of(self._pods(pool, tier), desired, self._clock())]
         trouble = self._troubles.get((pool.uid, tier.name))
         if trouble is not None and trouble.shown:
             failure = trouble.why
