@@ -214,7 +214,7 @@ class Call:
     """Keys and arguments of one script."""
 
     keys: Sequence[str]
-    args: Sequence[str | int]
+    args: Sequence[str | bytes | int]
 
 
 def claim(
@@ -242,10 +242,20 @@ def claim(
     )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a job came to, as its Celery backend keeps it in the same Redis: ``seconds`` of 0 are for ever."""
+
+    key: str | bytes
+    value: str | bytes
+    seconds: int
+    database: int
+
+
 def settle(
     keys: Keyspace, policy: Policy, task_id: str, *, attempt: int, tag: str, owner: str, tier: str, before: State, after: State,
     how: str = "", error: str = "", retries: int | None = None, held_as: str = "",
-    message: str = "", queue: str = "",
+    message: str = "", queue: str = "", result: Result | None = None,
 ) -> Call:  # fmt: skip
     """Arguments of ``settle.lua``: an attempt enters its next state, if it is still the one that counts.
 
@@ -265,6 +275,7 @@ def settle(
         held_as: the delivery tag of a message to acknowledge in the same step, whatever the ledger says of the attempt.
         message: of the retry that was published, to be found again should it get lost on its way.
         queue: that it went to.
+        result: to be stored in the same step, by the attempt that counts and no other.
     """
     life = ENDED_JOB_LIFE_SECONDS if after.ended else JOB_LIFE_SECONDS
     spilled = [keys.spilled(tier.name) for tier in policy.tiers]
@@ -274,7 +285,8 @@ def settle(
             keys.service(tier), keys.served(tier), *spilled,
         ],
         [task_id, attempt, tag, owner, before, after, life, how, error[:ERROR_CHARACTERS],
-            "" if retries is None else retries, held_as, message, queue],
+            "" if retries is None else retries, held_as, message, queue,
+            *([result.key, result.value, result.seconds, result.database] if result else ())],
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from workerpool_routing import Tier, WorkerPool
 from workerpool_routing.ledger import Job
 
 MOST = 5
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 150.0
 
 APP = """
 import time
@@ -113,10 +113,16 @@ def small_pool(url: str, directory: Path) -> Pool:
     return make_pool(url, tiers=[{"name": "cpu", "queue": "celery", "replicas": {"min": 1, "max": 1}, "template": template}])
 
 
-async def scale_down(directory: Path, times: int) -> list[Job]:
-    """Lower the count by one so many times while every worker is at work; every job, when all have ended."""
-    with private_redis() as server, chdir(directory):
-        async with staged(small_pool(server.url, directory), directory / "logs") as stage:
+async def scale_down(directory: Path, times: int, pools: int = 1) -> list[Job]:
+    """Lower the count by one so many times while every worker is at work, in that many pools; every job, when all have ended."""
+    with chdir(directory):
+        each = [_scale_down(directory, f"logs-{n}", times // pools) for n in range(pools)]
+        return [job for jobs in await asyncio.gather(*each) for job in jobs]
+
+
+async def _scale_down(directory: Path, logs: str, times: int) -> list[Job]:
+    with private_redis() as server:
+        async with staged(small_pool(server.url, directory), directory / logs) as stage:
             loading = asyncio.create_task(_load(stage))
             downs = 0
             while downs < times:

@@ -6,15 +6,15 @@ import base64
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,12 +22,33 @@ from uuid import uuid4
 import yaml
 from redis import Redis, RedisError
 
+from workerpool_operator.local.guardian import Guardian, kill_group
 from workerpool_operator.local.redis_server import find_redis_server
 from workerpool_routing.ledger import Job
 from workerpool_routing.wire import HEADER, Keyspace
 
 ROOT = Path(__file__).parents[2]
 KEYS = Keyspace("test/chaos")
+
+
+guardian = cache(Guardian)
+"""Ends what this process has started, however this process ends."""
+
+
+def start(command: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Start a process in a group of its own, to be ended by :func:`end`; its output is added to that file."""
+    wrapped = guardian().wrap([str(part) for part in command])
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            wrapped, stdin=guardian().pipe, stdout=output, stderr=output, env=env, cwd=ROOT, start_new_session=True
+        )  # fmt: skip
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL the whole group."""
+    kill_group(process.pid)
+    process.wait()
+    guardian().release(process.pid)
 
 
 def free_port() -> int:
@@ -55,7 +76,7 @@ class Server:
     def start(self) -> None:
         options = ["--bind", "127.0.0.1", "--port", str(self.port), "--save", "", "--dir", str(self.directory)]
         keep = ["--appendonly", "yes", "--appendfsync", "always"] if self.keeps else ["--appendonly", "no"]
-        self.process = subprocess.Popen([find_redis_server(), *options, *keep], stdout=subprocess.DEVNULL)
+        self.process = start([find_redis_server(), *options, *keep], self.directory / "redis.log")
         while True:
             with contextlib.suppress(RedisError), self.client() as client:
                 client.ping()
@@ -63,8 +84,7 @@ class Server:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        end(self.process)
 
 
 class Line:
@@ -123,18 +143,14 @@ class Worker:
     def __init__(self, url: str, tier: str, log: Path, *, slots: int = 1, plain: bool = False) -> None:
         self.tier = tier
         name = f"{tier}-{uuid4().hex[:5]}"
-        self._log = log / f"{name}.log"
         environment = {**os.environ, "CELERY_BROKER_URL": url, "WORKERPOOL_TIER": tier}
         if plain:
             environment["CHAOS_PLAIN"] = "1"
         else:
             environment |= {"WORKERPOOL_POOL": KEYS.pool, "WORKERPOOL_WORKER": name, "WORKERPOOL_QUEUE": f"{tier}-jobs"}
         celery = [sys.executable, "-m", "celery", "-A", "tests.chaos.app", "worker", "-Q", f"{tier}-jobs", "-c", str(slots)]
-        with self._log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [*celery, "-n", f"{name}@chaos", "--without-gossip", "--without-mingle", "-l", "WARNING"],
-                env=environment, cwd=ROOT, stdout=output, stderr=output, start_new_session=True,
-            )  # fmt: skip
+        options = ["-n", f"{name}@chaos", "--without-gossip", "--without-mingle", "-l", "WARNING"]
+        self.process = start([*celery, *options], log / f"{name}.log", environment)
 
     def children(self) -> list[int]:
         path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
@@ -145,8 +161,7 @@ class Worker:
             os.killpg(self.process.pid, number)
 
     def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        self.process.wait()
+        end(self.process)
 
 
 @contextmanager
@@ -165,14 +180,12 @@ def sweeping(url: str, log: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     try:
         yield running
     finally:
-        running[0].kill()
-        running[0].wait()
+        end(running[0])
 
 
 def start_sweep(file: Path) -> subprocess.Popen[bytes]:
-    with (file.parent / "sweep.log").open("ab") as output:
-        command = [sys.executable, "-c", "from workerpool_operator.cli import main; main()", "sweep", "-f", str(file)]
-        return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+    command = [sys.executable, "-c", "from workerpool_operator.cli import main; main()", "sweep", "-f", str(file)]
+    return start(command, file.parent / "sweep.log")
 
 
 def publish(client: Any, count: int, seconds: float = 0.0, how: str = "", *, plain: bool = False) -> list[str]:

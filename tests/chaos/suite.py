@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -21,7 +21,7 @@ from random import Random
 from typing import Any
 
 from tests.chaos import drains
-from tests.chaos.parts import KEYS, Line, Server, Worker, job, publish, start_sweep, sweeping
+from tests.chaos.parts import KEYS, Line, Server, Worker, end, job, publish, start_sweep, sweeping
 
 from workerpool_routing.ledger import State
 
@@ -205,7 +205,7 @@ def flood(seed: str, jobs: int, kills: int, *, plain: bool) -> Row:
 def scaled_down(times: int) -> Row:
     """Scale-downs under load, by the operator's own pass in dev mode: no job is cut off or given back."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
-        jobs = asyncio.run(drains.scale_down(Path(directory), times))
+        jobs = asyncio.run(drains.scale_down(Path(directory), times, POOLS))
     lost = sum(job.state is not State.DONE for job in jobs)
     again = sum(len(job.runs) > 1 for job in jobs)
     return Row("scale-down under load", times, len(jobs), lost, 0, again)
@@ -287,8 +287,7 @@ def reaper_killed(stage: Scene) -> None:
     worker_killed(stage)
     for _ in range(3):
         time.sleep(stage.dice.uniform(0.5, 3))
-        stage.sweeps[0].kill()
-        stage.sweeps[0].wait()
+        end(stage.sweeps[0])
         stage.sweeps[0] = start_sweep(stage.log / "pool.yaml")
 
 
@@ -339,8 +338,11 @@ FAULTS: Sequence[tuple[Fault, str, float]] = (
 SIZES = {"short": (2_000, 3, 1), "full": (45_000, 25, 5), "long": (90_000, 50, 20)}
 
 
-SIDE_BY_SIDE = 3
-"""How many faults are looked at at once, each in a Redis and with workers of its own: most of their time is waiting."""
+SIDE_BY_SIDE = 4
+"""How many rows are looked at at once, each in a Redis and with workers of its own: most of their time is waiting."""
+
+POOLS = 4
+"""How many pools are scaled down at once: most of that time is waiting too, for what busy workers still have to do."""
 
 
 def run(size: str, seed: str) -> list[Row]:
@@ -357,21 +359,19 @@ def run(size: str, seed: str) -> list[Row]:
     show(flood(seed, jobs, kills, plain=False))
     quick = {child_killed, worker_killed, redis_restarted, line_cut}
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        coming = [
+        coming = [pool.submit(scaled_down, 40 * times), pool.submit(redis_emptied, seed, times)] if size != "short" else []
+        coming += [
             pool.submit(under, seed, fault, name, times, pause)
             for fault, name, pause in FAULTS
             if size != "short" or fault in quick
         ]
-        if size != "short":
-            coming.append(pool.submit(redis_emptied, seed, times))
-        for row in coming:
+        for row in as_completed(coming):
             show(row.result())
-    if size != "short":
-        show(scaled_down(40 * times))
     return rows
 
 
 def main(size: str) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, and with it all that it has started
     seed = os.environ.get("CHAOS_SEED") or str(int(time.time()))
     print(f"CHAOS_SEED={seed}\n", flush=True)
     began = time.monotonic()

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
+from uuid import uuid4
 
 import pytest
+from tests.chaos.parts import ROOT
 from tests.chaos.suite import run
+from tests.contract.seeds import processes
+from tests.contract.workers import until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(240)]
 
@@ -17,3 +25,17 @@ def test_whatever_dies_every_job_has_one_outcome(capsys: pytest.CaptureFixture[s
         rows = run("short", seed)
     assert [row.fault for row in rows if not row.kept and "plain" not in row.fault] == []
     assert sum(row.jobs for row in rows) > 4_000
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_round_that_is_interrupted_leaves_no_process_behind(number: signal.Signals) -> None:
+    mark = f"chaos-{uuid4().hex}"
+    command, environ = [sys.executable, "-m", "tests.chaos.suite", "short"], {**os.environ, "CHAOS_MARK": mark}
+    interrupted = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        until(lambda: sum("celery" in command for command in processes(mark).values()) > 1, "its workers run", 120)
+        os.killpg(interrupted.pid, number)
+        assert interrupted.wait(30) != 0
+        until(lambda: not processes(mark), "nothing is left", 60)
+    finally:
+        interrupted.kill()

@@ -27,7 +27,8 @@ tiers = [Tier("gpu", "gpu-jobs", accelerated=True), Tier("cpu", "cpu-jobs", acce
 further = [
     Tier(name, f"{name}-jobs", accelerated=False) for name in filter(None, os.environ.get("JOBS_FURTHER_TIERS", "").split(","))
 ]
-pool = WorkerPool("test/jobs", app, tiers=[*tiers, *further], timeout=5)
+given = None if os.environ.get("JOBS_WITHOUT_TIERS") else [*tiers, *further]
+pool = WorkerPool("test/jobs", app, tiers=given, timeout=5)
 
 
 def end(how: str) -> None:
@@ -81,6 +82,11 @@ class Based(app.Task):  # type: ignore[name-defined,misc]
     """An author's own base class, with hooks of its own."""
 
     abstract = True
+
+    def before_start(self, _task_id: str, args: Any, _kwargs: Any) -> None:
+        """Refuse to start where the job's first argument says so."""
+        if TIER in args[0].get("refused", ()):
+            raise ValueError(f"refused on {TIER}")
 
     def on_success(self, retval: Any, task_id: str, *_: Any) -> None:
         """Leave a trace."""
@@ -159,7 +165,9 @@ def unfenced(endings: dict[str, str]) -> str:
 
 @app.task(bind=True)  # type: ignore[untyped-decorator]
 def special(self: Any, how: str) -> Any:
-    """End by one of Celery's own exceptions."""
+    """End by one of Celery's own exceptions, when no door is closed."""
+    while app.backend.client.exists("door"):
+        time.sleep(0.05)
     if how == "ignore":
         raise Ignore
     if how == "reject":
@@ -169,6 +177,41 @@ def special(self: Any, how: str) -> Any:
     if how == "replace":
         raise self.replace(add.s(41).set(queue=self.request.delivery_info["routing_key"]))
     return how
+
+
+class Stopping:
+    """A result at which the worker stops that is about to store it, where there is an accelerator."""
+
+    def __json__(self) -> str:
+        """The tier's name."""
+        if TIER == "gpu":
+            os.killpg(0, signal.SIGSTOP)
+        return TIER
+
+
+@app.task  # type: ignore[untyped-decorator]
+def stopping() -> Stopping:
+    """Return at once on an accelerator, elsewhere when the gate is open."""
+    end("gate" if TIER != "gpu" else "return")
+    return Stopping()
+
+
+@app.task(ignore_result=True)  # type: ignore[untyped-decorator]
+def unstored() -> str:
+    """A task whose result nobody wants."""
+    return TIER
+
+
+@app.task  # type: ignore[untyped-decorator]
+def unencodable() -> object:
+    """A task whose result cannot be stored."""
+    return object()
+
+
+@app.task(acks_late=False)  # type: ignore[untyped-decorator]
+def acknowledged_early() -> str:
+    """A task whose author asked for what could lose its jobs."""
+    return TIER
 
 
 @app.task  # type: ignore[untyped-decorator]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from celery.exceptions import WorkerLostError
+from redis import Redis
 from tests.contract.workers import APP, until, worker
 
 from workerpool_operator.broker import RedisBroker
@@ -137,6 +139,56 @@ def test_a_job_whose_child_always_dies_before_it_claims_fails_for_good(two_tiers
     assert outcome(two_tiers, decision.task_id) == (State.FAILED, {"gpu": 1, "cpu": 2})
 
 
+def test_an_authors_hook_that_raises_before_the_task_fails_its_attempt(two_tiers: ModuleType) -> None:
+    decision = submit(two_tiers, two_tiers.based, {"refused": ["gpu"]})
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "cpu"
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
+    decision = submit(two_tiers, two_tiers.based, {"refused": ["gpu", "cpu"]})
+    with pytest.raises(ValueError, match="refused on cpu"):
+        two_tiers.app.AsyncResult(decision.task_id).get(timeout=20)
+    assert outcome(two_tiers, decision.task_id) == (State.FAILED, {"gpu": 1, "cpu": 1})
+
+
+def test_a_result_that_nobody_wants_is_not_stored(two_tiers: ModuleType) -> None:
+    decision = submit(two_tiers, two_tiers.unstored)
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1})
+    assert two_tiers.app.AsyncResult(decision.task_id).state == "PENDING"
+
+
+def test_a_result_that_cannot_be_stored_fails_its_job(two_tiers: ModuleType) -> None:
+    decision = submit(two_tiers, two_tiers.unencodable)
+    with pytest.raises(Exception, match="not JSON serializable"):
+        two_tiers.app.AsyncResult(decision.task_id).get(timeout=20)
+    assert outcome(two_tiers, decision.task_id) == (State.FAILED, {"gpu": 1})
+
+
+def test_callbacks_go_out_with_the_result(two_tiers: ModuleType) -> None:
+    body = two_tiers.total.si([1], "linked").set(queue="cpu-jobs")
+    decision = submit(two_tiers, two_tiers.work, {}, link=body)
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "gpu"
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1})
+    until(lambda: int(two_tiers.app.backend.client.get("linked") or 0) == 1, "the callback ran")
+
+
+@pytest.mark.parametrize(("host", "database"), [("127.0.0.1", 3), ("localhost", 0)])
+def test_the_result_is_where_the_app_says(
+    redis_server: RedisServer, url: str, two_tiers: ModuleType, tmp_path: Path, host: str, database: int
+) -> None:
+    """In another database of the ledger's Redis, and in a Redis that is not known to be the same."""
+    backend = {"JOBS_BACKEND": f"redis://{host}:{redis_server.port}/{database}"}
+    with parked(two_tiers), worker(url, "gpu", "gpu-jobs", f"gpu-{host}", tmp_path, env=backend) as leaving:
+        decision = submit(two_tiers, two_tiers.work, {})
+        assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1})
+        leaving.terminate()
+        leaving.wait(30)
+    key = f"celery-task-meta-{decision.task_id}"
+    with Redis("127.0.0.1", redis_server.port, database) as client:
+        stored = json.loads(client.get(key) or "null")
+        assert (stored["status"], stored["result"], stored["task_id"]) == ("SUCCESS", "gpu", decision.task_id)
+        assert 0 < client.ttl(key) <= 24 * 3600
+    assert bool(two_tiers.app.backend.client.exists(key)) == (database == 0)
+
+
 def test_a_failure_that_is_not_acknowledged_ends_its_job_all_the_same(two_tiers: ModuleType) -> None:
     decision = submit(two_tiers, two_tiers.not_acknowledged)
     with pytest.raises(RuntimeError, match="cpu"):
@@ -205,6 +257,11 @@ async def take_over_the_lost(url: str, tier: str) -> list[str]:
         await broker.close()
 
 
+def taken_over(url: str, task_id: str) -> list[str]:
+    """What is said of that job; workers of other tests may be lost too."""
+    return [sentence for sentence in asyncio.run(take_over_the_lost(url, "gpu")) if task_id in sentence]
+
+
 def claimed(jobs: ModuleType, task_id: str) -> Any:
     return until(lambda: (job := jobs.pool.job(task_id)) and job.state is State.CLAIMED and job, "it is claimed")
 
@@ -233,11 +290,11 @@ def test_the_job_of_a_killed_worker_is_taken_over_once_and_runs_on_the_plain_tie
         decision = submit(two_tiers, two_tiers.work, {"gpu": "hang"})
         assert claimed(two_tiers, decision.task_id).owner.startswith("gpu-killed.")
         os.killpg(doomed.pid, signal.SIGKILL)
-        assert asyncio.run(take_over_the_lost(url, "gpu")) == []  # its presence has not run out
+        assert not taken_over(url, decision.task_id)  # its presence has not run out
     time.sleep(short_life + 1)
-    sentences = asyncio.run(take_over_the_lost(url, "gpu"))
-    assert any(decision.task_id in sentence and "cpu" in sentence for sentence in sentences)
-    assert asyncio.run(take_over_the_lost(url, "gpu")) == []
+    sentences = taken_over(url, decision.task_id)
+    assert ["cpu" in sentence for sentence in sentences] == [True]
+    assert not taken_over(url, decision.task_id)
     assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "cpu"
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
 
@@ -256,6 +313,43 @@ def test_a_zombie_changes_neither_the_ledger_nor_the_result(
         until(lambda: "it was taken over" in (tmp_path / "gpu-zombie.log").read_text(), "the zombie noticed")
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
     assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=1) == "cpu"
+
+
+def test_a_process_that_is_stopped_between_the_end_of_a_task_and_its_result_stores_nothing_when_the_job_runs_again(
+    url: str, two_tiers: ModuleType, tmp_path: Path, short_life: float
+) -> None:
+    client = two_tiers.app.backend.client
+    with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-stopped", tmp_path) as zombie:
+        decision = submit(two_tiers, two_tiers.stopping)
+        until(lambda: os.waitpid(zombie.pid, os.WUNTRACED | os.WNOHANG)[0], "it has stopped")
+        until(lambda: taken_over(url, decision.task_id), "it is taken over", 60)
+        claimed(two_tiers, decision.task_id)
+        os.killpg(zombie.pid, signal.SIGCONT)
+        until(lambda: "it was taken over" in (tmp_path / "gpu-stopped.log").read_text(), "the zombie noticed")
+        assert two_tiers.app.AsyncResult(decision.task_id).state == "PENDING"
+        client.set("gate", "open")
+        assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "cpu"
+        client.delete("gate")
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
+
+
+def test_an_ignore_whose_end_does_not_get_through_is_entered_as_soon_as_redis_takes_it(
+    url: str, two_tiers: ModuleType, tmp_path: Path
+) -> None:
+    client = two_tiers.app.backend.client
+    client.set("door", "closed")
+    with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-full", tmp_path):
+        decision = submit(two_tiers, two_tiers.special, "ignore")
+        claimed(two_tiers, decision.task_id)
+        client.config_set("maxmemory", 1)
+        try:
+            client.delete("door")
+            until(lambda: "asked again" in (tmp_path / "gpu-full.log").read_text(), "Redis takes nothing")
+            assert two_tiers.pool.job(decision.task_id).state is State.CLAIMED
+        finally:
+            client.config_set("maxmemory", 0)
+        assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1})
+    assert two_tiers.pool.job(decision.task_id).runs[0].how == "ignored"
 
 
 def test_a_warm_shutdown_finishes_and_a_cold_one_gives_back_uncounted(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:

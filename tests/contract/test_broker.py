@@ -22,6 +22,7 @@ from workerpool_operator.local import redis_server
 from workerpool_operator.local.redis_server import private_redis
 from workerpool_operator.observation import BrokerReading, Unavailable
 from workerpool_operator.ports import Pool
+from workerpool_operator.rebalancing import Transfer
 from workerpool_routing import WorkerPool, ledger
 from workerpool_routing.ledger import State
 from workerpool_routing.wire import CAPACITY_LIFE_MS, PRESENCE_LIFE_MS, Capacity, Policy, TierCapacity, wake_channel
@@ -491,3 +492,22 @@ def test_a_job_of_another_schema_version_is_not_touched(redis_url: str, pool: Po
         assert client.hgetall(pool.keys.job(held.task_id)) == before
         assert client.smembers(pool.keys.held("w.1")) == {held.task_id}
         assert client.hlen(pool.keys.unacked("gpu")) == 1
+
+
+def test_what_is_no_text_ends_no_pass_and_is_kept_as_it_was(redis_url: str) -> None:
+    pool, garbage = make_pool(redis_url), b"\xff\xfe is no UTF-8"
+    open_for_jobs(redis_url, pool)
+    with Redis.from_url(redis_url) as client:
+        client.rpush("gpu-tasks", garbage)
+        client.hset(pool.keys.unacked("gpu"), "tag", garbage)
+        client.zadd(pool.keys.unacked_index("gpu"), {"tag": 1})
+        task_id = submit(pool)
+        client.zadd(pool.keys.waiting("gpu"), {task_id: 1}, xx=True)
+        assert read(redis_url, pool).tiers["gpu"].waiting == 2
+        moved = ask(lambda broker: broker.rebalance(redis_url, pool, planning.policy(pool.spec), Transfer("gpu", "cpu", 9, "")))
+        said = ask(lambda broker: broker.sweep(redis_url, pool))
+        assert moved == 1
+        assert ["set aside" in sentence for sentence in said] == [True]
+        assert client.lrange("gpu-tasks", 0, -1) == [garbage]
+        assert garbage in client.hget(pool.keys.aside, "tag")
+        assert not client.hexists(pool.keys.unacked("gpu"), "tag")

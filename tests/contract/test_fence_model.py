@@ -18,7 +18,7 @@ import pytest
 from celery import Celery
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from redis import Redis
 from redis import asyncio as aioredis
 from tests.contract.seeds import make_pool
@@ -30,7 +30,7 @@ from workerpool_operator.ports import Pool
 from workerpool_operator.rebalancing import Transfer
 from workerpool_routing import ledger
 from workerpool_routing.connection import Connection
-from workerpool_routing.ledger import Claim, Job, State
+from workerpool_routing.ledger import Claim, Job, Result, State
 from workerpool_routing.worker.attempt import Attempt, Outcome, WorkerLife
 
 pytestmark = [pytest.mark.contract, pytest.mark.timeout(300)]
@@ -76,6 +76,8 @@ class World:
     dead: list[Delivery] = field(default_factory=list)
     stored: list[str] = field(default_factory=list)
     interruptions: int = 0
+    one_redis: bool = False
+    stored_at_once: bool = False
 
     def job(self) -> Job:
         job = Job.load(JOB, self.client.hgetall(self.pool.keys.job(JOB)))
@@ -195,11 +197,18 @@ class Fence(RuleBasedStateMachine):
 
     def _finish(self, delivery: Delivery) -> None:
         if delivery.step == "running":
-            if delivery.attempt.settle(State.CLAIMED, State.FINISHING, how="done"):
+            if self._returned(delivery.attempt):
                 self._store(delivery, "result")
             else:
                 Fence.reached.add("dropped")
                 self._ack(delivery)
+
+    def _returned(self, attempt: Attempt) -> bool:
+        if not self.world.one_redis:
+            return attempt.settle(State.CLAIMED, State.FINISHING, how="done")
+        counts = attempt.finish(Result("result", "gpu or cpu", 60, 0), after=State.DONE)
+        self.world.stored_at_once = self.world.stored_at_once or counts
+        return counts
 
     def _raise(self, delivery: Delivery) -> None:
         outcome = delivery.attempt.end(ledger.after_failure, "failed", "boom")
@@ -223,6 +232,7 @@ class Fence(RuleBasedStateMachine):
         self.world.client.hdel(keys.unacked(delivery.life.tier), delivery.tag)
         self.world.client.zrem(keys.unacked_index(delivery.life.tier), delivery.tag)
         self.world.deliveries.remove(delivery)
+        delivery.step = "acknowledged"
 
     def _die(self, delivery: Delivery) -> None:
         self.world.deliveries.remove(delivery)
@@ -247,6 +257,10 @@ class Fence(RuleBasedStateMachine):
             await client.aclose()
 
         asyncio.run(once())
+
+    @initialize(one_redis=st.booleans())
+    def results_are_kept_beside_the_ledger_or_elsewhere(self, one_redis: bool) -> None:
+        self.world.one_redis = one_redis
 
     @precondition(lambda self: any(place.startswith("queue") for place in self.world.places()))
     @rule(steps=st.integers(0, 2))
@@ -361,6 +375,10 @@ class Fence(RuleBasedStateMachine):
         assert len(self.world.stored) <= 1
 
     @invariant()
+    def a_result_is_stored_by_the_step_that_ends_its_attempt_and_by_no_other(self) -> None:
+        assert bool(self.world.client.exists("result")) == self.world.stored_at_once
+
+    @invariant()
     def each_tier_starts_a_job_once_and_the_last_once_more(self) -> None:
         starts = self.world.job().starts
         assert starts.get("gpu", 0) <= 1 + self.world.interruptions
@@ -433,7 +451,7 @@ def explore(
 def test_in_any_order_a_job_has_one_outcome_and_is_never_lost(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    explore(Fence, url, monkeypatch, caplog, examples=100)
+    explore(Fence, url, monkeypatch, caplog, examples=200)
     # A model that never gets anywhere would hold too.
     assert {f"claim {c}" for c in Claim if c not in (Claim.UNKNOWN, Claim.CORRUPT, Claim.FINISHING)} <= Fence.reached
     assert {

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -182,6 +183,38 @@ def test_a_copy_that_comes_up_where_the_job_has_left_is_dropped(redis_url: str, 
         assert client.register_script(ledger.script("republish"))(keys=lost.keys, args=lost.args) == 0
         with consumer(pool, "cpu") as plain:
             assert claim(redis_url, pool, plain, "cpu", "w.2").task_id == task_id
+
+
+def test_a_copy_is_dropped_too_in_a_tier_that_the_job_left_earlier_and_after_its_start_elsewhere(redis_url: str) -> None:
+    tiers = [{"name": name, "queue": queue, "template": seeds.TEMPLATE} for name, queue in (
+        ("gpu", "gpu-tasks"), ("cpu", "celery"), ("cpu-spot", "spot-tasks"),
+    )]  # fmt: skip
+    tiers[0]["accelerator"] = {"resource": "nvidia.com/gpu"}
+    pool = make_pool(redis_url, tiers=tiers)
+    ask(lambda broker: broker.publish(redis_url, pool, planning.policy(pool.spec), ROOM))
+    task_id = submit(pool)
+    with ExitStack() as stack, Redis.from_url(redis_url, decode_responses=True) as client:
+        copies = {}
+        for source, target in (("gpu", "cpu"), ("cpu", "gpu"), ("gpu", "cpu-spot")):
+            queue = pool.keys.queue_list(next(t.queue for t in pool.spec.tiers if t.name == source), 0)
+            copies[source] = client.lindex(queue, 0)
+            assert move(pool, Transfer(source, target, 1, "")) == 1
+        client.rpush("gpu-tasks", copies["gpu"])
+        client.rpush("celery", copies["cpu"])
+
+        def claimed_as_a_copy(tier: str, queue: str, name: str) -> str:
+            copy = take(stack.enter_context(consumer(pool, tier)), queue)
+            call = ledger.claim(
+                pool.keys, task_id, attempt=1, tag=copy.delivery_tag, owner="w.1", tier=tier, retries=0, moves_on=True,
+                no_result=False, name=name,
+            )  # fmt: skip
+            return str(client.register_script(ledger.script("claim"))(keys=call.keys, args=call.args))
+
+        assert claimed_as_a_copy("cpu", "celery", "a") == ledger.Claim.STALE
+        held = claim(redis_url, pool, stack.enter_context(consumer(pool, "cpu-spot")), "cpu-spot", "w.2")
+        client.hdel(pool.keys.unacked("cpu-spot"), held.message.delivery_tag)
+        assert claimed_as_a_copy("gpu", "gpu-tasks", "b") == ledger.Claim.STALE, "its worker is lost, and its message with it"
+    assert seeds.job(redis_url, pool, task_id).starts == {"cpu-spot": 1}
 
 
 def test_without_redis_nothing_moves_and_nothing_is_raised(pool: Pool) -> None:

@@ -19,7 +19,7 @@ from celery import chord, group
 from tests.contract.test_attempts import claimed, operator_pool, outcome, parked, submit
 from tests.contract.workers import ROOT, command, environment, until, worker
 
-from workerpool_operator import salvage
+from workerpool_operator import planning, salvage
 from workerpool_operator.broker import RedisBroker
 from workerpool_routing import Reason, ledger
 from workerpool_routing.ledger import State
@@ -318,6 +318,14 @@ def test_what_is_no_message_is_set_aside_and_the_worker_goes_on(url: str, two_ti
     assert two_tiers.add.apply_async((1,), queue="cpu-jobs").get(timeout=10) == 2
 
 
+def test_what_is_no_text_is_set_aside_too(two_tiers: ModuleType) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    before = int(client.get(keys.aside_count) or 0)
+    client.rpush("cpu-jobs", b"\xff\xfe is no UTF-8")
+    until(lambda: int(client.get(keys.aside_count) or 0) == before + 1, "it is counted")
+    assert two_tiers.add.apply_async((1,), queue="cpu-jobs").get(timeout=10) == 2
+
+
 @pytest.mark.parametrize("corruption", ["state", "attempt", "kind"])
 def test_a_corrupted_ledger_entry_is_set_aside_with_its_message(two_tiers: ModuleType, corruption: str) -> None:
     client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
@@ -397,6 +405,22 @@ def test_options_that_would_break_the_promise_are_overridden_with_a_warning(url:
         log = (tmp_path / "odd.log").read_text()
     assert "visibility_timeout=3 is below" in log
     assert "prefetch-multiplier=8 is not used" in log
+    assert "acknowledged_early: acks_late=False is not used" in log
+
+
+def test_a_worker_without_a_policy_says_so_and_heeds_it_when_it_comes(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    fails = two_tiers.work, {"gpu": "raise"}
+    with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-early", tmp_path, env={"JOBS_WITHOUT_TIERS": "1"}):
+        assert "pool test/jobs has no policy in Redis" in (tmp_path / "gpu-early.log").read_text()
+        assert outcome(two_tiers, submit(two_tiers, *fails).task_id) == (State.FAILED, {"gpu": 1})
+        client.set(keys.policy, planning.policy(operator_pool(url).spec).dump())
+        until(
+            lambda: outcome(two_tiers, submit(two_tiers, *fails).task_id) == (State.DONE, {"gpu": 1, "cpu": 1}),
+            "it falls back",
+            30,
+        )
+    client.delete(keys.policy)
 
 
 @pytest.mark.timeout(240)

@@ -411,7 +411,7 @@ def test_the_lua_twin_answers_with_the_reasons_of_the_rule() -> None:
 ENTRY = Entry("t1", Message("head", "tail", 6), idempotency_key="upload-7")
 
 
-def asked(*args: object, **options: object) -> tuple[Any, Any, list[str | int]]:
+def asked(*args: object, **options: object) -> tuple[Any, Any, list[str | bytes | int]]:
     given = admission.call(KEYS, *args, **options)  # type: ignore[arg-type]
     assert given.keys == []
     pool, ask, *message = given.args

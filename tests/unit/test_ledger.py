@@ -258,7 +258,16 @@ def test_the_scripts_know_the_states_by_their_names() -> None:
         (
             "settle",
             ledger.settle(
-                KEYS, Policy(()), "t1", attempt=1, tag="", owner="w", tier="gpu", before=State.CLAIMED, after=State.DONE
+                KEYS,
+                Policy(()),
+                "t1",
+                attempt=1,
+                tag="",
+                owner="w",
+                tier="gpu",
+                before=State.CLAIMED,
+                after=State.DONE,
+                result=ledger.Result("r", "{}", 60, 1),
             ),
         ),
     ],

@@ -29,7 +29,7 @@ local asked = tonumber(job[3] or 0)
 if retries < asked then return 'stale' end
 local retried = retries > asked
 -- A copy that comes up where the job has left, before or after its first start elsewhere.
-if job[9] == tier and not retried then return 'stale' end
+if not retried and string.find(' ' .. (job[9] or '') .. ' ', ' ' .. tier .. ' ', 1, true) then return 'stale' end
 -- Another delivery of the same attempt, while the one that claimed is still in flight, is a copy and no loss.
 if state ~= 'admitted' and not retried and job[6] ~= tag and redis.call('HEXISTS', KEYS[4], job[6]) == 1 then return 'stale' end
 if state == 'finishing' and not retried and not no_result then return 'finishing' end

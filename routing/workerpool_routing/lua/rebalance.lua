@@ -6,7 +6,7 @@
 -- the longest message that the ledger keeps, how far from the head of the new list its place is looked for.
 -- Returns 1 when it moved, 0 when the job, or its message, is no longer where the caller saw it.
 local id, tier, message, to, far = ARGV[1], ARGV[3], ARGV[5], ARGV[6], tonumber(ARGV[11])
-local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'tier', 'required', 'runs', 'wanted', 'admitted_at')
+local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'tier', 'required', 'runs', 'wanted', 'admitted_at', 'left')
 if job[1] ~= 'admitted' or job[2] ~= ARGV[2] or job[3] ~= tier or job[4] == '1' or job[5] then return 0 end
 if redis.call('LREM', KEYS[2], -1, ARGV[4]) == 0 then return 0 end
 local since = tonumber(redis.call('ZSCORE', KEYS[4], id) or job[7])
@@ -26,8 +26,12 @@ else
   redis.call('LPUSH', KEYS[3], message)
 end
 
--- A copy that comes up where it has left counts no more: "left" says so to a claim, a requeue and a sweep.
-redis.call('HSET', KEYS[1], 'tier', to, 'queue', ARGV[7], 'reason', ARGV[8], 'left', tier)
+-- A copy that comes up where it has left counts no more: "left", a word for each such tier, says so to a claim, a requeue and a sweep.
+local left = {tier}
+for other in string.gmatch(job[8] or '', '%S+') do
+  if other ~= tier and other ~= to then left[#left + 1] = other end
+end
+redis.call('HSET', KEYS[1], 'tier', to, 'queue', ARGV[7], 'reason', ARGV[8], 'left', table.concat(left, ' '))
 redis.call('HDEL', KEYS[1], 'missing_at', 'message')
 if #message <= tonumber(ARGV[10]) then redis.call('HSET', KEYS[1], 'message', message) end
 redis.call('EXPIRE', KEYS[1], ARGV[9])

@@ -5,7 +5,8 @@
 -- KEYS: job, queue list. ARGV: attempt, the message, milliseconds that it must have been missing, wake channel, pool, tier.
 -- Returns 1 when it was published, 0 when it was noted, or is claimed or published by now.
 local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'missing_at', 'left')
-if (job[1] ~= 'admitted' and job[1] ~= 'finishing') or job[2] ~= ARGV[1] or job[4] == ARGV[6] then return 0 end
+local left = string.find(' ' .. (job[4] or '') .. ' ', ' ' .. ARGV[6] .. ' ', 1, true)
+if (job[1] ~= 'admitted' and job[1] ~= 'finishing') or job[2] ~= ARGV[1] or left then return 0 end
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 if not tonumber(job[3]) then

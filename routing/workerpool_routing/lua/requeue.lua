@@ -11,7 +11,8 @@ redis.call('RPUSH', KEYS[3], ARGV[2])
 -- The copy of an earlier attempt or retry, or of a job that has moved to another tier, says nothing about the one that counts.
 if redis.call('TYPE', KEYS[4]).ok ~= 'hash' then return 1 end
 local job = redis.call('HMGET', KEYS[4], 'state', 'attempt', 'left', 'retries')
-if (job[1] == 'admitted' or job[1] == 'finishing') and job[2] == ARGV[5] and job[3] ~= ARGV[6]
+local left = string.find(' ' .. (job[3] or '') .. ' ', ' ' .. ARGV[6] .. ' ', 1, true)
+if (job[1] == 'admitted' or job[1] == 'finishing') and job[2] == ARGV[5] and not left
   and (tonumber(job[4]) or 0) <= tonumber(ARGV[7]) then
   redis.call('HSET', KEYS[4], 'message', ARGV[2], 'queue', ARGV[3])
   redis.call('ZADD', KEYS[5], redis.call('TIME')[1] * 1000, ARGV[4])

@@ -3,10 +3,20 @@
 -- KEYS: job, held:<owner>, waiting:<tier>, unacked hash, unacked index, service:<tier>, served:<tier>, then every spilled:<tier>.
 -- ARGV: task id, attempt, delivery tag and owner ('' before a claim), from, to, life, how it ended, error, retries asked for,
 -- delivery tag of a message to acknowledge, whatever the ledger says, the message of that retry ('': it cannot be published again)
--- and its queue.
+-- and its queue, then the result that counts from this step on: its key, value, life in seconds (0: for ever) and database; or nothing.
 -- Returns 1 when it moved, or had moved and only the answer was lost; -1 when the ledger no longer knows the job (Redis came back
 -- without it): nobody else can have it; 0 when another attempt owns the job now.
 local id, tag, owner, from, to = ARGV[1], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local function store_result()
+  if not ARGV[14] then return end
+  redis.call('SELECT', ARGV[17])
+  if ARGV[16] == '0' then
+    redis.call('SET', ARGV[14], ARGV[15])
+  else
+    redis.call('SETEX', ARGV[14], ARGV[16], ARGV[15])
+  end
+  redis.call('PUBLISH', ARGV[14], ARGV[15])
+end
 if ARGV[11] ~= '' then
   redis.call('HDEL', KEYS[4], ARGV[11])
   redis.call('ZREM', KEYS[5], ARGV[11])
@@ -14,6 +24,7 @@ end
 local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'tag', 'owner', 'runs', 'claimed_at', 'task', 'suspect', 'suspect_since')
 if not job[1] then
   redis.call('SREM', KEYS[2], id)
+  store_result()
   return -1
 end
 if job[1] == to and job[2] == ARGV[2] and (job[3] or '') == tag and (job[4] or '') == owner then return 1 end
@@ -50,7 +61,10 @@ if raw and ARGV[8] ~= '' then
   run.ended, run.how, run.error = now, ARGV[8], ARGV[9] ~= '' and ARGV[9] or nil
   redis.call('HSET', KEYS[1], 'run:' .. job[5], cjson.encode(run))
 end
-if to == 'finishing' then return 1 end
+if to == 'finishing' then
+  store_result()
+  return 1
+end
 
 redis.call('SREM', KEYS[2], id)
 if to == 'admitted' then
@@ -77,4 +91,5 @@ if to ~= 'expired' and tonumber(job[6]) and job[7] then
   local took, before = (now - job[6]) / 1000, tonumber(redis.call('HGET', KEYS[6], job[7]))
   redis.call('HSET', KEYS[6], job[7], string.format('%.3f', before and 0.8 * before + 0.2 * took or took))
 end
+store_result()
 return 1

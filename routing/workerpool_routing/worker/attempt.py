@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from workerpool_routing import ledger
 from workerpool_routing.connection import Connection, unavailable_when_down
-from workerpool_routing.ledger import Claim, Job, Move, State
+from workerpool_routing.ledger import Claim, Job, Move, Result, State
 from workerpool_routing.policy import PolicySource
 from workerpool_routing.wire import HEADER, MESSAGE_LIMIT_BYTES, Keyspace, Policy
 from workerpool_routing.worker.transport import give_back
@@ -139,6 +139,10 @@ class Attempt:
     def settle(self, before: State, after: State, *, how: str = "", error: str = "") -> bool:
         """Enter the next state; False when another attempt counts by now."""
         return self._settle(before, after, self.tag, self.life.owner, how=how, error=error)
+
+    def finish(self, result: Result, *, after: State) -> bool:
+        """Store what the job came to and enter the next state, in one step; False when another attempt counts by now."""
+        return self._settle(State.CLAIMED, after, self.tag, self.life.owner, how="done", result=result)
 
     def retry(self, message: str, queue: str) -> None:
         """Wait for the retry that its author has asked for; the sweep looks for its message if it went to the tier's queue."""

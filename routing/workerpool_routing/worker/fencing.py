@@ -25,6 +25,7 @@ from workerpool_routing.ledger import Claim, Job, Move, State
 from workerpool_routing.message import serialise
 from workerpool_routing.wire import Policy
 from workerpool_routing.worker.attempt import Attempt, Outcome, WorkerLife
+from workerpool_routing.worker.results import beside_ledger
 from workerpool_routing.worker.transport import settled
 
 logger = logging.getLogger("workerpool_routing.worker")
@@ -87,6 +88,10 @@ def _back_to_the_queue_without_redis() -> Iterator[None]:
         raise Reject(str(unavailable), requeue=True) from unavailable
 
 
+class Dropped(Ignore):
+    """Raised where an attempt does not count: what its job comes to is another's to say."""
+
+
 class FencedTask(Task):
     """Runs in the pool's child: claims before the author's code, is finishing after it, and falls back when it raises.
 
@@ -100,6 +105,11 @@ class FencedTask(Task):
     fallback_on_failure: bool | tuple[type[Exception], ...]
     fallback_on_loss: bool
 
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        """The author's own hook belongs to the attempt: it runs after the claim, and when it raises the attempt has failed."""
+        if self._attempt() is None:
+            super().before_start(task_id, args, kwargs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         attempt = None if hasattr(self.request, _RETRIES) else self._attempt()  # a task may call itself
         if attempt is None:
@@ -111,7 +121,7 @@ class FencedTask(Task):
             case Claim.RUN:
                 return self._run(attempt, *args, **kwargs)
             case Claim.UNKNOWN:
-                return super().__call__(*args, **kwargs)
+                return self._start(*args, **kwargs)
             case Claim.POISON:
                 raise JobLost(f"the workers that ran {self.name} on tier {self.life.tier} were lost each time; not run again")
             case _:
@@ -119,7 +129,7 @@ class FencedTask(Task):
 
     def _run(self, attempt: Attempt, *args: Any, **kwargs: Any) -> Any:
         try:
-            result = super().__call__(*args, **kwargs)
+            result = self._start(*args, **kwargs)
         except Retry:
             self._close(partial(attempt.retry, *(getattr(self.request, _RETRIES) or [("", "")])[-1]))
             raise
@@ -142,10 +152,24 @@ class FencedTask(Task):
             # As it is, it would take down a child, or a whole worker that runs its tasks itself.
             raise TaskExited(f"{self.name} asked to exit: {error!r}") from error
         with _back_to_the_queue_without_redis():
-            counts = attempt.settle(State.CLAIMED, State.FINISHING, how="done")
+            counts = self._finish(attempt, result)
         if not counts:
             raise self._dropped(attempt, "it was taken over")
         return result
+
+    def _start(self, *args: Any, **kwargs: Any) -> Any:
+        super().before_start(self.request.id, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def _finish(self, attempt: Attempt, result: Any) -> bool:
+        """End the attempt with its result, or be finishing until Celery has stored it; False when it counts no more."""
+        stored = beside_ledger(self, result, self.life.connection.client)
+        if stored is None:
+            return attempt.settle(State.CLAIMED, State.FINISHING, how="done")
+        # Its part in a chord is to follow, and is caught up with by whoever gets the message if this child dies before.
+        counts = attempt.finish(stored, after=State.FINISHING if self.request.chord else State.DONE)
+        self.request.ignore_result = True  # it is there
+        return counts
 
     def _failed(self, attempt: Attempt, error: BaseException) -> None:
         """Return if the failure is final; else leave the job to whoever has it now."""
@@ -162,9 +186,9 @@ class FencedTask(Task):
         rule = self.fallback_on_failure
         return ledger.after_failure if rule is True or (rule and isinstance(error, rule)) else _stay
 
-    def _dropped(self, attempt: Attempt, why: str) -> Ignore:
+    def _dropped(self, attempt: Attempt, why: str) -> Dropped:
         logger.warning("dropped task_id=%s task=%s attempt=%d: %s", attempt.task_id, self.name, attempt.number, why)
-        return Ignore(why)
+        return Dropped(why)
 
     def _stored_result(self) -> str:
         """The final state that an attempt stored before it was cut off; its part in a chord, which comes after, is done now."""
@@ -220,6 +244,8 @@ class FencedRequest:
         again = partial(self.on_failure, exc_info, send_failed_event, return_ok)
         if attempt and lost and self._dealt_with(attempt, ledger.after_loss, "lost", error, again):
             return None
+        if attempt and isinstance(error, Ignore) and not isinstance(error, Dropped):  # the child may not have reached the ledger
+            self._settle_soon(partial(attempt.settle, State.CLAIMED, State.DONE, how="ignored"))
         self._outcome = State.FAILED
         return super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc]
 
