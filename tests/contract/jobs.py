@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
+import traceback
 from typing import Any
 
 from celery import Celery, signals
@@ -69,6 +71,33 @@ def soft_limited(endings: dict[str, str]) -> str:
     return TIER
 
 
+def hold_redis() -> None:
+    """Let Redis take nothing for 3 s, and a soft time limit strike while this child asks the ledger something meanwhile.
+
+    The signal is the pool's own; the main process, which would send it, may be waiting for Redis as well.
+    """
+    child, held_until = threading.main_thread().ident or 0, time.monotonic() + 3
+
+    def strike() -> None:
+        while time.monotonic() < held_until:
+            stack = traceback.walk_stack(sys._current_frames()[child])
+            if any(frame.f_globals["__name__"] == "workerpool_routing.connection" for frame, _ in stack):
+                signal.pthread_kill(child, signal.SIGUSR1)
+                return
+            time.sleep(0.01)
+
+    app.backend.client.client_pause(3000, all=False)
+    threading.Thread(target=strike, daemon=True).start()
+
+
+@app.task  # type: ignore[untyped-decorator]
+def late(endings: dict[str, str]) -> str:
+    """Return the tier's name, to a ledger that keeps it waiting where there is an accelerator and the job says so."""
+    if endings.get(TIER) == "hold":
+        hold_redis()
+    return TIER
+
+
 @app.task(bind=True, max_retries=3)  # type: ignore[untyped-decorator]
 def retried(self: Any, times: int, seconds: float = 0) -> tuple[str, int]:
     """Take some time, ask for some retries, then return the tier and the count."""
@@ -76,6 +105,33 @@ def retried(self: Any, times: int, seconds: float = 0) -> tuple[str, int]:
     if self.request.retries < times:
         raise self.retry(countdown=0)
     return TIER, self.request.retries
+
+
+@app.task(bind=True)  # type: ignore[untyped-decorator]
+def retried_late(self: Any) -> None:
+    """Ask for a retry when the gate is open, on an accelerator; fail elsewhere."""
+    if TIER == "gpu":
+        end("gate")
+        raise self.retry(countdown=0)
+    raise ValueError("asked to fail")
+
+
+class CutOff(app.Task):  # type: ignore[name-defined,misc]
+    """A task whose worker is killed as soon as its failure is stored, where the job says so."""
+
+    abstract = True
+
+    def on_failure(self, _exc: Any, _task_id: str, args: Any, _kwargs: Any, _einfo: Any) -> None:
+        """Kill all processes of the worker."""
+        if args[0].get("after") == "kill":
+            os.killpg(0, signal.SIGKILL)
+
+
+@app.task(base=CutOff, track_started=True)  # type: ignore[untyped-decorator]
+def tracked(endings: dict[str, str]) -> str:
+    """A task that says when it has started."""
+    end(endings.get(TIER, "return"))
+    return TIER
 
 
 class Based(app.Task):  # type: ignore[name-defined,misc]
@@ -108,8 +164,10 @@ def factorial(n: int) -> int:
 
 @signals.task_prerun.connect  # type: ignore[untyped-decorator]
 def die_before_the_claim(task_id: str, args: Any, **_: Any) -> None:
-    """Kill the child before the fence, once or at every start, when the job's first argument says so."""
+    """Kill the child before the fence, once or at every start, or hold Redis, when the job's first argument says so."""
     where = args[0].get("before") if args and isinstance(args[0], dict) else None
+    if where == "hold" and app.backend.client.set(f"held:{task_id}", 1, nx=True):
+        hold_redis()
     if where == "always" or (where == TIER and app.backend.client.set(f"died:{task_id}", 1, nx=True)):
         os.kill(os.getpid(), signal.SIGKILL)
 

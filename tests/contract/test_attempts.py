@@ -25,7 +25,7 @@ from workerpool_operator.ports import Pool
 from workerpool_routing import Reason
 from workerpool_routing.ledger import State
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,16 @@ def test_an_accelerated_attempt_over_its_time_limit_runs_once_more_on_the_plain_
     decision = submit(two_tiers, getattr(two_tiers, task), {"gpu": "hang"})
     assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "cpu"
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
+
+
+@pytest.mark.parametrize("endings", [{"before": "hold"}, {"gpu": "hold"}], ids=["before it began", "after it returned"])
+def test_a_soft_time_limit_that_strikes_while_the_ledger_is_asked_costs_no_outcome(
+    two_tiers: ModuleType, endings: dict[str, str]
+) -> None:
+    decision = submit(two_tiers, two_tiers.late, endings)
+    # Redis may have done what was asked of it although nobody heard the answer.
+    assert outcome(two_tiers, decision.task_id) in [(State.DONE, {"gpu": 1}), (State.DONE, {"gpu": 1, "cpu": 1})]
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == two_tiers.pool.job(decision.task_id).tier
 
 
 def test_a_job_that_succeeds_runs_once_and_keeps_its_authors_hooks(two_tiers: ModuleType) -> None:
@@ -147,6 +157,32 @@ def test_an_authors_hook_that_raises_before_the_task_fails_its_attempt(two_tiers
     with pytest.raises(ValueError, match="refused on cpu"):
         two_tiers.app.AsyncResult(decision.task_id).get(timeout=20)
     assert outcome(two_tiers, decision.task_id) == (State.FAILED, {"gpu": 1, "cpu": 1})
+
+
+@pytest.mark.parametrize("admitted", [True, False])
+def test_a_task_that_tracks_its_start_says_so_once_it_may_run(two_tiers: ModuleType, admitted: bool) -> None:
+    task, endings, client = two_tiers.tracked, {"cpu": "gate"}, two_tiers.app.backend.client
+    sent = two_tiers.pool.submit(task, (endings,)).task_id if admitted else task.apply_async((endings,), queue="cpu-jobs").id
+    result = two_tiers.app.AsyncResult(sent)
+    until(lambda: result.state == "STARTED", "it says that it has started")
+    assert result.info["hostname"] == "cpu-a@test"
+    client.set("gate", "open")
+    assert result.get(timeout=20) == "cpu"
+    client.delete("gate")
+
+
+def test_a_copy_of_a_message_does_not_start_a_job_again_that_has_failed(two_tiers: ModuleType) -> None:
+    client = two_tiers.pool.connection.client
+    with parked(two_tiers, "cpu-a"):
+        failed = two_tiers.pool.submit(two_tiers.tracked, ({"cpu": "raise"},))
+        copy = until(lambda: client.lindex("cpu-jobs", 0), "it waits")
+    assert outcome(two_tiers, failed.task_id) == (State.FAILED, {"cpu": 1})
+    with parked(two_tiers, "cpu-a"):
+        behind = two_tiers.pool.submit(two_tiers.work, ({},))
+        client.rpush("cpu-jobs", copy)
+    assert outcome(two_tiers, behind.task_id) == (State.DONE, {"cpu": 1})
+    assert two_tiers.app.AsyncResult(failed.task_id).state == "FAILURE"
+    assert outcome(two_tiers, failed.task_id) == (State.FAILED, {"cpu": 1})
 
 
 def test_a_result_that_nobody_wants_is_not_stored(two_tiers: ModuleType) -> None:
@@ -257,6 +293,15 @@ async def take_over_the_lost(url: str, tier: str) -> list[str]:
         await broker.close()
 
 
+async def swept(url: str) -> list[str]:
+    """What the operator finds that fell between the steps."""
+    broker = RedisBroker(asyncio.Event())
+    try:
+        return list(await broker.sweep(url, operator_pool(url)))
+    finally:
+        await broker.close()
+
+
 def taken_over(url: str, task_id: str) -> list[str]:
     """What is said of that job; workers of other tests may be lost too."""
     return [sentence for sentence in asyncio.run(take_over_the_lost(url, "gpu")) if task_id in sentence]
@@ -331,6 +376,39 @@ def test_a_process_that_is_stopped_between_the_end_of_a_task_and_its_result_stor
         assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "cpu"
         client.delete("gate")
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
+
+
+def test_a_zombie_that_asks_for_a_retry_leaves_the_result_as_it_is(
+    url: str, two_tiers: ModuleType, tmp_path: Path, short_life: float
+) -> None:
+    client, log = two_tiers.app.backend.client, tmp_path / "gpu-wavers.log"
+    with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-wavers", tmp_path) as zombie:
+        decision = submit(two_tiers, two_tiers.retried_late)
+        claimed(two_tiers, decision.task_id)
+        os.killpg(zombie.pid, signal.SIGSTOP)
+        until(lambda: taken_over(url, decision.task_id), "it is taken over", 60)
+        assert outcome(two_tiers, decision.task_id) == (State.FAILED, {"gpu": 1, "cpu": 1})
+        client.set("gate", "open")
+        os.killpg(zombie.pid, signal.SIGCONT)
+        until(lambda: "it was taken over" in log.read_text(), "the zombie noticed")
+        until(lambda: "its delivery is ended" in log.read_text(), "its retry is dropped", 60)
+        client.delete("gate")
+    assert two_tiers.app.AsyncResult(decision.task_id).state == "FAILURE"
+    assert outcome(two_tiers, decision.task_id) == (State.FAILED, {"gpu": 1, "cpu": 1})
+
+
+def test_a_worker_that_dies_between_a_stored_failure_and_its_acknowledgement_has_failed_the_job(
+    url: str, two_tiers: ModuleType, tmp_path: Path, short_life: float
+) -> None:
+    with parked(two_tiers, "cpu-a"), worker(url, "cpu", "cpu-jobs", "cpu-cut", tmp_path) as doomed:
+        decision = two_tiers.pool.submit(two_tiers.tracked, ({"cpu": "raise", "after": "kill"},))
+        doomed.wait(60)
+        assert two_tiers.pool.job(decision.task_id).state is State.FINISHING
+        assert two_tiers.app.AsyncResult(decision.task_id).state == "FAILURE"
+
+    until(lambda: decision.task_id in "".join(asyncio.run(swept(url))), "it is delivered again", 40)
+    assert outcome(two_tiers, decision.task_id) == (State.FAILED, {"cpu": 1})
+    assert two_tiers.app.AsyncResult(decision.task_id).state == "FAILURE"
 
 
 def test_an_ignore_whose_end_does_not_get_through_is_entered_as_soon_as_redis_takes_it(

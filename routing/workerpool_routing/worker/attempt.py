@@ -144,11 +144,14 @@ class Attempt:
         """Store what the job came to and enter the next state, in one step; False when another attempt counts by now."""
         return self._settle(State.CLAIMED, after, self.tag, self.life.owner, how="done", result=result)
 
-    def retry(self, message: str, queue: str) -> None:
-        """Wait for the retry that its author has asked for; the sweep looks for its message if it went to the tier's queue."""
+    def retry(self, message: str, queue: str) -> bool:
+        """Wait for the retry that its author has asked for; the sweep looks for its message if it went to the tier's queue.
+
+        False when another attempt counts by now, be it that retry, which somebody has claimed already.
+        """
         tier = self.life.policy.tier(self.life.tier)
         kept = bool(tier and tier.queue == queue and len(message) <= MESSAGE_LIMIT_BYTES)
-        self._settle(
+        return self._settle(
             State.CLAIMED, State.ADMITTED, self.tag, self.life.owner, how="retry", retries=self.retries + 1,
             message=message if kept else "", queue=queue,
         )  # fmt: skip

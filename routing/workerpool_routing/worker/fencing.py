@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -10,9 +11,10 @@ from signal import SIGTERM
 from typing import TYPE_CHECKING, Any
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
-from billiard.exceptions import TimeLimitExceeded, WorkerLostError
+from billiard.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
 from celery import Task, states
 from celery._state import get_current_task
+from celery.app.task import get_actual_ignore_result
 from celery.backends.base import DisabledBackend
 from celery.exceptions import Ignore, Reject, Retry, WorkerShutdown, WorkerTerminate
 from celery.utils.imports import symbol_by_name
@@ -56,8 +58,9 @@ def fence(task: Task, child: WorkerLife, main: WorkerLife) -> None:
     own = type(task)
     rules = {name: getattr(task, name, True) for name in ("fallback_on_failure", "fallback_on_loss")}
     request = type("FencedRequest", (FencedRequest, own_request), {"life": main})
-    names = {"__module__": own.__module__, "life": child, "Request": request, **rules}
+    names = {"__module__": own.__module__, "life": child, "Request": request, "tracks_started": task.track_started, **rules}
     task.__class__ = type(own.__name__, (FencedTask, own), names)
+    task.track_started = False  # Celery would say so before the claim, over the result of a job that has ended
     task.acks_late = True
 
 
@@ -98,24 +101,26 @@ class FencedTask(Task):
     Attributes:
         fallback_on_failure: the task's own rule: False, or the only exceptions after which another tier may help.
         fallback_on_loss: False keeps its jobs on their tier when a worker is lost.
+        tracks_started: whether the state STARTED is stored, as its author's ``track_started`` says.
     """
 
     abstract = True
     life: WorkerLife
+    tracks_started: bool
     fallback_on_failure: bool | tuple[type[Exception], ...]
     fallback_on_loss: bool
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
         """The author's own hook belongs to the attempt: it runs after the claim, and when it raises the attempt has failed."""
         if self._attempt() is None:
-            super().before_start(task_id, args, kwargs)
+            self._begin(task_id, args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         attempt = None if hasattr(self.request, _RETRIES) else self._attempt()  # a task may call itself
         if attempt is None:
             return super().__call__(*args, **kwargs)
         setattr(self.request, _RETRIES, [])
-        with _back_to_the_queue_without_redis():
+        with self._asking(attempt):
             answer = attempt.claim(self._stored_result)
         match answer:
             case Claim.RUN:
@@ -130,15 +135,16 @@ class FencedTask(Task):
     def _run(self, attempt: Attempt, *args: Any, **kwargs: Any) -> Any:
         try:
             result = self._start(*args, **kwargs)
-        except Retry:
-            self._close(partial(attempt.retry, *(getattr(self.request, _RETRIES) or [("", "")])[-1]))
+        except Retry as asked:
+            if self._close(attempt, partial(attempt.retry, *(getattr(self.request, _RETRIES) or [("", "")])[-1])) is False:
+                raise self._dropped(attempt, "it was taken over") from asked
             raise
         except Reject as rejected:
             after = State.ADMITTED if rejected.requeue else State.FAILED
-            self._close(partial(attempt.settle, State.CLAIMED, after, how="rejected"))
+            self._close(attempt, partial(attempt.settle, State.CLAIMED, after, how="rejected"))
             raise
         except Ignore:
-            self._close(partial(attempt.settle, State.CLAIMED, State.DONE, how="ignored"))
+            self._close(attempt, partial(attempt.settle, State.CLAIMED, State.DONE, how="ignored"))
             raise
         except (WorkerShutdown, WorkerTerminate):  # the solo pool: the worker itself is told to end
             raise
@@ -151,15 +157,32 @@ class FencedTask(Task):
             self._failed(attempt, error)
             # As it is, it would take down a child, or a whole worker that runs its tasks itself.
             raise TaskExited(f"{self.name} asked to exit: {error!r}") from error
-        with _back_to_the_queue_without_redis():
+        with self._asking(attempt):
             counts = self._finish(attempt, result)
         if not counts:
             raise self._dropped(attempt, "it was taken over")
         return result
 
     def _start(self, *args: Any, **kwargs: Any) -> Any:
-        super().before_start(self.request.id, args, kwargs)
+        self._begin(self.request.id, args, kwargs)
         return super().__call__(*args, **kwargs)
+
+    def _begin(self, task_id: str, args: Any, kwargs: Any) -> None:
+        request = self.request
+        if self.tracks_started and not request.is_eager and not get_actual_ignore_result(self, request):
+            meta = {"pid": os.getpid(), "hostname": request.hostname}
+            self.backend.store_result(task_id, meta, states.STARTED, request=request)
+        super().before_start(task_id, args, kwargs)
+
+    @contextmanager
+    def _asking(self, attempt: Attempt) -> Iterator[None]:
+        """A soft time limit that strikes while the ledger is asked is a failure like one that strikes in the author's code."""
+        try:
+            with _back_to_the_queue_without_redis():
+                yield
+        except SoftTimeLimitExceeded as late:
+            self._failed(attempt, late)
+            raise
 
     def _finish(self, attempt: Attempt, result: Any) -> bool:
         """End the attempt with its result, or be finishing until Celery has stored it; False when it counts no more."""
@@ -173,7 +196,7 @@ class FencedTask(Task):
 
     def _failed(self, attempt: Attempt, error: BaseException) -> None:
         """Return if the failure is final; else leave the job to whoever has it now."""
-        with _back_to_the_queue_without_redis():
+        with self._asking(attempt):
             outcome = attempt.end(self.rule_after(error), "failed", repr(error))
         if outcome is Outcome.FINAL:
             return
@@ -203,12 +226,15 @@ class FencedTask(Task):
             self.backend.on_chord_part_return(request, state, meta["result"])
         return state
 
-    def _close(self, settle: Callable[[], object]) -> None:
-        try:
-            settle()
-        except PoolUnavailable as unavailable:
-            # What the attempt came to stands in Celery already: an error here would turn it into another outcome.
-            logger.warning("not closed task_id=%s task=%s: %s", self.request.id, self.name, unavailable)
+    def _close(self, attempt: Attempt, settle: Callable[[], bool]) -> bool | None:
+        """What ``settle`` answers; None when the ledger did not."""
+        with self._asking(attempt):
+            try:
+                return settle()
+            except PoolUnavailable as unavailable:
+                # What the attempt came to stands in Celery already: an error here would turn it into another outcome.
+                logger.warning("not closed task_id=%s task=%s: %s", self.request.id, self.name, unavailable)
+                return None
 
     def _attempt(self) -> Attempt | None:
         request = self.request
