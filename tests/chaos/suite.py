@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from random import Random
 from typing import Any
 
 from tests.chaos import drains
-from tests.chaos.parts import KEYS, Line, Server, Worker, end, job, publish, start_sweep, sweeping
+from tests.chaos.parts import KEYS, Line, Server, Worker, end, guardian, job, publish, start_sweep, sweeping
 
 from workerpool_routing.ledger import State
 
@@ -302,7 +302,7 @@ def under(seed: str, fault: Fault, name: str, times: int, pause: float) -> Row:
             time.sleep(stage.dice.uniform(0.2, pause))
             fault(stage)
         row = stage.judge(name, times, stage.drain(30))
-        row.note = "each sweep first watches for a presence life" if fault is reaper_killed else ""
+        row.note = NOT_WITHIN.get(fault, "")
         return row
 
 
@@ -319,6 +319,12 @@ def redis_emptied(seed: str, times: int) -> Row:
         stage.publish(20, 0.1)
         return stage.judge("Redis restarted, kept nothing", times, stage.drain(30), forgotten)
 
+
+NOT_WITHIN: Mapping[Fault, str] = {
+    reaper_killed: "each sweep first watches for a presence life",
+    redis_paused: "the pause, and a presence life after it, are in it",
+}
+"""Why a job is not taken over as soon as usual."""
 
 FAULTS: Sequence[tuple[Fault, str, float]] = (
     (child_killed, "child SIGKILL", 1.0),
@@ -341,7 +347,7 @@ SIZES = {"short": (2_000, 3, 1), "full": (45_000, 25, 5), "long": (90_000, 50, 2
 SIDE_BY_SIDE = 4
 """How many rows are looked at at once, each in a Redis and with workers of its own: most of their time is waiting."""
 
-POOLS = 4
+POOLS = 5
 """How many pools are scaled down at once: most of that time is waiting too, for what busy workers still have to do."""
 
 
@@ -355,8 +361,10 @@ def run(size: str, seed: str) -> list[Row]:
         print("| " + " | ".join(row.cells()) + " |", flush=True)
 
     print("| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS), flush=True)
-    show(flood(seed, jobs, kills, plain=True))
-    show(flood(seed, jobs, kills, plain=False))
+    guardian()  # one for all threads
+    with ThreadPoolExecutor(2) as pool:
+        for row in pool.map(lambda plain: flood(seed, jobs, kills, plain=plain), (True, False)):
+            show(row)
     quick = {child_killed, worker_killed, redis_restarted, line_cut}
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         coming = [pool.submit(scaled_down, 40 * times), pool.submit(redis_emptied, seed, times)] if size != "short" else []
@@ -365,8 +373,8 @@ def run(size: str, seed: str) -> list[Row]:
             for fault, name, pause in FAULTS
             if size != "short" or fault in quick
         ]
-        for row in as_completed(coming):
-            show(row.result())
+        for done in as_completed(coming):
+            show(done.result())
     return rows
 
 
