@@ -322,7 +322,7 @@ def redis_emptied(seed: str, times: int) -> Row:
 
 NOT_WITHIN: Mapping[Fault, str] = {
     reaper_killed: "each sweep first watches for a presence life",
-    redis_paused: "the pause, and a presence life after it, are in it",
+    redis_paused: "the pauses are in it",
 }
 """Why a job is not taken over as soon as usual."""
 
