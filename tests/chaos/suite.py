@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ from typing import Any
 from tests.chaos import drains
 from tests.chaos.parts import KEYS, Line, Server, Worker, end, guardian, job, publish, start_sweep, sweeping
 
-from workerpool_routing.ledger import State
+from workerpool_routing.ledger import Run, State
 
 
 @dataclass
@@ -74,8 +75,8 @@ class Scene:
     leaving: list[Worker] = field(default_factory=list)
     sweeps: list[Any] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    """When workers or children were killed or stopped, by Redis's clock, in seconds."""
+    losses: list[tuple[str, float]] = field(default_factory=list)
+    """Which workers were killed or stopped, or had their children killed, and when, by Redis's clock, in seconds."""
 
     @property
     def url(self) -> str:
@@ -91,15 +92,28 @@ class Scene:
             self.ids += publish(client, count, seconds, how, plain=self.plain)
 
     def of(self, tier: str) -> Worker:
-        return self.dice.choice([w for w in self.workers if w.tier == tier and w.process.poll() is None])
+        """A worker that is at work; if none is for a while, or it is plain Celery and does not say, one that is up."""
+        began = time.monotonic()
+        while (waited := time.monotonic() - began) < 60:
+            up = [w for w in self.workers if w.tier == tier and w.process.poll() is None and w.children()]
+            chosen = [w for w in up if w.name in self.busy(tier)] or (up if self.plain or waited > 10 else [])
+            if chosen:
+                return self.dice.choice(chosen)
+            time.sleep(0.05)
+        raise TimeoutError(f"no worker of tier {tier} has come up within 60 s")
 
-    def note_loss(self) -> None:
+    def busy(self, tier: str) -> set[str]:
+        with self.server.client() as client:
+            reports = map(json.loads, client.hvals(KEYS.presence(tier)))
+            return {report["worker"] for report in reports if report["busy"]}
+
+    def note_loss(self, worker: Worker) -> None:
         with self.server.client() as client:
             seconds, micros = client.time()
-        self.losses.append(seconds + micros / 1e6)
+        self.losses.append((worker.name, seconds + micros / 1e6))
 
     def replace(self, worker: Worker, slots: int = 1) -> None:
-        self.note_loss()
+        self.note_loss(worker)
         worker.kill()
         self.workers.remove(worker)
         self.start(worker.tier, slots)
@@ -135,9 +149,12 @@ class Scene:
                     return missing
             time.sleep(0.5)
 
-    def since_loss(self, began: int, again: int) -> float:
-        """Seconds from the death in between to the next start."""
-        return min(again / 1000 - at for at in [*self.losses, began / 1000] if began / 1000 <= at <= again / 1000)
+    def since_loss(self, lost: Run, again: int) -> float:
+        """Seconds from the death of its worker to the next start; from its own start where it killed the worker itself."""
+        began, end = lost.began / 1000, again / 1000
+        return end - min(
+            (at for name, at in self.losses if lost.owner.startswith(f"{name}.") and began <= at <= end), default=began
+        )
 
     def judge(self, fault: str, times: int, lost: set[str], forgotten: int = 0) -> Row:
         with self.server.client() as client:
@@ -150,7 +167,7 @@ class Scene:
                 given_back = sum(run.how in ("given back", "done") for run in runs[:-1])
                 starts = entry.starts if entry else {}
                 overstarted += starts.get("gpu", 0) > 1 + given_back or starts.get("cpu", 0) > 2 + given_back
-                recovery += [self.since_loss(a.began, b.began) for a, b in pairwise(runs) if a.how == "lost"]
+                recovery += [self.since_loss(a, b.began) for a, b in pairwise(runs) if a.how == "lost"]
         return Row(fault, times, len(self.ids), len(lost), doubled, overstarted, forgotten, recovery)
 
 
@@ -221,8 +238,9 @@ Fault = Callable[[Scene], None]
 
 
 def child_killed(stage: Scene) -> None:
-    stage.note_loss()
-    for pid in stage.of("gpu").children():
+    worker = stage.of("gpu")
+    stage.note_loss(worker)
+    for pid in worker.children():
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
@@ -233,7 +251,7 @@ def worker_killed(stage: Scene) -> None:
 
 def worker_stopped(stage: Scene) -> None:
     worker = stage.of("gpu")
-    stage.note_loss()
+    stage.note_loss(worker)
     worker.signal(signal.SIGSTOP)
     time.sleep(14)
     worker.signal(signal.SIGCONT)
