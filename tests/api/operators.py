@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 SAMPLE = Path(__file__).parents[2] / "manifests" / "samples" / "workerpool.yaml"
 COMMAND = [str(Path(sys.executable).with_name("workerpool")), "run"]
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
+"""For what is bound to happen: long, because the machine may be busy with other things."""
 
-COLLECTOR_SECONDS = 60.0
+COLLECTOR_SECONDS = 120.0
 """A young control plane's garbage collector looks for new kinds, such as WorkerPools, only every 30 s."""
 
 Object = dict[str, Any]
@@ -60,7 +61,7 @@ class Operator:
         return self.wait()
 
     def wait(self) -> int:
-        return self._process.wait(10)
+        return self._process.wait(PATIENCE_SECONDS)
 
     @property
     def pid(self) -> int:

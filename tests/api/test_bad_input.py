@@ -18,11 +18,11 @@ from tests.api.test_operator import set_status
 
 from workerpool_operator.main import RELIST_SECONDS
 
-pytestmark = [pytest.mark.api, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
 
 TROUBLE_SECONDS = 15
 
-CONTROLLER_SECONDS = 60.0
+CONTROLLER_SECONDS = 90.0
 """The ReplicaSet controller tries a refused pod again with growing pauses."""
 
 

@@ -15,7 +15,7 @@ import pytest
 from e2e.cluster.control_plane import ControlPlane, ControlPlaneFailed
 from tests.api.conftest import Kubectl
 
-pytestmark = pytest.mark.api
+pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ import pytest
 from redis import Redis
 from tests.api.operators import Namespace
 
-pytestmark = pytest.mark.api
+pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
 
 WORKERPOOL = str(Path(sys.executable).with_name("workerpool"))
 
@@ -31,7 +31,6 @@ def sentences(ml: Namespace) -> list[str]:
     return [*(f"{tier['reason']}  {tier['message']}" for tier in status["tiers"]), *conditions]
 
 
-@pytest.mark.timeout(120)
 def test_the_sentences_of_the_status_and_the_answer_of_admission_are_one_screen(ml: Namespace) -> None:
     ml.kubectl("create", "secret", "generic", "redis", f"--from-literal=url={ml.redis_url}")
     ml.create_pool(broker={"urlFrom": {"secretKeyRef": {"name": "redis", "key": "url"}}})
@@ -64,7 +63,6 @@ def test_a_pool_that_is_not_there_is_named(ml: Namespace) -> None:
         assert f"has no WorkerPool {meant}; kubectl get wp -A lists those that it has" in said.stderr
 
 
-@pytest.mark.timeout(120)
 def test_advice_is_the_sentence_of_the_deed_and_nothing_is_written(ml: Namespace) -> None:
     ml.create_pool(mode="Advisory")
     ml.publish("gpu", 3)

@@ -27,7 +27,7 @@ from workerpool_operator.kube.lease import Candidate
 from workerpool_operator.local.guardian import Guardian
 from workerpool_operator.local.redis_server import private_redis
 
-pytestmark = [pytest.mark.api, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
 
 TAKEOVER_SECONDS = 15.0
 Start = Callable[[], Operator]
@@ -116,14 +116,14 @@ def test_a_standby_is_ready_and_does_nothing(ml: Namespace, start: Callable[[], 
     assert {request.path.rpartition("/")[2] for request in standby.proxy.requests} == {"v1alpha1", "leases", "celery-workerpool"}
 
 
-def test_after_a_kill_the_standby_acts_within_15_s(ml: Namespace, start: Start) -> None:
+def test_after_a_kill_the_standby_leads_within_15_s_and_acts(ml: Namespace, start: Start) -> None:
     standby = second(ml, start)
     ml.operator.end(signal.SIGKILL)
     killed = time.monotonic()
     ml.publish("gpu", 2)
-    eventually(lambda: ml.replicas() == {"media-gpu": 2, "media-cpu": 1}, standby, 2 * TAKEOVER_SECONDS)
+    eventually(standby.leads, standby)
     assert time.monotonic() - killed < TAKEOVER_SECONDS
-    assert standby.leads()
+    eventually(lambda: ml.replicas() == {"media-gpu": 2, "media-cpu": 1}, standby)
 
 
 def test_a_leader_that_is_told_to_stop_hands_over_at_once(ml: Namespace, start: Start) -> None:

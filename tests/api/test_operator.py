@@ -23,7 +23,7 @@ from workerpool_operator.election import LEASE_SECONDS
 from workerpool_operator.local.guardian import Guardian
 from workerpool_operator.local.redis_server import private_redis
 
-pytestmark = pytest.mark.api
+pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
 
 CHART = Path(__file__).parents[2] / "charts" / "celery-workerpool"
 
@@ -161,7 +161,6 @@ def test_the_younger_of_two_pools_on_one_queue_is_held(ml: Namespace) -> None:
     assert ml.replicas().keys() == {"media-gpu", "media-cpu"}
 
 
-@pytest.mark.timeout(120)
 def test_another_autoscaler_is_named_and_not_fought(ml: Namespace) -> None:
     ml.create_pool()
     ml.settled()
@@ -175,7 +174,6 @@ def test_another_autoscaler_is_named_and_not_fought(ml: Namespace) -> None:
     ml.eventually(lambda: ml.condition("AutoscalerConflict")["status"] == "False")
 
 
-@pytest.mark.timeout(120)
 def test_a_deleted_pool_takes_along_its_deployments_and_what_it_published(ml: Namespace) -> None:
     ml.create_pool()
     ml.settled()

@@ -17,7 +17,7 @@ from tests.api.proxy import Request, proxy
 from workerpool_operator.local.guardian import Guardian
 from workerpool_operator.local.redis_server import RedisServer
 
-pytestmark = pytest.mark.api
+pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
 
 CHART = Path(__file__).parents[2] / "charts" / "celery-workerpool"
 NAME = "celery-workerpool"
@@ -59,7 +59,6 @@ def asked(request: Request) -> Right | None:
     return verb, f"{resource}/{subresource}" if subresource else resource
 
 
-@pytest.mark.timeout(180)
 def test_every_right_is_used_and_nothing_is_refused(
     namespace: str, kubeconfig: Path, kubectl: Kubectl, guardian: Guardian, redis_server: RedisServer, tmp_path: Path
 ) -> None:

@@ -140,7 +140,8 @@ class Site:
         tier["template"]["spec"]["initContainers"] = [{"name": "gate", "command": command, "volumeMounts": MOUNTS, **image}]
 
     def open(self, gate: str) -> None:
-        self._python("open", gate)
+        """Open a gate; tried again while a control plane that was restarted is not back yet."""
+        eventually(lambda: self._python("open", gate) is not None)
 
     def marks(self) -> list[str]:
         """The gates that are open, and ``ended-TIER`` where a held job came to its end there."""
