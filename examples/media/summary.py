@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -23,6 +23,7 @@ class Outcome:
         state: the last state that the ledger showed.
         tier: where it was then.
         starts: how often each tier started it.
+        attempt: which attempt it was then; the second is the fallback.
         correct: whether its result is the expected one.
     """
 
@@ -32,6 +33,7 @@ class Outcome:
     state: str
     tier: str
     starts: Mapping[str, int]
+    attempt: int
     correct: bool
 
     @property
@@ -51,11 +53,32 @@ class Outcome:
 
     @property
     def fell_back(self) -> bool:
-        """Was sent to a GPU and ended elsewhere."""
-        return self.first_tier == "gpu" and self.tier != "gpu"
+        """Failed or was lost on a GPU, and ran once more elsewhere."""
+        return self.attempt > 1
 
 
-def summarise(outcomes: Sequence[Outcome], peak: Mapping[str, int], final: Mapping[str, int], seconds: float) -> dict[str, Any]:
+@dataclass(slots=True)
+class Course:
+    """What happened to the pool.
+
+    Attributes:
+        drained: by tier, the workers that took nothing new before they left.
+        outage_seconds: how long there was no GPU, None before its end.
+        spilled: uploads that went to a CPU meanwhile because there was none.
+        moved: waiting jobs that were moved to a CPU meanwhile.
+        back_seconds: from the end of the outage until a job began on a GPU, None before.
+    """
+
+    drained: dict[str, set[str]] = field(default_factory=dict)
+    outage_seconds: float | None = None
+    spilled: int = 0
+    moved: int = 0
+    back_seconds: float | None = None
+
+
+def summarise(
+    outcomes: Sequence[Outcome], peak: Mapping[str, int], final: Mapping[str, int], course: Course, seconds: float
+) -> dict[str, Any]:
     """Count; ``peak`` and ``final`` are ready replicas by tier."""
     succeeded, failed = sum(o.succeeded for o in outcomes), sum(o.failed for o in outcomes)
     where = Counter(outcome.tier for outcome in outcomes)
@@ -68,6 +91,13 @@ def summarise(outcomes: Sequence[Outcome], peak: Mapping[str, int], final: Mappi
             "ran_twice_on_one_tier": sum(any(n > 1 for n in o.starts.values()) for o in outcomes),
         },
         "tiers": {tier: {"jobs": where[tier], "peak_replicas": peak[tier], "final_replicas": final[tier]} for tier in peak},
+        "drained": {tier: len(course.drained.get(tier, ())) for tier in peak},
+        "outage": {
+            "seconds": _rounded(course.outage_seconds),
+            "spilled": course.spilled,
+            "moved": course.moved,
+            "back_after": _rounded(course.back_seconds),
+        },
         "spilled": sum(o.spilled for o in outcomes),
         "fell_back": sum(o.fell_back for o in outcomes),
         "decision_ms_p50": round(median(o.decision_ms for o in outcomes), 2) if outcomes else None,
@@ -77,7 +107,7 @@ def summarise(outcomes: Sequence[Outcome], peak: Mapping[str, int], final: Mappi
 
 def problems(summary: Mapping[str, Any]) -> list[str]:
     """Everything that should have gone otherwise; nothing when every job took effect exactly once."""
-    jobs, gpu = summary["jobs"], summary["tiers"]["gpu"]
+    jobs, gpu, outage = summary["jobs"], summary["tiers"]["gpu"], summary["outage"]
     checks = [
         (jobs["submitted"] > 0, "no job was submitted"),
         (jobs["failed"] == 0, f"{jobs['failed']} jobs failed or have a wrong result"),
@@ -85,10 +115,17 @@ def problems(summary: Mapping[str, Any]) -> list[str]:
         (jobs["ran_twice_on_one_tier"] == 0, f"{jobs['ran_twice_on_one_tier']} jobs started twice on one tier"),
         (summary["spilled"] > 0, "no job spilled to the CPU tier"),
         (summary["fell_back"] > 0, "no job fell back to the CPU tier after its GPU worker was killed"),
+        (sum(summary["drained"].values()) > 0, "no worker was drained"),
+        (outage["seconds"] is not None and outage["spilled"] > 0, "no outage of the GPU tier sent a job to the CPU tier"),
+        (outage["back_after"] is not None, "no job ran on a GPU after the outage"),
         (gpu["peak_replicas"] > 0, "the GPU tier never left zero"),
         (gpu["final_replicas"] == 0, f"the GPU tier did not return to zero: {gpu['final_replicas']} left"),
     ]
     return [problem for good, problem in checks if not good]
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 1)
 
 
 def same(result: Any, expected: Mapping[str, Any]) -> bool:

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 from examples.media import demo
+from examples.media.scenes import bounded
 from PIL import Image
+
+from workerpool_operator import manifest
+from workerpool_operator.ports import Pool
 
 pytestmark = pytest.mark.unit
 
@@ -79,6 +83,15 @@ def test_a_folder_of_ones_own_is_used_without_what_is_not_media(picture: Path, t
     (tmp_path / "deeper").mkdir()
     shutil.copy(picture, tmp_path / "named-like-nothing")
     assert demo.usable(tmp_path) == {picture: "image", tmp_path / "named-like-nothing": "image"}
+
+
+def test_an_edit_of_the_maximum_is_a_new_generation_of_the_same_pool() -> None:
+    pool = manifest.parse(demo.RESOURCE.read_text())
+    assert isinstance(pool, Pool)
+    edited = bounded(pool, 1)
+    assert (edited.id, edited.generation) == (pool.id, pool.generation + 1)
+    assert [tier.replicas.max for tier in edited.spec.tiers] == [1, pool.spec.tiers[1].replicas.max]
+    assert bounded(edited, pool.spec.tiers[0].replicas.max).spec == pool.spec
 
 
 def test_only_as_many_files_are_measured_as_are_uploaded(picture: Path, tmp_path: Path) -> None:
