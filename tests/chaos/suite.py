@@ -43,8 +43,12 @@ class Row:
 
     @property
     def kept(self) -> bool:
-        late = max(self.recovery, default=0.0) > TAKEN_OVER_SECONDS and not self.note
-        return not (self.lost or self.doubled or self.overstarted or late)
+        """Whether every job had its one outcome, and no more starts than promised, however slow the machine is."""
+        return not (self.lost or self.doubled or self.overstarted)
+
+    @property
+    def late(self) -> bool:
+        return bool(self.recovery) and quantile(self.recovery, 0.99) > TAKEN_OVER_SECONDS and not self.note
 
     def cells(self) -> list[str]:
         p50, p99 = (f"{quantile(self.recovery, q):.1f}" if self.recovery else "" for q in (0.5, 0.99))
@@ -380,9 +384,8 @@ def run(size: str, seed: str) -> list[Row]:
 
     print("| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS), flush=True)
     guardian()  # one for all threads
-    with ThreadPoolExecutor(2) as pool:
-        for row in pool.map(lambda plain: flood(seed, jobs, kills, plain=plain), (True, False)):
-            show(row)
+    show(flood(seed, jobs, kills, plain=True))
+    show(flood(seed, jobs, kills, plain=False))
     quick = {child_killed, worker_killed, redis_restarted, line_cut}
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         coming = [pool.submit(scaled_down, 40 * times), pool.submit(redis_emptied, seed, times)] if size != "short" else []
@@ -403,8 +406,10 @@ def main(size: str) -> int:
     began = time.monotonic()
     rows = run(size, seed)
     broken = [row.fault for row in rows if not row.kept and "plain" not in row.fault]
-    print(f"\n{time.monotonic() - began:.0f} s; broken: {', '.join(broken) or 'nothing'}")
-    return int(bool(broken))
+    late = [row.fault for row in rows if row.late]
+    print(f"\n{time.monotonic() - began:.0f} s; broken: {', '.join(broken) or 'nothing'}; "
+          f"taken over later than {TAKEN_OVER_SECONDS} s: {', '.join(late) or 'nothing'}")  # fmt: skip
+    return int(bool(broken or late))
 
 
 if __name__ == "__main__":
