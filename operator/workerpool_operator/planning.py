@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import fmean
@@ -68,8 +69,11 @@ def plan(
         memory: what the last decisions returned, by tier name.
         now: seconds.
     """
-    plans = []
-    for tier in pool.spec.tiers:
+    plans: dict[str, TierPlan] = {}
+    decided: list[_Decided] = []
+    # A job orders where it waits, which is behind the tier that it wanted: what is ordered there has to be known first.
+    plain, accelerated = ([t for t in pool.spec.tiers if t.accelerated is kind] for kind in (False, True))
+    for tier in (*plain, *reversed(accelerated)):
         live, known = workers[tier.name], memory.get(tier.name, Memory())
         queue = None if isinstance(reading, Unavailable) else _bounded(reading, tier)
         bounds = scaling.Policy(tier.replicas.min, tier.replicas.max, tier.concurrency, pool.spec.scaling.target_wait_seconds)
@@ -80,7 +84,8 @@ def plan(
             # The minimum needs no reading: a Deployment that is not there is created with it.
             observed = scaling.Unread(max(live.desired, tier.replicas.min), reading)
         else:
-            observed = demand(_servable(queue, routing), live, reading.arrived(tier.name), now)
+            own = demand(_servable(queue, routing), live, reading.arrived(tier.name), now)
+            observed = _joint(own, bounds, known.scaling, decided, now)
         decision = scaling.decide(bounds, observed, known.scaling, now)
         if live.rival:
             why = f"the count is left to {live.rival}"
@@ -91,8 +96,40 @@ def plan(
             leaves = drain.held(live, decision.replicas, known.drain)
         else:
             leaves = drain.decide(decision.replicas, live, queue, reading.marked, reading.time, known.drain, now)
-        plans.append(TierPlan(tier, queue, live, decision, leaves, routing))
-    return plans
+        if isinstance(observed, scaling.Demand):
+            decided.append(_Decided(bounds, observed, decision))
+        plans[tier.name] = TierPlan(tier, queue, live, decision, leaves, routing)
+    return [plans[tier.name] for tier in pool.spec.tiers]
+
+
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """What a tier was asked for and what it will have."""
+
+    bounds: scaling.Policy
+    demand: scaling.Demand
+    decision: scaling.Decision
+
+
+def _joint(
+    own: scaling.Demand, bounds: scaling.Policy, memory: scaling.Memory, others: Sequence[_Decided], now: float
+) -> scaling.Demand:
+    """The demand of a tier beside those that hold what spilled from it: no job orders two slots, none orders none.
+
+    A spilled job has ordered where it waits, and orders here only if it would start sooner on a worker that is ordered here now.
+    Those that run elsewhere count by their work, in slots of this tier; until both lengths are known one worker is ordered to
+    find out. What is stuck here stays for as long as a job that wanted it is elsewhere: it is what makes room be found.
+    """
+    soon = max(bounds.target_wait, scaling.start_seconds(memory))
+    late = sum(max(0, math.ceil(o.demand.waiting - scaling.starts(o.bounds, o.demand, o.decision, soon, now))) for o in others)
+    settled = max(0, own.spilled - late) if others else 0
+    running = min(settled, sum(o.demand.in_flight for o in others))
+    jobs, seconds = sum(o.demand.served.jobs for o in others), sum(o.demand.served.seconds for o in others)
+    carried = float(min(running, bounds.concurrency))
+    if own.served.jobs and jobs and seconds:
+        carried = running * min(1.0, own.served.seconds / own.served.jobs / (seconds / jobs))
+    kept = min(own.stuck * bounds.concurrency, own.spilled)
+    return replace(own, settled=settled, carried=max(carried, kept))
 
 
 def demand(queue: QueueReading, live: TierReplicas, arrived: int, now: float) -> scaling.Demand:
@@ -199,7 +236,8 @@ def _starts(plan: TierPlan, stuck: int, now: float) -> tuple[float, list[float]]
         start = max([START_SECONDS, *unseen])
     count = max(0, plan.decision.replicas - sum(takes_jobs.values()) - stuck)
     ready_in = sorted(min(max(start - (now - replica.ordered_at), start * OVERDUE), start) for replica in coming)[:count]
-    return start, ready_in + [start] * (count - len(ready_in))
+    # Where one is stuck, those that are not to be seen yet would be too.
+    return start, ready_in if stuck else ready_in + [start] * (count - len(ready_in))
 
 
 def _grouped(ready_in: list[float]) -> list[list[float]]:

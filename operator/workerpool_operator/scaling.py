@@ -10,7 +10,8 @@ In formulas, with sources and what was rejected: ``docs/adr/0008-scaling-rule.md
 3. A level that is not needed any more is kept for a while (:func:`_linger`): the ski-rental bound.
 4. Where starting takes longer than the target, orders come too late for the jobs that ask for them. Then the jobs that will
    arrive meanwhile are counted too, and :func:`_headroom` stands ready for what came within the last quarter of an hour.
-5. Never less than what is in flight; the bounds of the pool hold last.
+5. Never less than what is in flight, and than the slots that would do the work of what runs elsewhere for want of one; the bounds
+   of the pool hold last.
 """
 
 from __future__ import annotations
@@ -95,6 +96,8 @@ class Demand:
         stuck: workers that are ordered and cannot come up for now.
         arrived: jobs that were ever sent to the tier, as far as they were counted.
         served: the jobs that it has ended.
+        settled: those of the spilled that have a slot elsewhere, or will have one no later than one that is ordered here now.
+        carried: how many slots here would do the work of those of them that run.
     """
 
     waiting: int
@@ -107,6 +110,8 @@ class Demand:
     stuck: int = 0
     arrived: int = 0
     served: Served = NOTHING_SERVED
+    settled: int = 0
+    carried: float = 0.0
 
     @property
     def total(self) -> int:
@@ -115,8 +120,8 @@ class Demand:
 
     @property
     def queued(self) -> int:
-        """Jobs that want a slot and have none here."""
-        return self.waiting + self.spilled
+        """Jobs that want a slot here and have none."""
+        return self.waiting + self.spilled - self.settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +225,7 @@ def decide(policy: Policy, observed: Demand | Unread, memory: Memory, now: float
     missing, due_at = outlook.missing()
     in_use = math.ceil(observed.in_flight / policy.concurrency)
     ordered = max(observed.replicas, in_use) + missing
-    level = ordered if missing or observed.queued else in_use
+    level = max(ordered if missing or observed.queued else in_use, in_use + round(observed.carried / policy.concurrency))
     memory, kept, falls_at = _keep(policy, observed, memory, min(level, policy.maximum), now)
     memory, standing, fades_at = _stand(policy, memory, now)
     needed = max(level, standing)
@@ -230,7 +235,18 @@ def decide(policy: Policy, observed: Demand | Unread, memory: Memory, now: float
     return Decision(replicas, reason, message, memory, needed, min(due_at, falls_at, fades_at))
 
 
-def _start(memory: Memory) -> float:
+def starts(policy: Policy, observed: Demand, decision: Decision, until: float, now: float) -> float:
+    """How many of the waiting jobs are expected to start until so many seconds from now, with what is ordered by then.
+
+    A worker that is ready later counts with a job for each slot: whom it was ordered for has its slot.
+    """
+    ordered = max(0, decision.replicas - observed.replicas)
+    seen = replace(observed, starting=(*observed.starting, *[now] * ordered))
+    return _Outlook(policy, seen, decision.memory, now).starts(until)
+
+
+def start_seconds(memory: Memory) -> float:
+    """How long a worker is expected to take to start."""
     return START_SECONDS_UNTIL_KNOWN if memory.start_seconds is None else memory.start_seconds
 
 
@@ -241,7 +257,7 @@ def _learn(policy: Policy, observed: Demand, memory: Memory, now: float) -> Memo
     jobs = served.jobs - before.jobs
     if memory.total is not None and jobs > 0:
         service = service.after(jobs, served.seconds - before.seconds, served.squares - before.squares)
-    span = max(policy.target_wait, _start(memory))
+    span = max(policy.target_wait, start_seconds(memory))
     arrivals = memory.arrivals
     if memory.total is not None:
         # Without a counter (tasks that bypass the library) only the net growth is seen: never too few, and never too late.
@@ -272,8 +288,8 @@ def _start_after(memory: Memory, observed: Demand, now: float) -> float | None:
     """What is believed of the start time: slow starts weigh more than fast ones, one that hung does not weigh all."""
     believed, newest = memory.start_seconds, observed.start_seconds
     lasts = now - min(observed.starting, default=now)
-    if lasts > _start(memory):
-        believed = min(lasts, 4 * _start(memory))
+    if lasts > start_seconds(memory):
+        believed = min(lasts, 4 * start_seconds(memory))
     if newest is None or newest == memory.newest_start:
         return believed
     if believed is None:
@@ -299,9 +315,15 @@ class _Outlook:
         self._policy, self._observed, self._now = policy, observed, now
         self._arrivals = memory.arrivals
         self._mean, self._variation = memory.service.mean, memory.service.variation
-        self._start, self._outlasts = _start(memory), memory.outlasts
+        self._start, self._outlasts = start_seconds(memory), memory.outlasts
         self._free = max(0, observed.ready * policy.concurrency - observed.in_flight)
         self._ready_in = sorted(max(ordered_at + self._start - now, 0.0) for ordered_at in observed.starting)
+
+    def starts(self, until: float) -> float:
+        """Jobs that start until then, and one more for each slot that is on its way."""
+        work = self._observed.ready * until + sum(max(0.0, until - ready_in) for ready_in in self._ready_in)
+        slots = self._policy.concurrency
+        return self._free + slots * (len(self._ready_in) + work / self._mean)
 
     def missing(self) -> tuple[int, float]:
         """Workers to order beside those that are ordered, and when the next job becomes due."""
@@ -325,13 +347,17 @@ class _Outlook:
 
     def _queue(self) -> Iterator[tuple[int, float]]:
         """The last place of each group of jobs, first in first out, and its slack; the age of a job not seen to come is over."""
-        left = self._observed.queued
+        left, elsewhere = self._observed.queued, self._observed.settled
         newest: list[tuple[int, float]] = []
         for at, jobs in reversed(self._arrivals):
             if left <= 0:
                 break
-            newest.append((left, at + self._policy.target_wait - self._now))
-            left -= jobs
+            # Those that need no slot here are taken for the newest, so that no age is too low.
+            here = max(0, jobs - elsewhere)
+            elsewhere = max(0, elsewhere - jobs)
+            if here:
+                newest.append((left, at + self._policy.target_wait - self._now))
+                left -= here
         if left > 0:
             yield left, 0.0
         yield from reversed(newest)
@@ -364,7 +390,7 @@ def _linger(policy: Policy, memory: Memory) -> float:
     To keep an idle worker costs as much as to start one after one start time; but a job can wait for the target, and what is
     known that much ahead need not be kept for.
     """
-    start = _start(memory)
+    start = start_seconds(memory)
     return max(start - policy.target_wait if memory.outlasts else 0.0, start / 4, MIN_LINGER_SECONDS)
 
 
@@ -386,7 +412,7 @@ def _stand(policy: Policy, memory: Memory, now: float) -> tuple[Memory, int, flo
     if not memory.outlasts:
         return (replace(memory, bursts=()) if memory.bursts else memory), 0, math.inf
     steady, burst = _headroom(policy, memory, now)
-    life = max(BURST_MEMORY_SECONDS, 4 * _start(memory))
+    life = max(BURST_MEMORY_SECONDS, 4 * start_seconds(memory))
     bursts = (*((at, n) for at, n in memory.bursts if now - at <= life and n > burst), (now, burst))
     standing = max(steady, bursts[0][1])
     return replace(memory, bursts=bursts), standing, bursts[0][0] + life if standing else math.inf
@@ -398,7 +424,7 @@ def _headroom(policy: Policy, memory: Memory, now: float) -> tuple[int, int]:
     A burst of jobs within a span has the span and the target to be served in.
     """
     mean, spread = memory.service.mean, 1 + memory.service.variation
-    start, steady, burst = _start(memory), 0.0, 0.0
+    start, steady, burst = start_seconds(memory), 0.0, 0.0
     jobs, index = 0, len(memory.arrivals)
     for part in (16, 8, 4, 2, 1):
         span = start / part
@@ -429,6 +455,8 @@ def _sentence(policy: Policy, observed: Demand, memory: Memory, reason: Reason, 
     wants = f"{observed.waiting} waiting + {observed.in_flight} in flight"
     if observed.spilled:
         wants += f" + {observed.spilled} spilled"
+    if observed.settled:
+        wants += f" ({observed.settled} of these served elsewhere)"
     tail = {
         Reason.WAITING_TO_LOWER: f"; lowers when the need has stayed lower for {_linger(policy, memory):.0f} s",
         Reason.AT_MAXIMUM: "; the maximum limits it",
@@ -437,5 +465,5 @@ def _sentence(policy: Policy, observed: Demand, memory: Memory, reason: Reason, 
     }.get(reason, "")
     return (
         f"{wants} need {needed} to start within {policy.target_wait:g} s (jobs of {memory.service.mean:.3g} s, "
-        f"starts of {_start(memory):.3g} s), ordered {replicas}{tail}"
+        f"starts of {start_seconds(memory):.3g} s), ordered {replicas}{tail}"
     )

@@ -167,7 +167,7 @@ def test_messages_that_are_held_keep_their_workers(redis_url: str, pool: Pool) -
     asyncio.run(scenario())
 
 
-def test_a_job_that_spills_is_demand_of_the_tier_it_wanted(redis_url: str, pool: Pool) -> None:
+def test_a_job_that_spills_orders_one_slot_and_stays_demand_of_the_tier_it_wanted(redis_url: str, pool: Pool) -> None:
     full = planning.policy(pool.spec)
 
     async def scenario() -> None:
@@ -175,8 +175,12 @@ def test_a_job_that_spills_is_demand_of_the_tier_it_wanted(redis_url: str, pool:
             await system.broker.publish(redis_url, pool, full, Capacity())
             assert await asyncio.to_thread(submit, pool) == "cpu"
             await system.after()
-            assert system.place.ordered[pool.id] == {"gpu": 1, "cpu": 1}
+            assert system.place.ordered[pool.id] == {"gpu": 0, "cpu": 1}, "it orders where it waits"
             assert system.condition(pool, ConditionType.SPILLING) == "True"
+            with consumer(pool, "cpu") as connection:
+                claim(redis_url, pool, connection, "cpu", "w.1")
+                await system.after()
+                assert system.place.ordered[pool.id] == {"gpu": 1, "cpu": 1}, "has never been seen to run there, and runs here"
 
     asyncio.run(scenario())
 

@@ -360,13 +360,14 @@ def test_the_status_of_a_tier_shows_what_was_seen_and_what_was_decided() -> None
     gpu = workers(3, Phase.READY, Phase.UNSCHEDULABLE, Phase.STOPPING, Phase.STOPPING)
     status, _ = told(plans({"gpu": gpu, "cpu": workers(1, Phase.READY)}, gpu=QueueReading(4, 1, 2), cpu=QueueReading(1, 3, 0)))
     tier = status.tiers[0]
-    assert (tier.name, tier.desired, tier.ready, tier.starting, tier.unschedulable, tier.draining) == ("gpu", 7, 1, 1, 1, 2)
+    assert (tier.name, tier.desired, tier.ready, tier.starting, tier.unschedulable, tier.draining) == ("gpu", 5, 1, 1, 1, 2)
     assert (tier.waiting, tier.in_flight, tier.spilled) == (4, 1, 2)
     assert tier.reason == "BacklogExceedsCapacity"
     assert tier.message == (
-        "4 waiting + 1 in flight + 2 spilled need 7 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 7"
+        "4 waiting + 1 in flight + 2 spilled (2 of these served elsewhere) need 5 to start within 60 s "
+        "(jobs of 30 s, starts of 240 s), ordered 5"
     )
-    assert (status.waiting, status.in_flight, status.replicas) == (5, 4, "gpu 1/7, cpu 1/4")
+    assert (status.waiting, status.in_flight, status.replicas) == (5, 4, "gpu 1/5, cpu 1/4")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 
-from workerpool_operator.kube.seen import Cache, LiveAutoscaler, LivePod, Refused, autoscaler, deployment, pod, worker_pool
+from workerpool_operator.kube.seen import (
+    Cache,
+    LiveAutoscaler,
+    LivePod,
+    Refused,
+    TurnedAway,
+    autoscaler,
+    deployment,
+    pod,
+    worker_pool,
+)
 from workerpool_operator.observation import Phase
 
 pytestmark = pytest.mark.unit
@@ -63,7 +73,7 @@ def container(name: str = "worker", **state: Any) -> Object:
 )
 def test_a_pod_tells_where_its_worker_stands(status: Object, phase: Phase, detail: str) -> None:
     live = pod(raw_pod(**status))
-    assert live
+    assert isinstance(live, LivePod)
     assert (live.replica.phase, live.replica.detail) == (phase, detail)
 
 
@@ -71,35 +81,78 @@ def test_a_pod_that_was_told_to_stop_is_stopping_even_while_ready() -> None:
     raw = raw_pod(conditions=[READY])
     raw["metadata"]["deletionTimestamp"] = "2026-01-01T01:00:00Z"
     live = pod(raw)
-    assert live
+    assert isinstance(live, LivePod)
     assert live.replica.phase is Phase.STOPPING
 
 
 @pytest.mark.parametrize("phase", ["Failed", "Succeeded"])
 def test_a_pod_that_is_over_counts_no_more(phase: str) -> None:
     assert pod(raw_pod(phase=phase)) is None
+    evicted = raw_pod(phase=phase, reason="Evicted", containerStatuses=[container(terminated={"exitCode": 137})])
+    assert pod(evicted) is None
+
+
+def test_a_pod_that_its_node_turned_away_says_why() -> None:
+    refused = raw_pod(phase="Failed", reason="UnexpectedAdmissionError", message="Pod was rejected: Allocate failed")
+    whole = pod(raw_pod())
+    assert isinstance(whole, LivePod)
+    assert pod(refused) == TurnedAway(whole.replica.ordered_at, "UnexpectedAdmissionError: Pod was rejected: Allocate failed")
+    refused["metadata"]["deletionTimestamp"] = "2026-01-01T01:00:00Z"
+    assert pod(refused) is None
+
+
+CRASHED = {"terminated": {"exitCode": 1, "reason": "Error"}}
+
+
+def test_a_worker_that_crashed_counts_as_failing_between_two_crashes_until_it_is_ready() -> None:
+    pods: Cache[LivePod | TurnedAway] = Cache(pod)
+    phases = []
+    backing_off = container(waiting={"reason": "CrashLoopBackOff"})
+    for version, (worker, ready) in enumerate(
+        [
+            (container(running={}), UN_READY),
+            ({**backing_off, "lastState": CRASHED}, UN_READY),
+            ({**container(running={}), "lastState": CRASHED}, UN_READY),
+            ({**backing_off, "lastState": CRASHED}, UN_READY),
+            ({**container(running={}), "lastState": CRASHED}, READY),
+            ({**container(running={}), "lastState": CRASHED}, UN_READY),
+        ],
+        start=1,
+    ):
+        pods.put(raw_pod(version=version, containerStatuses=[worker], conditions=[ready]))
+        (live,) = pods.members(("ml", "media", "gpu"))
+        assert isinstance(live, LivePod)
+        phases.append(live.replica.phase)
+    assert phases == [Phase.STARTING, Phase.FAILING, Phase.FAILING, Phase.FAILING, Phase.READY, Phase.STARTING]
+
+
+def test_an_init_container_that_needed_a_second_try_does_not_make_a_start_a_failure() -> None:
+    done = {**container("fetch", terminated={"exitCode": 0}), "lastState": CRASHED}
+    live = pod(raw_pod(initContainerStatuses=[done], containerStatuses=[container(running={})]))
+    assert isinstance(live, LivePod)
+    assert live.replica.phase is Phase.STARTING
 
 
 def test_a_pod_that_is_ready_again_still_took_as_long_to_start_as_the_first_time() -> None:
-    pods: Cache[LivePod] = Cache(pod)
+    pods: Cache[LivePod | TurnedAway] = Cache(pod)
     for version, condition in enumerate([READY, UN_READY, READY_LATER], start=1):
         pods.put(raw_pod(version=version, conditions=[condition]))
     live = pods.get("ml", "media-gpu-1")
-    assert live
+    assert isinstance(live, LivePod)
     assert live.replica.ready_at is not None
     assert live.replica.ready_at - live.replica.ordered_at == 30
 
 
-def known(pods: Cache[LivePod], tier: str = "gpu") -> list[str]:
-    return [live.replica.worker for live in pods.members(("ml", "media", tier))]
+def known(pods: Cache[LivePod | TurnedAway], tier: str = "gpu") -> list[str]:
+    return [live.replica.worker for live in pods.members(("ml", "media", tier)) if isinstance(live, LivePod)]
 
 
 def test_what_is_older_than_what_is_known_changes_nothing() -> None:
-    pods: Cache[LivePod] = Cache(pod)
+    pods: Cache[LivePod | TurnedAway] = Cache(pod)
     pods.put(raw_pod(version=5, conditions=[READY]))
     pods.put(raw_pod(version=4, conditions=[UNSCHEDULABLE]))
     live = pods.get("ml", "media-gpu-1")
-    assert live
+    assert isinstance(live, LivePod)
     assert live.replica.phase is Phase.READY
     pods.drop(raw_pod(version=6))
     pods.put(raw_pod(version=5))
@@ -107,14 +160,14 @@ def test_what_is_older_than_what_is_known_changes_nothing() -> None:
 
 
 def test_a_pod_whose_label_changed_left_its_tier() -> None:
-    pods: Cache[LivePod] = Cache(pod)
+    pods: Cache[LivePod | TurnedAway] = Cache(pod)
     pods.put(raw_pod(version=1))
     pods.put(raw_pod(version=2, tier="cpu"))
     assert (known(pods), known(pods, "cpu")) == ([], ["media-gpu-1"])
 
 
 def test_a_listing_forgets_what_a_watch_missed_and_keeps_what_is_newer() -> None:
-    pods: Cache[LivePod] = Cache(pod)
+    pods: Cache[LivePod | TurnedAway] = Cache(pod)
     pods.put(raw_pod("missed", version=3))
     pods.put(raw_pod("listed", version=4))
     pods.put(raw_pod("newer", version=11))

@@ -54,10 +54,16 @@ def spec(**changes: Any) -> WorkerPoolSpec:
 
 
 POOL = Pool("ml", "media", "uid", 1, 0.0, spec())
+TIERS = {tier.name: tier for tier in POOL.spec.tiers}
 
 
 def reading(**tiers: QueueReading) -> BrokerReading:
     return BrokerReading({"gpu": QueueReading(0, 0, 0), "cpu": QueueReading(0, 0, 0), **tiers}, "r1", Milliseconds(0))
+
+
+def served(waiting: int, in_flight: int, spilled: int, seconds: float = 5.0) -> QueueReading:
+    """A queue whose thousand jobs took so long each."""
+    return QueueReading(waiting, in_flight, spilled, served=Served(1_000, 1_000 * seconds, 2_000 * seconds**2))
 
 
 def replicas(desired: int, *phases: Phase) -> TierReplicas:
@@ -132,9 +138,95 @@ def test_what_was_ever_sent_to_a_tier_is_the_sum_of_its_routes_but_for_what_move
     assert (seen.arrived("gpu"), seen.arrived("cpu"), seen.arrived("other")) == (7, 5, 0)
 
 
-def test_a_spilled_job_calls_for_the_tier_that_it_wanted_while_another_tier_holds_it() -> None:
-    plans = plan(reading(gpu=QueueReading(0, 0, 2), cpu=QueueReading(1, 1, 0)))
-    assert (plans["gpu"].spilled, plans["gpu"].decision.replicas) == (2, 2)
+def test_a_single_job_that_spilled_on_an_empty_pool_orders_one_slot() -> None:
+    for gpu, cpu in ((served(0, 0, 1), served(1, 0, 0)), (QueueReading(0, 0, 1), QueueReading(1, 0, 0))):
+        plans = plan(reading(gpu=gpu, cpu=cpu), cpu=replicas(0))
+        assert {name: plan.decision.needed for name, plan in plans.items()} == {"gpu": 0, "cpu": 1}
+
+
+@pytest.mark.parametrize(("waiting", "replicas_of_gpu"), [(320, 4), (326, 6), (900, 8)])
+def test_a_spilled_job_that_is_not_started_in_time_where_it_waits_calls_for_the_tier_that_it_wanted(
+    waiting: int, replicas_of_gpu: int
+) -> None:
+    """160 slots start 320 jobs of 30 s within the target of 60 s; the 160 that run take the work of 4 slots of the other tier."""
+    seen = reading(gpu=served(0, 0, waiting), cpu=served(waiting, 160, 0, seconds=200.0))
+    plans = plan(seen, gpu=replicas(0), cpu=replicas(40, *[Phase.READY] * 40), memory={"gpu": Memory(start_seconds=20.0)})
+    assert {name: plan.decision.replicas for name, plan in plans.items()} == {"gpu": replicas_of_gpu, "cpu": 40}
+    assert plans["gpu"].decision.message.startswith(f"0 waiting + 0 in flight + {waiting} spilled (")
+
+
+def test_jobs_that_run_elsewhere_call_for_the_slots_that_would_do_their_work() -> None:
+    for running, slots in ((1, 0), (9, 2), (30, 5), (150, 8)):
+        plans = plan(reading(gpu=served(0, 0, running), cpu=served(0, running, 0, seconds=30.0)), gpu=replicas(0))
+        assert plans["gpu"].decision.replicas == slots, "a sixth of a slot each"
+
+
+def test_until_both_lengths_are_known_one_worker_is_ordered_for_what_runs_elsewhere() -> None:
+    for here, there in ((0, 0), (0, 9), (9, 0)):
+        ended = [Served(jobs, 10.0 * jobs) for jobs in (here, there)]
+        seen = reading(gpu=QueueReading(0, 0, 3, served=ended[0]), cpu=QueueReading(0, 3, 0, served=ended[1]))
+        assert plan(seen)["gpu"].decision.replicas == 1
+
+
+@st.composite
+def pools(draw: st.DrawFn) -> tuple[BrokerReading, dict[str, TierReplicas]]:
+    """Two tiers whose jobs and starts are known: what waits, runs, is ready, on its way, and stuck."""
+    live, ready, queues = {}, {}, {}
+    for name, most in (("gpu", 8), ("cpu", 40)):
+        phases = draw(st.lists(st.sampled_from([Phase.READY, Phase.STARTING, Phase.UNSCHEDULABLE, Phase.FAILING]), max_size=8))
+        ready[name] = phases.count(Phase.READY)
+        live[name] = replicas(min(len(phases) + draw(st.integers(0, 1)), most), *phases)
+    for name, slots, seconds in (("gpu", 1, 5.0), ("cpu", 4, 30.0)):
+        in_flight = draw(st.integers(0, ready[name] * slots))
+        queues[name] = served(draw(st.integers(0, 60)), in_flight, 0, seconds)
+    elsewhere = queues["cpu"].waiting + queues["cpu"].in_flight
+    queues["gpu"] = replace(queues["gpu"], spilled=draw(st.integers(0, elsewhere)))
+    return reading(**queues), live
+
+
+def raised(seen: BrokerReading, live: dict[str, TierReplicas]) -> dict[str, int]:
+    """By how many slots a pass raises each tier, of workers that start within 20 s."""
+    memory = {"gpu": Memory(start_seconds=20.0, level=0), "cpu": Memory(start_seconds=20.0, level=0)}
+    plans = plan(seen, live["gpu"], live["cpu"], memory)
+    return {name: max(0, p.decision.replicas - live[name].desired) * p.tier.concurrency for name, p in plans.items()}
+
+
+@settings(max_examples=300, deadline=None)
+@given(pools())
+def test_no_job_orders_two_slots(state: tuple[BrokerReading, dict[str, TierReplicas]]) -> None:
+    """What waits orders at most a slot; what runs has one, and a spilled one calls for a sixth of one where it wanted to run."""
+    seen, live = state
+    gpu, cpu = seen.tiers["gpu"], seen.tiers["cpu"]
+    new = raised(seen, live)
+    carried = round(min(gpu.spilled, cpu.in_flight) / 6)
+    minimum = 0 if live["cpu"].desired else 4
+    assert new["cpu"] <= max(-(-cpu.waiting // 4) * 4, minimum)
+    assert new["gpu"] + new["cpu"] <= max(gpu.waiting + carried + max(-(-cpu.waiting // 4) * 4, minimum), 0)
+    assert new["gpu"] <= gpu.waiting + carried + min(gpu.spilled, max(0, cpu.waiting - new["cpu"]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(pools())
+def test_no_job_orders_none(state: tuple[BrokerReading, dict[str, TierReplicas]]) -> None:
+    """Where it waits it starts within the target, jobs taking 30 s, or that tier is at its maximum or has stuck workers."""
+    seen, live = state
+    new = raised(seen, live)
+    late = {}
+    for name, tier in TIERS.items():
+        ready, slots = live[name].count(Phase.READY), tier.concurrency
+        coming = live[name].starting + new[name] // slots
+        free = max(0, ready * slots - seen.tiers[name].in_flight)
+        starts = free + slots * (coming + (60.0 * ready + 40.0 * coming) / 30.0)
+        bound = live[name].desired + new[name] // slots >= tier.replicas.max or live[name].desired > ready + live[name].starting
+        late[name] = 0.0 if bound else seen.tiers[name].waiting - starts
+    assert max(late.values()) <= 1e-6
+
+
+def test_a_worker_that_finds_no_place_is_kept_while_a_job_that_wanted_it_is_elsewhere() -> None:
+    seen = reading(gpu=served(0, 0, 1), cpu=served(0, 1, 0, seconds=30.0))
+    memory = {"gpu": Memory(level=0, start_seconds=1.0)}
+    assert plan(seen, gpu=replicas(2, Phase.UNSCHEDULABLE, Phase.UNSCHEDULABLE), memory=memory)["gpu"].decision.replicas == 1
+    assert plan(reading(), gpu=replicas(1, Phase.UNSCHEDULABLE), memory=memory)["gpu"].decision.replicas == 0
 
 
 def test_spills_of_a_queue_that_was_purged_call_for_nothing() -> None:
@@ -188,9 +280,10 @@ def test_an_unread_broker_leaves_no_tier_below_its_minimum() -> None:
         pytest.param((worker("w0"), worker("w1")), replicas(1), 1, (0, 7, 0), id="more are there than ordered"),
         pytest.param((), replicas(8), 50, (8, 0, 0), id="at the maximum nothing more can be started"),
         pytest.param(
-            (), replicas(3, Phase.UNSCHEDULABLE, Phase.UNSCHEDULABLE), 3, (1, 0, 2), id="unschedulable ones start never"
+            (), replicas(3, Phase.UNSCHEDULABLE, Phase.UNSCHEDULABLE), 3, (0, 0, 2), id="unschedulable ones start never"
         ),
-        pytest.param((), replicas(2, Phase.FAILING), 2, (1, 0, 0), id="a failing one says that no more would start"),
+        pytest.param((), replicas(3, Phase.UNSCHEDULABLE, Phase.STARTING), 3, (1, 0, 1), id="one that has its place starts"),
+        pytest.param((), replicas(2, Phase.FAILING), 2, (0, 0, 0), id="a failing one says that no more would start"),
         pytest.param((), replicas(1, Phase.UNSCHEDULABLE, Phase.FAILING), 1, (0, 0, 1), id="more stuck than ordered"),
     ],
 )
@@ -202,7 +295,9 @@ def test_capacity_counts_what_presence_cannot_show(
 
 
 def test_capacity_is_in_slots_not_in_workers() -> None:
-    (cpu,) = told(plan(reading(cpu=QueueReading(20, 0, 0)), cpu=replicas(5, Phase.UNSCHEDULABLE))["cpu"]).values()
+    (cpu,) = told(
+        plan(reading(cpu=QueueReading(20, 0, 0)), cpu=replicas(5, Phase.UNSCHEDULABLE, *[Phase.STARTING] * 4))["cpu"]
+    ).values()
     assert (starting(cpu), cpu.startable, cpu.unschedulable) == (16, 0, 4)
     (cpu,) = told(plan(reading(cpu=QueueReading(20, 0, 0)), cpu=replicas(5))["cpu"]).values()
     assert (starting(cpu), cpu.startable, cpu.unschedulable) == (20, 140, 0)

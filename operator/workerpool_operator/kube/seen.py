@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -59,10 +59,19 @@ class LiveDeployment:
 
 @dataclass(frozen=True, slots=True)
 class LivePod:
-    """A pod that is not over: its worker, and the deletion cost that it carries."""
+    """A pod that is not over: its worker, the deletion cost that it carries, and whether its node has taken it in."""
 
     replica: Replica
     deletion_cost: str
+    taken_in: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TurnedAway:
+    """A pod that its node has refused to run (a device that fails, for one): when it was made, and why."""
+
+    at: float
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +180,7 @@ class Seen:
     def __init__(self) -> None:
         self.pools: Cache[Pool | Refused] = Cache(worker_pool)
         self.deployments: Cache[LiveDeployment] = Cache(deployment)
-        self.pods: Cache[LivePod] = Cache(pod)
+        self.pods: Cache[LivePod | TurnedAway] = Cache(pod)
         self.autoscalers: Cache[LiveAutoscaler] = Cache(autoscaler)
         self.complete = False
         """Whether everything that existed at the start is in."""
@@ -241,27 +250,24 @@ def _queue(spec: Mapping[str, Any]) -> str:
     )
 
 
-def pod(raw: Mapping[str, Any], before: LivePod | None = None) -> LivePod | None:
-    """Parse a pod; None for one that has ended, because its ReplicaSet has replaced it."""
+def pod(raw: Mapping[str, Any], before: LivePod | TurnedAway | None = None) -> LivePod | TurnedAway | None:
+    """Parse a pod; None for one that has worked and ended, because its ReplicaSet has replaced it."""
     metadata, status = raw["metadata"], raw.get("status") or {}
+    ordered_at, taken_in = _seconds(metadata["creationTimestamp"]), bool(_containers(status))
     if status.get("phase") in {"Succeeded", "Failed"}:
-        return None
-    phase, detail = _phase(raw)
+        why = ": ".join(filter(None, (status.get("reason"), status.get("message"))))
+        return TurnedAway(ordered_at, why) if why and not taken_in and "deletionTimestamp" not in metadata else None
     ready = _condition(raw, "Ready")
     since = ready.get("lastTransitionTime")
-    became_ready = _seconds(since) if since and ready["status"] == "True" else None
-    replica = Replica(
-        worker=metadata["name"],
-        phase=phase,
-        ordered_at=_seconds(metadata["creationTimestamp"]),
-        ready_at=became_ready,
-        detail=detail,
-    )
-    if before is not None and before.replica.ready_at is not None:
+    ready_at = _seconds(since) if since and ready["status"] == "True" else None
+    if isinstance(before, LivePod) and before.replica.ready_at is not None:
         # A pod that was un-Ready for a while still took as long to start as it took the first time.
-        replica = replace(replica, ready_at=before.replica.ready_at)
-    cost = _annotations(raw).get(DELETION_COST, "")
-    return LivePod(replica, cost)
+        ready_at = before.replica.ready_at
+    phase, detail = _phase(raw)
+    if phase is Phase.STARTING and ready_at is None and (crash := next(filter(None, map(_crash, _containers(status))), "")):
+        phase, detail = Phase.FAILING, crash
+    replica = Replica(metadata["name"], phase, ordered_at, ready_at, detail)
+    return LivePod(replica, _annotations(raw).get(DELETION_COST, ""), taken_in)
 
 
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
@@ -276,11 +282,13 @@ def _phase(raw: Mapping[str, Any]) -> tuple[Phase, str]:
         return Phase.UNSCHEDULABLE, scheduled.get("message", "no node can take it")
     if _condition(raw, "Ready").get("status") == "True":
         return Phase.READY, ""
-    status = raw.get("status") or {}
-    containers = [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]
-    if trouble := next((why for container in containers if (why := _trouble(container))), ""):
+    if trouble := next(filter(None, map(_trouble, _containers(raw.get("status") or {}))), ""):
         return Phase.FAILING, trouble
     return Phase.STARTING, ""
+
+
+def _containers(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]
 
 
 _NORMAL_WAITS = {"ContainerCreating", "PodInitializing"}
@@ -292,9 +300,19 @@ def _trouble(container: Mapping[str, Any]) -> str:
     waiting, over = state.get("waiting") or {}, state.get("terminated") or {}
     if waiting.get("reason", "ContainerCreating") not in _NORMAL_WAITS:
         return ": ".join(filter(None, (f"container {container['name']}", waiting["reason"], waiting.get("message"))))
-    if over.get("exitCode"):
-        return f"container {container['name']}: exited with code {over['exitCode']} ({over.get('reason', 'Error')})"
-    return ""
+    return _exit(container, over)
+
+
+def _crash(container: Mapping[str, Any]) -> str:
+    """Why a container that runs had to be started again, empty where it had not."""
+    runs = "running" in (container.get("state") or {})
+    return _exit(container, (container.get("lastState") or {}).get("terminated") or {}) if runs else ""
+
+
+def _exit(container: Mapping[str, Any], over: Mapping[str, Any]) -> str:
+    if not over.get("exitCode"):
+        return ""
+    return f"container {container['name']}: exited with code {over['exitCode']} ({over.get('reason', 'Error')})"
 
 
 def _conditions(raw: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:

@@ -27,6 +27,7 @@ from workerpool_operator.kube.seen import (
     LiveDeployment,
     LivePod,
     Seen,
+    TurnedAway,
     deployment,
 )
 from workerpool_operator.model import KIND, Tier
@@ -37,6 +38,9 @@ LONGEST_PAUSE_SECONDS = 30.0
 
 PASSING_TRIES = 3
 """A fault that may pass by itself is shown to the user only after so many tries."""
+
+TURNED_AWAY_SECONDS = 30.0
+"""How long it counts against the pods that no node has taken in yet when one was turned away; the next is made at once."""
 
 LEAVING_COST = "-1000"
 """The deletion cost of a pod that is drained: less than that of any other."""
@@ -123,21 +127,34 @@ class KubeWorkers:
     def _tier(self, pool: Pool, tier: Tier) -> TierReplicas:
         name = name_of(pool, tier)
         live = self._seen.deployments.get(pool.namespace, name)
-        desired, failure, rolling, pods = 0, "", False, [pod.replica for pod in self._pods(pool, tier)]
+        desired, failure, rolling, pods = 0, "", False, self._replicas(pool, tier)
         if live is not None and _owned(live, pool, tier):
             desired, failure, rolling = live.replicas, live.failure, live.rolling
+        missing = desired - sum(replica.phase is not Phase.STOPPING for replica in pods)
         trouble = self._troubles.get((pool.uid, tier.name))
         if trouble is not None and trouble.shown:
             failure = trouble.why
         if failure:
             since = trouble.since if trouble else self._clock()
-            pods.append(Replica(name, Phase.FAILING, since, detail=failure))
+            pods += [Replica(name, Phase.FAILING, since, detail=failure)] * max(1, missing)
         return TierReplicas(desired, tuple(pods), rolling, self._rival(pool, name))
 
     def _rival(self, pool: Pool, name: str) -> str:
         return next((other.words for other in self._seen.autoscalers.within(pool.namespace) if other.target == name), "")
 
-    def _pods(self, pool: Pool, tier: Tier) -> list[LivePod]:
+    def _replicas(self, pool: Pool, tier: Tier) -> list[Replica]:
+        """The tier's workers; a pod that no node has taken in fails where the one before it was turned away."""
+        pods, since = self._all_pods(pool, tier), self._clock() - TURNED_AWAY_SECONDS
+        away = max((pod for pod in pods if isinstance(pod, TurnedAway) and pod.at > since), key=lambda pod: pod.at, default=None)
+        return [
+            replace(pod.replica, phase=Phase.FAILING, detail=away.why)
+            if away and pod.replica.phase is Phase.STARTING and not pod.taken_in
+            else pod.replica
+            for pod in pods
+            if isinstance(pod, LivePod)
+        ]
+
+    def _all_pods(self, pool: Pool, tier: Tier) -> list[LivePod | TurnedAway]:
         selector = selector_of(pool, tier)
         return self._seen.pods.members((pool.namespace, selector[POOL_LABEL], selector[TIER_LABEL]))
 
@@ -244,7 +261,9 @@ class KubeWorkers:
 
     async def _mark(self, pool: Pool, tier: Tier, leaving: frozenset[str]) -> None:
         """Make the pods that leave cheaper to remove than the others; one that was to leave and stays costs as before."""
-        for pod in self._pods(pool, tier):
+        for pod in self._all_pods(pool, tier):
+            if isinstance(pod, TurnedAway):
+                continue
             cost = LEAVING_COST if pod.replica.worker in leaving else None
             ours = (pod.deletion_cost or None) in {None, LEAVING_COST}
             if pod.replica.phase is not Phase.STOPPING and ours and (pod.deletion_cost or None) != cost:

@@ -1,0 +1,74 @@
+"""What the Deployments and pods of a tier say together of its workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from unittest.mock import AsyncMock
+
+import pytest
+from tests.unit.test_kube_seen import Object, container, raw_pod
+from tests.unit.test_planning import POOL
+
+from workerpool_operator import planning
+from workerpool_operator.deployment import build
+from workerpool_operator.kube.api import Api
+from workerpool_operator.kube.seen import Seen
+from workerpool_operator.kube.workers import TURNED_AWAY_SECONDS, KubeWorkers
+from workerpool_operator.observation import BrokerReading, Phase, QueueReading, TierReplicas
+from workerpool_routing.wire import Milliseconds
+
+pytestmark = pytest.mark.unit
+
+GPU = POOL.spec.tiers[0]
+CREATED = datetime(2026, 1, 1, tzinfo=UTC)
+AWAY: Object = {"phase": "Failed", "reason": "UnexpectedAdmissionError", "message": "Allocate failed"}
+
+
+def observed(replicas: int, *pods: Object, after: float = 0.0, **status: Any) -> TierReplicas:
+    """The GPU tier, so long after its pods were made."""
+    seen = Seen()
+    manifest = build(POOL, GPU, "")
+    owner = {"kind": "WorkerPool", "name": POOL.name, "uid": POOL.uid, "controller": True}
+    metadata = {**manifest["metadata"], "resourceVersion": "1", "ownerReferences": [owner]}
+    seen.deployments.put({"metadata": metadata, "spec": {**manifest["spec"], "replicas": replicas}, "status": status})
+    for pod in pods:
+        seen.pods.put(pod)
+    seen.complete = True
+    clock = (CREATED + timedelta(seconds=after)).timestamp
+    tiers = asyncio.run(KubeWorkers(AsyncMock(Api), seen, AsyncMock(), lambda _: "", clock).observe(POOL))
+    assert isinstance(tiers, Mapping)
+    return tiers["gpu"]
+
+
+def starting(live: TierReplicas) -> int:
+    """How many slots the routers are told to be on their way."""
+    queues = {"gpu": QueueReading(live.desired, 0, 0), "cpu": QueueReading(0, 0, 0)}
+    time, now = Milliseconds(0), CREATED.timestamp()
+    workers = {"gpu": live, "cpu": TierReplicas(1)}
+    plans = planning.plan(POOL, BrokerReading(queues, "r1", time), workers, {}, now)
+    capacity = planning.capacity(plans, time, now).tiers["gpu"]
+    return sum(group.slots for group in capacity.starting) + capacity.startable
+
+
+def test_every_pod_that_a_quota_refuses_fails_and_none_of_them_is_on_its_way() -> None:
+    condition = {"type": "ReplicaFailure", "status": "True", "message": "exceeded quota"}
+    live = observed(3, raw_pod("media-gpu-1"), conditions=[condition])
+    assert [(replica.phase, replica.detail) for replica in live.replicas] == [
+        (Phase.STARTING, ""), (Phase.FAILING, "exceeded quota"), (Phase.FAILING, "exceeded quota"),
+    ]  # fmt: skip
+    assert (live.starting, starting(live)) == (1, 1)
+
+
+def test_a_pod_that_no_node_has_taken_in_fails_where_the_one_before_was_turned_away() -> None:
+    pods = [raw_pod("media-gpu-1", **AWAY), raw_pod("media-gpu-2")]
+    live = observed(1, *pods)
+    assert [(replica.worker, replica.phase, replica.detail) for replica in live.replicas] == [
+        ("media-gpu-2", Phase.FAILING, "UnexpectedAdmissionError: Allocate failed")
+    ]
+    assert starting(live) == 0
+    assert observed(1, *pods, after=TURNED_AWAY_SECONDS).count(Phase.STARTING) == 1, "that was long ago"
+    taken_in = raw_pod("media-gpu-2", containerStatuses=[container(waiting={"reason": "ContainerCreating"})])
+    assert observed(1, pods[0], taken_in).count(Phase.STARTING) == 1, "this one its node has taken in"
