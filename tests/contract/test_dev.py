@@ -69,7 +69,7 @@ class Dev:
         return dict(processes(self._mark, *([f"redis-server {printed[1]}"] if printed else [])))
 
 
-def until(condition: Callable[[], Any], otherwise: Callable[[], object], seconds: float = 20) -> Any:
+def until(condition: Callable[[], Any], otherwise: Callable[[], object], seconds: float = 60) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, otherwise()

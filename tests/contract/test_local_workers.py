@@ -72,7 +72,7 @@ class Driver:
     async def replicas(self) -> tuple[Replica, ...]:
         return (await self.workers.observe(self.pool))["cpu"].replicas
 
-    async def until(self, phases: list[Phase], seconds: float = 20) -> tuple[Replica, ...]:
+    async def until(self, phases: list[Phase], seconds: float = 60) -> tuple[Replica, ...]:
         """Wait, on the wake event alone, until the workers are in these phases."""
         try:
             async with asyncio.timeout(seconds):
@@ -105,7 +105,7 @@ async def started(path: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text()))
 
 
-async def becomes(condition: Callable[[], bool], seconds: float = 10) -> None:
+async def becomes(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
