@@ -54,7 +54,7 @@ def kubectl_for(plane: ControlPlane, cache: Path) -> Kubectl:
 
     def run(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         command = [path, *arguments]
-        return subprocess.run(command, input=stdin, env=environment, capture_output=True, text=True, timeout=30, check=False)
+        return subprocess.run(command, input=stdin, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
     return run
 
@@ -113,4 +113,5 @@ def operator(login: Path, guardian: Guardian) -> Iterator[Operator]:
 
 @pytest.fixture
 def ml(namespace: str, kubectl: Kubectl, operator: Operator, redis_server: RedisServer) -> Namespace:
+    operator.carry_on()
     return Namespace(namespace, kubectl, operator, redis_server.url)

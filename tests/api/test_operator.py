@@ -17,7 +17,18 @@ from e2e.cluster.control_plane import ControlPlane
 from helm_python import Chart
 from redis import Redis
 from tests.api.conftest import CRD, Kubectl
-from tests.api.operators import COLLECTOR_SECONDS, COMMAND, PATIENCE_SECONDS, SAMPLE, Namespace, Object, Operator, log_in, paused
+from tests.api.operators import (
+    COLLECTOR_SECONDS,
+    COMMAND,
+    PATIENCE_SECONDS,
+    SAMPLE,
+    Namespace,
+    Object,
+    Operator,
+    eventually,
+    log_in,
+    paused,
+)
 
 from workerpool_operator.election import LEASE_SECONDS
 from workerpool_operator.local.guardian import Guardian
@@ -299,21 +310,15 @@ def sideways(ml: Namespace, kubectl: Kubectl) -> bool:
     return kubectl("--namespace", ml.name, "patch", "wp", "media", "--type=merge", "--patch", patch).returncode == 0
 
 
-def test_an_outage_of_the_api_server_is_outlived(ml: Namespace, operator: Operator, control_plane: ControlPlane) -> None:
+def test_an_outage_of_the_api_server_is_outlived(ml: Namespace, control_plane: ControlPlane) -> None:
     ml.create_pool()
     ml.settled()
     control_plane.stop_api_server()
     ml.publish("gpu", 4)
     time.sleep(3)
     control_plane.restart_api_server()
-    deadline = time.monotonic() + LEASE_SECONDS + PATIENCE_SECONDS
-    while ml.replicas() != {"media-gpu": 4, "media-cpu": 1}:
-        assert time.monotonic() < deadline, operator.log()[-3000:]
-        if not operator.running():
-            # On a slow machine the outage outlasts the lease: then it leaves, and the kubelet starts it again.
-            assert "leaving: the lease is over" in operator.log()
-            operator.start()
-        time.sleep(0.5)
+    # On a slow machine the outage outlasts the lease: then it leaves, and is started again.
+    ml.eventually(lambda: ml.replicas() == {"media-gpu": 4, "media-cpu": 1}, LEASE_SECONDS + PATIENCE_SECONDS)
 
 
 def test_an_operator_of_one_namespace_needs_no_rights_elsewhere(
@@ -329,10 +334,10 @@ def test_an_operator_of_one_namespace_needs_no_rights_elsewhere(
         try:
             ml.create_pool()
             ml.publish("gpu", 2)
-            ml.eventually(lambda: ml.replicas() | {"media-gpu": 2, "media-cpu": 1} == ml.replicas())
+            eventually(lambda: ml.replicas() | {"media-gpu": 2, "media-cpu": 1} == ml.replicas(), alone)
             ml.kubectl("delete", "deployment", "media-gpu")
-            ml.eventually(lambda: ml.replicas().get("media-gpu") == 2)
-            assert alone.running()
+            eventually(lambda: ml.replicas().get("media-gpu") == 2, alone)
+            alone.carry_on()
             assert "forbidden" not in alone.log()
         finally:
             alone.end(signal.SIGKILL)
@@ -360,7 +365,7 @@ def test_a_port_in_use_is_named_in_one_line(operator: Operator) -> None:
 
 def last_words(command: list[str], kubeconfig: Path) -> str:
     environment = {**os.environ, "KUBECONFIG": str(kubeconfig)}
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert answer.returncode == 1
     assert "Traceback" not in answer.stderr
     return answer.stderr.splitlines()[-1]
