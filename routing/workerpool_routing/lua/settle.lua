@@ -45,13 +45,13 @@ if to ~= 'admitted' then
   local function note(served, began, what, many)
     if (tonumber(began) or 0) < (tonumber(redis.call('HGET', served, 'since')) or 0) then return end
     redis.call('HINCRBYFLOAT', served, what, many)
-    redis.call('EXPIRE', served, ARGV[7])
   end
   if from == 'claimed' and good then note(KEYS[7], job[6], 'succeeded', 1) end
   -- How the job ends here says whether the tier was at fault on which it failed before; one that expires says nothing.
   if job[8] then
     redis.call('HDEL', KEYS[1], 'suspect', 'suspect_since')
     if to == 'expired' then note(job[8], job[9], 'failed', -1) else note(job[8], job[9], good and 'confirmed' or 'refuted', 1) end
+    redis.call('EXPIRE', job[8], ARGV[7])
   end
 end
 
