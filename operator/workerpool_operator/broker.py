@@ -352,7 +352,7 @@ def _queue(answers: Sequence[Any], now: Milliseconds) -> QueueReading:
 
 def _breaker(stored: Mapping[str, str]) -> Breaker:
     at, since = Milliseconds(int(stored["at"])), Milliseconds(int(stored["since"]))
-    return Breaker(BreakerState(stored["state"]), at, int(stored["opened"]), since)
+    return Breaker(BreakerState(stored["state"]), at, int(stored["opened"]), since, int(stored["older"]))
 
 
 @contextlib.contextmanager

@@ -68,12 +68,14 @@ class Breaker:
         at: when it entered its state.
         opened: how often it has opened in a row.
         since: attempts that began before this do not count.
+        older: jobs that the tier held when its trial began and that may be there still; the trial goes on beside them.
     """
 
     state: BreakerState = BreakerState.CLOSED
     at: Milliseconds = _NEVER
     opened: int = 0
     since: Milliseconds = _NEVER
+    older: int = 0
 
 
 NO_ATTEMPTS, NEVER_OPENED = Attempts(), Breaker()

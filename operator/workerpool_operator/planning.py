@@ -10,7 +10,7 @@ from statistics import fmean
 
 from workerpool_operator import breaker, drain, scaling
 from workerpool_operator.model import Mode, Tier, WorkerPoolSpec
-from workerpool_operator.observation import BrokerReading, Phase, QueueReading, TierReplicas, Unavailable
+from workerpool_operator.observation import NEVER_OPENED, BrokerReading, Phase, QueueReading, TierReplicas, Unavailable
 from workerpool_operator.ports import Marks, Pool
 from workerpool_routing.decide import START_SECONDS, Load, coming
 from workerpool_routing.wire import Capacity, Milliseconds, Policy, StartingSlots, TaskPolicy, TierCapacity, TierPolicy
@@ -159,7 +159,9 @@ def _routing(pool: Pool, tier: Tier, queue: QueueReading | None, reading: Broker
     elsewhere = any(not other.accelerated for other in pool.spec.tiers)
     if isinstance(reading, Unavailable) or queue is None or pool.spec.mode is Mode.PAUSED or not (tier.accelerated and elsewhere):
         return None
-    return breaker.decide(queue.breaker, queue.attempts, reading.time)
+    # Nothing is limited in this mode, and nothing is kept of what it would come to.
+    stored = NEVER_OPENED if pool.spec.mode is Mode.ADVISORY else queue.breaker
+    return breaker.decide(stored, queue.attempts, queue.in_flight, reading.time)
 
 
 def _servable(queue: QueueReading, routing: breaker.Decision | None) -> QueueReading:

@@ -123,7 +123,7 @@ def _home(fast: TierPolicy, plain: list[TierPolicy], loads: Mapping[str, Load], 
         jobs, there = jobs + 1, replace(there, waiting=there.waiting + 1)
     if not jobs:
         return None
-    before, after = loads[source.name].wait, there.wait
+    before, after = loads[source.name].wait, replace(there, limit=None).wait
     return _transfer(source, fast, jobs, f"the last of its queue would wait {before:.0f} s, there it waits at most {after:.0f} s")
 
 

@@ -518,6 +518,15 @@ def test_admission_and_rebalancing_are_told_the_same_limit(queue: QueueReading, 
     assert capacity.tiers["cpu"].limit is None
 
 
+def test_advice_goes_by_what_fails_now_and_by_no_trial_that_was_begun_before_the_mode_was_set() -> None:
+    on_trial = replace(OUT, state=BreakerState.HALF_OPEN)
+    advised = replace(POOL, spec=spec(mode="Advisory"))
+    workers = {"gpu": replicas(2), "cpu": replicas(1)}
+    seen = [reading(gpu=QueueReading(3, 0, 0, breaker=on_trial, attempts=attempts)) for attempts in (SOUND, FAILING)]
+    limits = [planning.plan(advised, one, workers, {}, 0.0)[0].breaker.limit for one in seen]  # type: ignore[union-attr]
+    assert limits == [None, 0]
+
+
 def test_a_breaker_is_kept_when_it_changes_or_its_record_grows_too_long() -> None:
     kept = [
         planning.breakers(list(plan(reading(gpu=QueueReading(0, 0, 0, attempts=seen))).values()))

@@ -117,6 +117,12 @@ def test_what_waits_for_a_tier_whose_attempts_fail_leaves_but_for_the_one_that_t
     assert moves(gpu, cpu) == moved
 
 
+def test_a_job_that_comes_home_to_try_a_broken_tier_is_told_how_long_it_waits() -> None:
+    on_trial = replace(load(ready=1, service=5), limit=1)
+    (home,) = transfers(POLICY, {"gpu": on_trial, "cpu": load(9, 1, 1, service=30)}, {"gpu": 9})
+    assert home.message.endswith("there it waits at most 5 s")
+
+
 def test_moves_of_one_way_are_told_as_one_until_a_longer_pause() -> None:
     away, home = Transfer("gpu", "cpu", 9, "away"), Transfer("cpu", "gpu", 9, "home")
     first = tell([], away, 3, 0.0)
