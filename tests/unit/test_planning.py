@@ -232,7 +232,7 @@ def test_a_tier_whose_maximum_is_nothing_takes_no_job_and_what_waits_there_leave
     seen, live = reading(gpu=QueueReading(9, 0, 0)), {"gpu": replicas(0), "cpu": replicas(1)}
     plans = planning.plan(pool, seen, live, {}, NOW)
     assert (plans[0].decision.replicas, plans[0].decision.reason) == (0, Reason.AT_MAXIMUM)
-    capacity = planning.capacity(plans, seen.time, NOW)
+    capacity = planning.capacity(pool.spec, plans, seen.time, NOW)
     assert (capacity.tiers["gpu"].starting, capacity.tiers["gpu"].startable) == ((), 0)
     (transfer,) = rebalancing.transfers(planning.policy(pool.spec), planning.loads(plans, capacity, seen.time), {"gpu": 0})
     assert (transfer.source, transfer.target, transfer.jobs) == ("gpu", "cpu", 9)
