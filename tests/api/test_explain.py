@@ -20,7 +20,7 @@ def explain(ml: Namespace, *arguments: str) -> subprocess.CompletedProcess[str]:
     """As in the operator's pod, on a screen on which no sentence breaks."""
     environment = {**os.environ, "KUBECONFIG": str(ml.operator.kubeconfig), "COLUMNS": "600"}
     command = [WORKERPOOL, "explain", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 def sentences(ml: Namespace) -> list[str]:
@@ -43,7 +43,7 @@ def test_the_sentences_of_the_status_and_the_answer_of_admission_are_one_screen(
         assert (said.returncode, said.stderr) == (0, "")
         return said.stdout if before == sentences(ml) and all(sentence in said.stdout for sentence in before) else ""
 
-    said = ml.eventually(told, 50)
+    said = ml.eventually(told, 120)
     assert any("the maximum limits it" in sentence for sentence in sentences(ml)), "something to be told"
     assert said.splitlines()[0].split() == [f"{ml.name}/media", "Active"]
     # Its pods never come up: every worker that may be had is ordered, and no more can be.

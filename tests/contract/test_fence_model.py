@@ -33,7 +33,7 @@ from workerpool_routing.connection import Connection
 from workerpool_routing.ledger import Claim, Job, Result, State
 from workerpool_routing.worker.attempt import Attempt, Outcome, WorkerLife
 
-pytestmark = [pytest.mark.contract, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.contract, pytest.mark.timeout(900)]
 
 TIERS = {"gpu": "gpu-tasks", "cpu": "celery"}
 JOB = "t1"
@@ -452,23 +452,71 @@ def test_in_any_order_a_job_has_one_outcome_and_is_never_lost(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     explore(Fence, url, monkeypatch, caplog, examples=200)
-    # A model that never gets anywhere would hold too.
-    assert {f"claim {c}" for c in Claim if c not in (Claim.UNKNOWN, Claim.CORRUPT, Claim.FINISHING)} <= Fence.reached
-    assert {
-        "raised MOVED",
-        "raised FINAL",
-        "raised NOT_OURS",
-        "killed when running: MOVED",
-        "killed when result: MOVED",
-        "dropped",
-        "interrupted",
-        "ended done",
-        "ended failed",
-    } <= Fence.reached
+    # A model that never gets anywhere would hold too. Which orders come up hangs on every line of source: the rare ones follow.
+    assert {"claim run", "claim ended", "claim stale", "ended done"} <= Fence.reached
+
+
+@pytest.mark.parametrize("one_redis", [False, True])
+@pytest.mark.parametrize(
+    ("step", "times", "elsewhere", "beside_the_ledger"),
+    [
+        (lambda fence: fence.an_attempt_raises(0), 2, "raised FINAL", "raised FINAL"),
+        (lambda fence: fence.a_zombie_is_taken_over_and_then_ends(raises=True), 1, "raised NOT_OURS", "raised NOT_OURS"),
+        (lambda fence: fence.a_zombie_is_taken_over_and_then_ends(raises=False), 1, "dropped", "dropped"),
+        (
+            lambda fence: fence.a_child_is_killed_and_its_worker_sees_it(stored=False), 1,
+            "killed when running: MOVED", "killed when running: MOVED",
+        ),
+        (
+            lambda fence: fence.a_child_is_killed_and_its_worker_sees_it(stored=True), 1,
+            "killed when result: MOVED", "killed when result: NOT_OURS",
+        ),
+        (
+            lambda fence: fence.an_attempt_is_cut_off_and_delivered_again(times=3, finishing=False), 1,
+            "claim poison", "claim poison",
+        ),
+        (
+            lambda fence: fence.an_attempt_is_cut_off_and_delivered_again(times=1, finishing=True), 1,
+            "interrupted", "ended done",
+        ),
+    ],
+    ids=["raises twice", "zombie raises", "zombie returns", "child dies", "child dies after", "dies each time", "interrupted"],
+)  # fmt: skip
+def test_what_chance_reaches_too_seldom_holds_too(
+    url: str, monkeypatch: pytest.MonkeyPatch, step: Callable[[Fence], None], times: int, elsewhere: str,
+    beside_the_ledger: str, one_redis: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(ledger, "MISSING_MS", 0)
+    Fence.url, Fence.reached = url, set()
+    fence = Fence()
+    fence.results_are_kept_beside_the_ledger_or_elsewhere(one_redis)
+    for _ in range(times):
+        fence.a_worker_takes_a_message(2)
+        step(fence)
+        fence.nothing_is_stored_twice()
+        fence.each_tier_starts_a_job_once_and_the_last_once_more()
+        fence.an_attempt_is_counted_once()
+        fence.a_job_that_has_not_ended_can_be_found()
+    fence.teardown()
+    assert (beside_the_ledger if one_redis else elsewhere) in Fence.reached
 
 
 def test_it_is_so_too_while_an_operator_moves_waiting_jobs_between_the_tiers(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     explore(Rebalanced, url, monkeypatch, caplog, examples=100)
-    assert {"moved to cpu", "moved to cpu and gpu", "claim run", "claim stale", "raised MOVED", "ended done"} <= Fence.reached
+    assert {"claim run", "claim ended", "ended done"} <= Fence.reached
+
+
+def test_a_job_that_was_moved_away_and_home_falls_back_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "MISSING_MS", 0)
+    Fence.url, Fence.reached = url, set()
+    fence = Rebalanced()
+    fence.results_are_kept_beside_the_ledger_or_elsewhere(one_redis=True)
+    fence.a_message_is_delivered_twice()
+    fence.an_operator_moves_it_to_another_tier_whose_worker_may_take_it(away=True, steps=0)
+    fence.an_operator_moves_it_to_another_tier_whose_worker_may_take_it(away=False, steps=2)
+    fence.an_attempt_raises(0)
+    fence.an_attempt_is_counted_once()
+    fence.teardown()
+    assert {"moved to cpu", "moved to cpu and gpu", "claim run", "raised MOVED", "ended done"} <= Fence.reached

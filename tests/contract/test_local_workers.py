@@ -23,7 +23,10 @@ from workerpool_operator.model import WorkerPoolSpec
 from workerpool_operator.observation import Phase, Replica
 from workerpool_operator.ports import Pool
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.timeout(180)]
+
+PATIENCE_SECONDS = 40.0
+"""On a busy machine; less than the tasks last that are to be cut off."""
 
 APP = """
 import json, os, pathlib, time
@@ -72,10 +75,10 @@ class Driver:
     async def replicas(self) -> tuple[Replica, ...]:
         return (await self.workers.observe(self.pool))["cpu"].replicas
 
-    async def until(self, phases: list[Phase], seconds: float = 20) -> tuple[Replica, ...]:
+    async def until(self, phases: list[Phase]) -> tuple[Replica, ...]:
         """Wait, on the wake event alone, until the workers are in these phases."""
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 while [replica.phase for replica in await self.replicas()] != phases:
                     await self.wake.wait()
                     self.wake.clear()
@@ -105,8 +108,8 @@ async def started(path: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text()))
 
 
-async def becomes(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
+async def becomes(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.05)
@@ -184,7 +187,7 @@ def test_a_worker_that_outstays_its_grace_period_is_killed_with_its_children(red
             began = time.monotonic()
             await driver.scale(0)
             await driver.until([])
-            assert 0.9 < time.monotonic() - began < 10
+            assert 0.9 < time.monotonic() - began < PATIENCE_SECONDS
             assert processes(impatient.id) == {}
 
     asyncio.run(scenario())
@@ -203,7 +206,7 @@ def test_a_worker_whose_main_process_is_killed_comes_back_without_the_old_childr
             os.kill((await started(result))["ppid"], signal.SIGKILL)
             (failing,) = await driver.until([Phase.FAILING])
             assert failing.detail.startswith("killed by SIGKILL")
-            await becomes(lambda: processes(pool.id) == {}, seconds=0.5)
+            await becomes(lambda: not old.keys() & processes(pool.id).keys())
             (after,) = await driver.until([Phase.READY])
             assert (after.worker, after.ready_at) == (before.worker, before.ready_at)
             assert not old.keys() & processes(pool.id).keys()
@@ -221,7 +224,7 @@ def test_an_app_that_cannot_be_imported_says_so(redis_url: str, pool: Pool, tmp_
             (failing,) = await driver.until([Phase.FAILING])
             assert failing.detail.startswith("ModuleNotFoundError: No module named 'no_such_library' (see ")
             await driver.scale(0)
-            await driver.until([], seconds=2)
+            await driver.until([])
 
     asyncio.run(scenario())
 
@@ -276,7 +279,7 @@ def test_closing_leaves_nothing_and_when_cancelled_waits_for_nothing(pool: Pool,
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.3):
                 await driver.workers.close()
-        await becomes(lambda: processes(pool.id) == {}, seconds=0.5)
+        await becomes(lambda: processes(pool.id) == {})
 
     asyncio.run(scenario())
 
@@ -319,7 +322,7 @@ def test_a_parent_that_is_killed_at_work_leaves_nothing(pool: Pool, tmp_path: Pa
             assert len(processes(mark)) == 7
         finally:
             process.kill()
-    asyncio.run(becomes(lambda: processes(mark) == {}, seconds=6))
+    asyncio.run(becomes(lambda: processes(mark) == {}))
 
 
 def test_a_parent_that_is_killed_while_it_starts_workers_leaves_nothing(pool: Pool) -> None:
@@ -329,4 +332,4 @@ def test_a_parent_that_is_killed_while_it_starts_workers_leaves_nothing(pool: Po
             assert process.stdout
             assert process.stdout.read() == b"running\n"
         assert process.returncode == -signal.SIGKILL
-    asyncio.run(becomes(lambda: processes(mark) == {}, seconds=6))
+    asyncio.run(becomes(lambda: processes(mark) == {}))

@@ -178,7 +178,10 @@ class Controller(Protocol):
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of one run; ``waits`` in order of the trace, from arrival to the first start."""
+    """What came of one run; ``waits`` in order of the trace, from arrival to the first start.
+
+    ``expected``: what the routers expected these to be; empty where there is nothing to route.
+    """
 
     waits: list[float]
     starts: list[float]
@@ -187,6 +190,7 @@ class Outcome:
     changes: int
     series: list[tuple[float, int, int, int]] = field(default_factory=list)
     """Time, waiting, ready, ordered: at every look."""
+    expected: list[float] = field(default_factory=list)
 
 
 def run(trace: Trace, world: World, controller: Controller, on_progress: Callable[[int], None] | None = None) -> Outcome:
@@ -282,6 +286,7 @@ class _Run:
             self.spilling = True
         elif verdict.reason in (routing.Reason.FREE_SLOT, routing.Reason.WORTH_THE_WAIT):
             self.spilling = False
+        self.outcome.expected.append(verdict.wait)
         return (self.first, self.last)[verdict.index]
 
     def _dispatch(self, tier: Tier) -> None:
@@ -479,5 +484,5 @@ _CANDIDATES = routing.Candidates(
 def _load(tier: Tier, now: float) -> routing.Load:
     ready = tier.concurrency * (tier.ready() + len(tier.ghosts))
     service = tier.served_seconds / tier.finished if tier.finished else None
-    coming = routing.coming(tier.capacity, Milliseconds(int(now * 1000)))
-    return routing.Load(len(tier.waiting), tier.in_flight, ready, coming, service=service)
+    load = routing.Load(len(tier.waiting), tier.in_flight, ready, service=service)
+    return load.having(tier.capacity, Milliseconds(int(now * 1000)))

@@ -35,9 +35,11 @@ redis.call('HSET', KEYS[1], 'state', to, to .. '_at', now)
 redis.call('EXPIRE', KEYS[1], ARGV[7])
 if from == 'claimed' and to ~= 'admitted' and tonumber(job[6]) then
   local seconds = math.max(0, now - job[6]) / 1000
-  redis.call('HINCRBY', KEYS[7], 'jobs', 1)
+  local jobs, mean = redis.call('HINCRBY', KEYS[7], 'jobs', 1), tonumber(redis.call('HGET', KEYS[7], 'mean') or seconds)
   redis.call('HINCRBYFLOAT', KEYS[7], 'seconds', seconds)
   redis.call('HINCRBYFLOAT', KEYS[7], 'squares', seconds * seconds)
+  -- A plain mean at first: a worker's first job takes longer than those that follow, and must not stand for all.
+  redis.call('HSET', KEYS[7], 'mean', string.format('%.6f', mean + (seconds - mean) / math.min(jobs, 100)))
   redis.call('EXPIRE', KEYS[7], ARGV[7])
 end
 if to ~= 'admitted' then
@@ -45,13 +47,13 @@ if to ~= 'admitted' then
   local function note(served, began, what, many)
     if (tonumber(began) or 0) < (tonumber(redis.call('HGET', served, 'since')) or 0) then return end
     redis.call('HINCRBYFLOAT', served, what, many)
-    redis.call('EXPIRE', served, ARGV[7])
   end
   if from == 'claimed' and good then note(KEYS[7], job[6], 'succeeded', 1) end
   -- How the job ends here says whether the tier was at fault on which it failed before; one that expires says nothing.
   if job[8] then
     redis.call('HDEL', KEYS[1], 'suspect', 'suspect_since')
     if to == 'expired' then note(job[8], job[9], 'failed', -1) else note(job[8], job[9], good and 'confirmed' or 'refuted', 1) end
+    redis.call('EXPIRE', job[8], ARGV[7])
   end
 end
 
