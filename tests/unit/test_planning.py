@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workerpool_operator import breaker, planning, scaling
+from workerpool_operator import breaker, planning, rebalancing, scaling
 from workerpool_operator.model import WorkerPoolSpec, parse_spec
 from workerpool_operator.observation import (
     Attempts,
@@ -220,6 +220,30 @@ def test_no_job_orders_none(state: tuple[BrokerReading, dict[str, TierReplicas]]
         bound = live[name].desired + new[name] // slots >= tier.replicas.max or live[name].desired > ready + live[name].starting
         late[name] = 0.0 if bound else seen.tiers[name].waiting - starts
     assert max(late.values()) <= 1e-6
+
+
+def test_a_tier_whose_maximum_is_nothing_takes_no_job_and_what_waits_there_leaves() -> None:
+    accelerator = {"resource": "nvidia.com/gpu"}
+    tiers = [
+        {"name": "gpu", "queue": "gpu-tasks", "accelerator": accelerator, "replicas": {"max": 0}, "template": TEMPLATE},
+        {"name": "cpu", "queue": "celery", "concurrency": 4, "replicas": {"min": 1, "max": 40}, "template": TEMPLATE},
+    ]
+    pool = replace(POOL, spec=spec(tiers=tiers))
+    seen, live = reading(gpu=QueueReading(9, 0, 0)), {"gpu": replicas(0), "cpu": replicas(1)}
+    plans = planning.plan(pool, seen, live, {}, NOW)
+    assert (plans[0].decision.replicas, plans[0].decision.reason) == (0, Reason.AT_MAXIMUM)
+    capacity = planning.capacity(pool.spec, plans, seen.time, NOW)
+    assert (capacity.tiers["gpu"].starting, capacity.tiers["gpu"].startable) == ((), 0)
+    (transfer,) = rebalancing.transfers(planning.policy(pool.spec), planning.loads(plans, capacity, seen.time), {"gpu": 0})
+    assert (transfer.source, transfer.target, transfer.jobs) == ("gpu", "cpu", 9)
+
+
+def test_with_all_tiers_at_their_maximum_every_job_waits_where_it_is_and_nothing_is_lowered() -> None:
+    full = {"gpu": replicas(8, *[Phase.READY] * 8), "cpu": replicas(40, *[Phase.READY] * 40)}
+    plans = plan(reading(gpu=served(900, 8, 700), cpu=served(900, 160, 0, 30.0)), full["gpu"], full["cpu"])
+    for name, most in (("gpu", 8), ("cpu", 40)):
+        assert (plans[name].decision.replicas, plans[name].decision.reason) == (most, Reason.AT_MAXIMUM)
+        assert plans[name].drain.marks == frozenset()
 
 
 def test_a_worker_that_finds_no_place_is_kept_while_a_job_that_wanted_it_is_elsewhere() -> None:

@@ -65,6 +65,7 @@ class World:
     Attributes:
         look_seconds: the time between two looks of the controller.
         lag_seconds: from what a look saw to what it changed.
+        takes: whether the preferred tier takes the next job, of both tiers as they are; None for the library's own rule.
     """
 
     tiers: Sequence[TierSetup]
@@ -72,6 +73,7 @@ class World:
     lag_seconds: float = 0.0
     outages: Sequence[Outage] = ()
     seed: int = 0
+    takes: Callable[[Tier, Tier], bool] | None = None
 
 
 class Pod:
@@ -279,7 +281,9 @@ class _Run:
         self._changed()
 
     def _route(self) -> Tier:
-        """The library's own rule; all jobs are of one task."""
+        """The library's own rule, or another one; all jobs are of one task."""
+        if self.world.takes:
+            return self.first if self.world.takes(self.first, self.last) else self.last
         loads = (_load(self.first, self.now), _load(self.last, self.now))
         verdict = routing.place(_CANDIDATES, loads, limit=None, spilling=self.spilling)
         if verdict.reason is routing.Reason.WAIT_TOO_LONG:
