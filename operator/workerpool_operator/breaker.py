@@ -9,8 +9,8 @@ others. Losses count like exceptions; what a drain or a shutdown gives back does
 * *Closed*: all jobs. It opens when at least :data:`LEAST_FAILURES` of the latest :data:`WINDOW` attempts are failures, and these
   are :data:`RATE` of them.
 * *Open*: none. What was only suspected and turns out to be the jobs' own fault ends it at once; else the pause does.
-* *Half-open*: :data:`TRIALS_AT_ONCE` job at a time. :data:`SUCCESSES_TO_CLOSE` good ends close it; a failure opens it again, for
-  twice as long, up to :data:`LONGEST_PAUSE_SECONDS`.
+* *Half-open*: :data:`TRIALS_AT_ONCE` job at a time, beside those that the tier still held. :data:`SUCCESSES_TO_CLOSE` good ends
+  close it; a failure opens it again, for twice as long, up to :data:`LONGEST_PAUSE_SECONDS`.
 
 All that the rule knows stands in Redis, so that the next operator goes on where the last one stopped, and two at once write the
 same.
@@ -61,19 +61,19 @@ class Decision:
     message: str = ""
 
 
-def decide(breaker: Breaker, attempts: Attempts, now: Milliseconds) -> Decision:
+def decide(breaker: Breaker, attempts: Attempts, in_flight: int, now: Milliseconds) -> Decision:
     """Go from one state to the next, or stay.
 
     Args:
         breaker: as it was left.
         attempts: how those ended that count since then.
+        in_flight: jobs that the tier's workers hold.
         now: Redis's time.
     """
     if now < breaker.at:  # another Redis, or a clock that was set back
         breaker = replace(breaker, at=now, since=min(breaker.since, now))
     attempts = _kept(attempts)
-    undecided = attempts.failed - attempts.confirmed - attempts.refuted
-    doubted = undecided + attempts.confirmed >= _DOUBT
+    doubted = _failures(attempts) >= _DOUBT
     match breaker.state:
         case BreakerState.CLOSED:
             failures = _failures(attempts)
@@ -82,19 +82,20 @@ def decide(breaker: Breaker, attempts: Attempts, now: Milliseconds) -> Decision:
                 return _opened(breaker, attempts, breaker.opened + 1 if recent else 1, now)
             return Decision(breaker, attempts)
         case BreakerState.OPEN if not doubted:
-            refuted = replace(NO_ATTEMPTS, succeeded=attempts.succeeded)
-            return _half_opened(Breaker(BreakerState.HALF_OPEN, now, max(0, breaker.opened - 1), now), refuted)
+            tried = Breaker(BreakerState.HALF_OPEN, now, max(0, breaker.opened - 1), now, in_flight)
+            return _half_opened(tried, replace(_carried(attempts), succeeded=attempts.succeeded))
         case BreakerState.OPEN if _seconds(breaker, now) >= _pause(breaker.opened):
-            return _half_opened(Breaker(BreakerState.HALF_OPEN, now, breaker.opened, now), NO_ATTEMPTS)
+            return _half_opened(Breaker(BreakerState.HALF_OPEN, now, breaker.opened, now, in_flight), _carried(attempts))
         case BreakerState.OPEN:
-            return _open(breaker, attempts, now)
+            return _open(breaker, attempts)
         case BreakerState.HALF_OPEN if doubted:
             return _opened(breaker, attempts, breaker.opened + 1, now)
         case BreakerState.HALF_OPEN if attempts.succeeded >= SUCCESSES_TO_CLOSE:
             message = f"{SUCCESSES_TO_CLOSE} single jobs that tried it succeeded: back in routing"
-            return Decision(Breaker(BreakerState.CLOSED, now, breaker.opened, now), NO_ATTEMPTS, message=message)
+            return Decision(Breaker(BreakerState.CLOSED, now, breaker.opened, now), _carried(attempts), message=message)
         case BreakerState.HALF_OPEN:
-            return _half_opened(breaker, attempts)
+            # An older job may take hours, and a hung one never ends: no trial waits for it.
+            return _half_opened(replace(breaker, older=min(breaker.older, in_flight)), attempts)
 
 
 def _kept(attempts: Attempts) -> Attempts:
@@ -103,6 +104,14 @@ def _kept(attempts: Attempts) -> Attempts:
     succeeded, failed = max(0.0, attempts.succeeded), max(attempts.failed, confirmed + refuted)
     part = min(1.0, WINDOW / (succeeded + failed)) if succeeded + failed else 1.0
     return Attempts(part * succeeded, part * failed, part * confirmed, part * refuted)
+
+
+def _carried(attempts: Attempts) -> Attempts:
+    """What is known beyond a change of state: of late jobs have failed by their own fault. It is half a window at most, so that
+    what breaks now still shows.
+    """
+    own = min(attempts.refuted, WINDOW / 2)
+    return replace(NO_ATTEMPTS, failed=own, refuted=own)
 
 
 def _failures(attempts: Attempts) -> float:
@@ -120,19 +129,18 @@ def _seconds(breaker: Breaker, now: Milliseconds) -> float:
 
 
 def _opened(breaker: Breaker, attempts: Attempts, opened: int, now: Milliseconds) -> Decision:
-    return _open(Breaker(BreakerState.OPEN, now, opened, breaker.since), attempts, now)
+    return _open(Breaker(BreakerState.OPEN, now, opened, breaker.since), attempts)
 
 
-def _open(breaker: Breaker, attempts: Attempts, now: Milliseconds) -> Decision:
-    left = max(0.0, _pause(breaker.opened) - _seconds(breaker, now))
+def _open(breaker: Breaker, attempts: Attempts) -> Decision:
     message = (
         f"{attempts.failed:.0f} of its latest {attempts.succeeded + attempts.failed:.0f} attempts failed, "
         f"{attempts.confirmed:.0f} of these jobs succeeded on another tier and {attempts.refuted:.0f} failed there too: "
-        f"out of routing, single jobs try it in {left:.0f} s"
+        f"out of routing, after {_pause(breaker.opened):.0f} s single jobs try it"
     )
     return Decision(breaker, attempts, 0, message)
 
 
 def _half_opened(breaker: Breaker, attempts: Attempts) -> Decision:
     message = f"single jobs try it, {min(attempts.succeeded, SUCCESSES_TO_CLOSE):.0f} of {SUCCESSES_TO_CLOSE} have succeeded"
-    return Decision(breaker, attempts, TRIALS_AT_ONCE, message)
+    return Decision(breaker, attempts, TRIALS_AT_ONCE + breaker.older, message)

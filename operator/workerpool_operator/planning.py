@@ -10,9 +10,9 @@ from statistics import fmean
 
 from workerpool_operator import breaker, drain, scaling
 from workerpool_operator.model import Mode, Tier, WorkerPoolSpec
-from workerpool_operator.observation import BrokerReading, Phase, QueueReading, TierReplicas, Unavailable
+from workerpool_operator.observation import NEVER_OPENED, BrokerReading, Phase, QueueReading, TierReplicas, Unavailable
 from workerpool_operator.ports import Marks, Pool
-from workerpool_routing.decide import START_SECONDS, Load, coming
+from workerpool_routing.decide import START_SECONDS, Load
 from workerpool_routing.wire import Capacity, Milliseconds, Policy, StartingSlots, TaskPolicy, TierCapacity, TierPolicy
 
 GROUPS = 8
@@ -159,7 +159,9 @@ def _routing(pool: Pool, tier: Tier, queue: QueueReading | None, reading: Broker
     elsewhere = any(not other.accelerated for other in pool.spec.tiers)
     if isinstance(reading, Unavailable) or queue is None or pool.spec.mode is Mode.PAUSED or not (tier.accelerated and elsewhere):
         return None
-    return breaker.decide(queue.breaker, queue.attempts, reading.time)
+    # Nothing is limited in this mode, and nothing is kept of what it would come to.
+    stored = NEVER_OPENED if pool.spec.mode is Mode.ADVISORY else queue.breaker
+    return breaker.decide(stored, queue.attempts, queue.in_flight, reading.time)
 
 
 def _servable(queue: QueueReading, routing: breaker.Decision | None) -> QueueReading:
@@ -192,18 +194,20 @@ def policy(spec: WorkerPoolSpec) -> Policy:
     )
 
 
-def capacity(plans: list[TierPlan], time: Milliseconds, now: float) -> Capacity:
+def capacity(spec: WorkerPoolSpec, plans: list[TierPlan], time: Milliseconds, now: float) -> Capacity:
     """The slots that presence cannot show: ordered and not there yet, and those that may still be ordered; and when they come.
 
     Args:
+        spec: of the pool.
         plans: of one pass.
         time: of the reading that they stand on, by Redis's clock.
         now: the same by the clock of the workers' times, seconds.
     """
-    return Capacity({plan.tier.name: _capacity(plan, time, now) for plan in plans})
+    target = spec.scaling.target_wait_seconds
+    return Capacity({plan.tier.name: _capacity(plan, target, time, now) for plan in plans})
 
 
-def _capacity(plan: TierPlan, time: Milliseconds, now: float) -> TierCapacity:
+def _capacity(plan: TierPlan, target: float, time: Milliseconds, now: float) -> TierCapacity:
     slots = plan.tier.concurrency
     stuck = plan.workers.count(Phase.UNSCHEDULABLE) + plan.workers.count(Phase.FAILING)
     start, ready_in = _starts(plan, stuck, now)
@@ -214,6 +218,7 @@ def _capacity(plan: TierPlan, time: Milliseconds, now: float) -> TierCapacity:
         # Where one worker cannot be placed or does not come up, another would not either.
         startable=0 if stuck else slots * max(0, plan.tier.replicas.max - plan.decision.replicas),
         start_seconds=start,
+        target_seconds=target,
         unschedulable=slots * plan.workers.count(Phase.UNSCHEDULABLE),
         limit=plan.breaker.limit if plan.breaker else None,
     )
@@ -256,14 +261,9 @@ def loads(plans: list[TierPlan], capacity: Capacity, time: Milliseconds) -> Mapp
 
 
 def _load(queue: QueueReading, capacity: TierCapacity, time: Milliseconds) -> Load:
-    return Load(
-        waiting=queue.waiting,
-        in_flight=queue.in_flight,
-        ready=sum(worker.slots for worker in queue.workers),
-        coming=coming(capacity, time),
-        service=queue.served.seconds / queue.served.jobs if queue.served.jobs else None,
-        limit=capacity.limit,
-    )
+    ready = sum(worker.slots for worker in queue.workers)
+    service = queue.served.seconds / queue.served.jobs if queue.served.jobs else None
+    return Load(queue.waiting, queue.in_flight, ready, service=service).having(capacity, time)
 
 
 def breakers(plans: list[TierPlan]) -> Mapping[str, breaker.Decision]:

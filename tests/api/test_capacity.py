@@ -21,11 +21,11 @@ from tests.api.test_operator import set_status
 from workerpool_operator.kube.api import Api, path_to
 from workerpool_routing import WorkerPool
 
-pytestmark = [pytest.mark.api, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.api, pytest.mark.timeout(500)]
 
 GPUS = 2
 BOUND_SECONDS = 2.0
-ATTEMPTS = 5
+ATTEMPTS = 10
 UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/9 nodes: no GPU"}
 SCHEDULED = {"type": "PodScheduled", "status": "True"}
 

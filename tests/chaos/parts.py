@@ -142,7 +142,7 @@ class Worker:
 
     def __init__(self, url: str, tier: str, log: Path, *, slots: int = 1, plain: bool = False) -> None:
         self.tier = tier
-        name = f"{tier}-{uuid4().hex[:5]}"
+        self.name = name = f"{tier}-{uuid4().hex[:5]}"
         environment = {**os.environ, "CELERY_BROKER_URL": url, "WORKERPOOL_TIER": tier}
         if plain:
             environment["CHAOS_PLAIN"] = "1"

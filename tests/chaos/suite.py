@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -21,9 +22,9 @@ from random import Random
 from typing import Any
 
 from tests.chaos import drains
-from tests.chaos.parts import KEYS, Line, Server, Worker, end, job, publish, start_sweep, sweeping
+from tests.chaos.parts import KEYS, Line, Server, Worker, end, guardian, job, publish, start_sweep, sweeping
 
-from workerpool_routing.ledger import State
+from workerpool_routing.ledger import Run, State
 
 
 @dataclass
@@ -42,8 +43,12 @@ class Row:
 
     @property
     def kept(self) -> bool:
-        late = max(self.recovery, default=0.0) > TAKEN_OVER_SECONDS and not self.note
-        return not (self.lost or self.doubled or self.overstarted or late)
+        """Whether every job had its one outcome, and no more starts than promised, however slow the machine is."""
+        return not (self.lost or self.doubled or self.overstarted)
+
+    @property
+    def late(self) -> bool:
+        return bool(self.recovery) and quantile(self.recovery, 0.99) > TAKEN_OVER_SECONDS and not self.note
 
     def cells(self) -> list[str]:
         p50, p99 = (f"{quantile(self.recovery, q):.1f}" if self.recovery else "" for q in (0.5, 0.99))
@@ -74,8 +79,8 @@ class Scene:
     leaving: list[Worker] = field(default_factory=list)
     sweeps: list[Any] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    """When workers or children were killed or stopped, by Redis's clock, in seconds."""
+    losses: list[tuple[str, float]] = field(default_factory=list)
+    """Which workers were killed or stopped, or had their children killed, and when, by Redis's clock, in seconds."""
 
     @property
     def url(self) -> str:
@@ -91,15 +96,28 @@ class Scene:
             self.ids += publish(client, count, seconds, how, plain=self.plain)
 
     def of(self, tier: str) -> Worker:
-        return self.dice.choice([w for w in self.workers if w.tier == tier and w.process.poll() is None])
+        """A worker that is at work; if none is for a while, or it is plain Celery and does not say, one that is up."""
+        began = time.monotonic()
+        while (waited := time.monotonic() - began) < 60:
+            up = [w for w in self.workers if w.tier == tier and w.process.poll() is None and w.children()]
+            chosen = [w for w in up if w.name in self.busy(tier)] or (up if self.plain or waited > 10 else [])
+            if chosen:
+                return self.dice.choice(chosen)
+            time.sleep(0.05)
+        raise TimeoutError(f"no worker of tier {tier} has come up within 60 s")
 
-    def note_loss(self) -> None:
+    def busy(self, tier: str) -> set[str]:
+        with self.server.client() as client:
+            reports = map(json.loads, client.hvals(KEYS.presence(tier)))
+            return {report["worker"] for report in reports if report["busy"]}
+
+    def note_loss(self, worker: Worker) -> None:
         with self.server.client() as client:
             seconds, micros = client.time()
-        self.losses.append(seconds + micros / 1e6)
+        self.losses.append((worker.name, seconds + micros / 1e6))
 
     def replace(self, worker: Worker, slots: int = 1) -> None:
-        self.note_loss()
+        self.note_loss(worker)
         worker.kill()
         self.workers.remove(worker)
         self.start(worker.tier, slots)
@@ -135,9 +153,12 @@ class Scene:
                     return missing
             time.sleep(0.5)
 
-    def since_loss(self, began: int, again: int) -> float:
-        """Seconds from the death in between to the next start."""
-        return min(again / 1000 - at for at in [*self.losses, began / 1000] if began / 1000 <= at <= again / 1000)
+    def since_loss(self, lost: Run, again: int) -> float:
+        """Seconds from the death of its worker to the next start; from its own start where it killed the worker itself."""
+        began, end = lost.began / 1000, again / 1000
+        return end - min(
+            (at for name, at in self.losses if lost.owner.startswith(f"{name}.") and began <= at <= end), default=began
+        )
 
     def judge(self, fault: str, times: int, lost: set[str], forgotten: int = 0) -> Row:
         with self.server.client() as client:
@@ -150,7 +171,7 @@ class Scene:
                 given_back = sum(run.how in ("given back", "done") for run in runs[:-1])
                 starts = entry.starts if entry else {}
                 overstarted += starts.get("gpu", 0) > 1 + given_back or starts.get("cpu", 0) > 2 + given_back
-                recovery += [self.since_loss(a.began, b.began) for a, b in pairwise(runs) if a.how == "lost"]
+                recovery += [self.since_loss(a, b.began) for a, b in pairwise(runs) if a.how == "lost"]
         return Row(fault, times, len(self.ids), len(lost), doubled, overstarted, forgotten, recovery)
 
 
@@ -221,8 +242,9 @@ Fault = Callable[[Scene], None]
 
 
 def child_killed(stage: Scene) -> None:
-    stage.note_loss()
-    for pid in stage.of("gpu").children():
+    worker = stage.of("gpu")
+    stage.note_loss(worker)
+    for pid in worker.children():
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
@@ -233,7 +255,7 @@ def worker_killed(stage: Scene) -> None:
 
 def worker_stopped(stage: Scene) -> None:
     worker = stage.of("gpu")
-    stage.note_loss()
+    stage.note_loss(worker)
     worker.signal(signal.SIGSTOP)
     time.sleep(14)
     worker.signal(signal.SIGCONT)
@@ -302,7 +324,7 @@ def under(seed: str, fault: Fault, name: str, times: int, pause: float) -> Row:
             time.sleep(stage.dice.uniform(0.2, pause))
             fault(stage)
         row = stage.judge(name, times, stage.drain(30))
-        row.note = "each sweep first watches for a presence life" if fault is reaper_killed else ""
+        row.note = NOT_WITHIN.get(fault, "")
         return row
 
 
@@ -319,6 +341,12 @@ def redis_emptied(seed: str, times: int) -> Row:
         stage.publish(20, 0.1)
         return stage.judge("Redis restarted, kept nothing", times, stage.drain(30), forgotten)
 
+
+NOT_WITHIN: Mapping[Fault, str] = {
+    reaper_killed: "each sweep first watches for a presence life",
+    redis_paused: "the pauses are in it",
+}
+"""Why a job is not taken over as soon as usual."""
 
 FAULTS: Sequence[tuple[Fault, str, float]] = (
     (child_killed, "child SIGKILL", 1.0),
@@ -341,7 +369,7 @@ SIZES = {"short": (2_000, 3, 1), "full": (45_000, 25, 5), "long": (90_000, 50, 2
 SIDE_BY_SIDE = 4
 """How many rows are looked at at once, each in a Redis and with workers of its own: most of their time is waiting."""
 
-POOLS = 4
+POOLS = 5
 """How many pools are scaled down at once: most of that time is waiting too, for what busy workers still have to do."""
 
 
@@ -355,6 +383,7 @@ def run(size: str, seed: str) -> list[Row]:
         print("| " + " | ".join(row.cells()) + " |", flush=True)
 
     print("| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS), flush=True)
+    guardian()  # one for all threads
     show(flood(seed, jobs, kills, plain=True))
     show(flood(seed, jobs, kills, plain=False))
     quick = {child_killed, worker_killed, redis_restarted, line_cut}
@@ -365,8 +394,8 @@ def run(size: str, seed: str) -> list[Row]:
             for fault, name, pause in FAULTS
             if size != "short" or fault in quick
         ]
-        for row in as_completed(coming):
-            show(row.result())
+        for done in as_completed(coming):
+            show(done.result())
     return rows
 
 
@@ -377,8 +406,10 @@ def main(size: str) -> int:
     began = time.monotonic()
     rows = run(size, seed)
     broken = [row.fault for row in rows if not row.kept and "plain" not in row.fault]
-    print(f"\n{time.monotonic() - began:.0f} s; broken: {', '.join(broken) or 'nothing'}")
-    return int(bool(broken))
+    late = [row.fault for row in rows if row.late]
+    print(f"\n{time.monotonic() - began:.0f} s; broken: {', '.join(broken) or 'nothing'}; "
+          f"taken over later than {TAKEN_OVER_SECONDS} s: {', '.join(late) or 'nothing'}")  # fmt: skip
+    return int(bool(broken or late))
 
 
 if __name__ == "__main__":

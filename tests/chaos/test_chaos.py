@@ -1,4 +1,4 @@
-"""The short round of chaos: nothing lost, nothing done twice, no more starts than promised, and taken over in time."""
+"""The short round of chaos: nothing lost, nothing done twice, no more starts than promised."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def test_what_began_before_a_trial_is_not_counted_to_it(redis_url: str, pool: Po
 
 
 def test_the_breaker_is_read_as_it_was_left_with_what_was_counted_since(redis_url: str, pool: Pool) -> None:
-    left = Breaker(BreakerState.HALF_OPEN, Milliseconds(2_000), 3, since=Milliseconds(1_000))
+    left = Breaker(BreakerState.HALF_OPEN, Milliseconds(2_000), 3, since=Milliseconds(1_000), older=2)
     kept = {"gpu": Decision(left, Attempts(2.5, 1.25, 0.75, 0.5), 1)}
     policy = planning.policy(pool.spec)
     assert ask(lambda broker: broker.publish(redis_url, pool, policy, Capacity(), breakers=kept)) is None

@@ -561,7 +561,7 @@ def test_a_pass_that_fails_is_followed_by_another(pool: Pool, caplog: pytest.Log
     assert caplog.messages == ["the pass failed, the next one tries again"]
 
 
-async def until(condition: Callable[[], bool], seconds: float = 8) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

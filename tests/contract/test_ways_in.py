@@ -74,7 +74,7 @@ def celery(url: str, log: Path, name: str, arguments: list[str], names: dict[str
         process.wait()
 
 
-def until(true: Callable[[], Any], what: str, seconds: float = 20) -> Any:
+def until(true: Callable[[], Any], what: str, seconds: float = 60) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if found := true():

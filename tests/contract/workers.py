@@ -65,7 +65,7 @@ def group_lives(group: int) -> bool:
     return True
 
 
-def until(true: Callable[[], Any], what: str, seconds: float = 20) -> Any:
+def until(true: Callable[[], Any], what: str, seconds: float = 60) -> Any:
     """What the condition answers once it holds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -89,8 +89,16 @@ def install(kube: Kube, *options: str) -> None:
 
 def after_passes(kube: Kube, count: int) -> None:
     """Wait until the operator has ended so many more passes."""
-    start = passes(kube)
-    eventually(lambda: passes(kube), lambda now: now >= start + count)
+    before, ended = eventually(lambda: passes(kube)), 0.0
+
+    def enough() -> bool:
+        nonlocal before, ended
+        # An operator that restarted counts from zero.
+        now = passes(kube)
+        before, ended = now, ended + max(0.0, now - before)
+        return ended >= count
+
+    eventually(enough)
 
 
 def passes(kube: Kube) -> float:

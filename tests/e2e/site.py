@@ -120,7 +120,15 @@ class Site:
     def hold(self) -> str:
         """Let a GPU run a job that ends only when it is released, and wait until it does; on a CPU it ends at once."""
         task: str = json.loads(self._python("hold"))
-        eventually(lambda: self.jobs([task])[0], lambda job: job and job["state"] == "claimed" and job["tier"] == "gpu")
+
+        def held() -> bool:
+            nonlocal task
+            (job,) = self.jobs([task])
+            if job and job["state"] == "done":  # it had gone to a CPU, while no GPU seemed to come
+                task = json.loads(self._python("hold"))
+            return bool(job) and job["state"] == "claimed" and job["tier"] == "gpu"
+
+        eventually(held, seconds=240)
         return task
 
     def worker_of(self, task: str) -> str:

@@ -33,8 +33,10 @@ def after(seconds: float) -> Milliseconds:
     return Milliseconds(NOON + round(seconds * 1000))
 
 
-def decide(state: Breaker = NEVER_OPENED, attempts: Attempts = NO_ATTEMPTS, now: Milliseconds = NOON) -> Decision:
-    return breaker.decide(state, attempts, now)
+def decide(
+    state: Breaker = NEVER_OPENED, attempts: Attempts = NO_ATTEMPTS, now: Milliseconds = NOON, in_flight: int = 0
+) -> Decision:
+    return breaker.decide(state, attempts, in_flight, now)
 
 
 def opened(times: int = 1) -> Breaker:
@@ -59,7 +61,7 @@ class Tier:
 
     def look(self, seconds: float = 0.0) -> None:
         self.now = Milliseconds(self.now + round(seconds * 1000))
-        self.kept = breaker.decide(self.kept.breaker, self.kept.attempts, self.now)
+        self.kept = breaker.decide(self.kept.breaker, self.kept.attempts, 0, self.now)
         if self.state is not self.states[-1]:
             self.states.append(self.state)
 
@@ -110,9 +112,9 @@ def test_a_tier_is_taken_out_by_what_is_known_and_half_of_what_is_suspected(atte
 def test_the_sentence_says_what_was_counted_and_when_it_is_tried_again() -> None:
     assert decide(attempts=Attempts(1, 7, 5, 1)).message == (
         "7 of its latest 8 attempts failed, 5 of these jobs succeeded on another tier and 1 failed there too: out of routing, "
-        "single jobs try it in 30 s"
+        "after 30 s single jobs try it"
     )
-    assert decide(opened(), BROKEN, after(12)).message.endswith("single jobs try it in 18 s")
+    assert decide(opened(), BROKEN, after(12)).message == decide(opened(), BROKEN).message, "no news while nothing happens"
     assert decide(on_trial(), Attempts(2)).message == "single jobs try it, 2 of 3 have succeeded"
     assert decide(on_trial(), Attempts(3)).message == "3 single jobs that tried it succeeded: back in routing"
 
@@ -151,6 +153,15 @@ def test_enough_successful_trials_take_it_back_in() -> None:
     assert (tier.state, tier.kept.limit, tier.kept.attempts) == (CLOSED, None, NO_ATTEMPTS)
 
 
+def test_a_trial_waits_for_no_job_that_the_tier_still_held() -> None:
+    limits, state = [], opened()
+    for now, in_flight in ((30.0, 2), (31.0, 3), (40.0, 2), (50.0, 1), (51.0, 2), (60.0, 0), (61.0, 1)):
+        tried = decide(state, BROKEN if state.state is OPEN else NO_ATTEMPTS, after(now), in_flight)
+        limits.append(tried.limit)
+        state = tried.breaker
+    assert limits == [3, 3, 3, 2, 2, 1, 1], "one more than what has been there since the trial began"
+
+
 def test_what_began_before_the_trial_says_nothing_about_it() -> None:
     tier = Tier(Decision(on_trial(), NO_ATTEMPTS))
     for end in ("succeeded", "confirmed", "refuted", "failed"):
@@ -162,6 +173,25 @@ def test_a_tier_that_breaks_soon_after_it_came_back_stays_out_longer_and_later_b
     back = Breaker(CLOSED, NOON, opened=2, since=NOON)
     assert decide(back, BROKEN, after(60)).breaker.opened == 3
     assert decide(back, BROKEN, after(LONGEST_PAUSE_SECONDS)).breaker.opened == 1
+
+
+def test_jobs_that_fail_everywhere_do_not_end_a_trial_where_such_are_known_until_too_many_do() -> None:
+    own_fault = replace(BROKEN, failed=14, confirmed=1, refuted=12)
+    tried = decide(opened(), own_fault, after(PAUSE_SECONDS))
+    assert tried.attempts == Attempts(0, WINDOW / 2, 0, WINDOW / 2)
+    tier, failed = Tier(tried, now=after(PAUSE_SECONDS)), 0
+    while tier.state is HALF_OPEN:
+        tier.ends("failed")
+        failed += 1
+    assert 1 < failed <= WINDOW / 2, "a tier that broke is noticed before anything is known of these"
+    tier = Tier(tried, now=after(PAUSE_SECONDS))
+    tier.ends("failed")
+    tier.ends("confirmed")
+    assert tier.state is OPEN, "one that it did is enough"
+    tier = Tier(tried, now=after(PAUSE_SECONDS))
+    for end in ("failed", "succeeded", "failed", "succeeded", "succeeded", "succeeded"):
+        tier.ends(end)
+    assert tier.state is CLOSED
 
 
 def test_a_suspicion_that_was_wrong_is_over_as_soon_as_that_is_known() -> None:

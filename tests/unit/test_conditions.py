@@ -437,7 +437,7 @@ def test_the_sentences_of_a_broken_tier_say_what_is_done_or_would_be_done() -> N
     assert values(told(plans(IDLE, gpu=BROKEN)))["Ready"] == "True", "its jobs run elsewhere"
     assert acts == (
         "gpu: 6 of its latest 6 attempts failed, 6 of these jobs succeeded on another tier and 0 failed there too: "
-        "out of routing, single jobs try it in 30 s"
+        "out of routing, after 30 s single jobs try it"
     )
     pool = in_mode(Mode.ADVISORY)
     advises = conditions(told(plans(IDLE, pool=pool, gpu=BROKEN), pool=pool))["TierBroken"].message

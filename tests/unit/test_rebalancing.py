@@ -19,7 +19,7 @@ POLICY = Policy((TierPolicy("gpu", "g", accelerated=True), TierPolicy("cpu", "c"
 
 
 def load(waiting: int = 0, busy: int = 0, ready: int = 0, coming: int = 0, service: float | None = None) -> Load:
-    return Load(waiting, busy, ready, ((coming, START_SECONDS),) if coming else (), service=service)
+    return Load(waiting, busy, ready, service=service, startable=coming, start_seconds=START_SECONDS)
 
 
 def moves(gpu: Load, cpu: Load, spilled: int = 1_000) -> tuple[str, int] | None:
@@ -117,6 +117,12 @@ def test_what_waits_for_a_tier_whose_attempts_fail_leaves_but_for_the_one_that_t
     assert moves(gpu, cpu) == moved
 
 
+def test_a_job_that_comes_home_to_try_a_broken_tier_is_told_how_long_it_waits() -> None:
+    on_trial = replace(load(ready=1, service=5), limit=1)
+    (home,) = transfers(POLICY, {"gpu": on_trial, "cpu": load(9, 1, 1, service=30)}, {"gpu": 9})
+    assert home.message.endswith("there it waits at most 5 s")
+
+
 def test_moves_of_one_way_are_told_as_one_until_a_longer_pause() -> None:
     away, home = Transfer("gpu", "cpu", 9, "away"), Transfer("cpu", "gpu", 9, "home")
     first = tell([], away, 3, 0.0)
@@ -149,7 +155,10 @@ services = st.one_of(st.none(), st.floats(0.01, 600))
 groups = st.lists(st.tuples(st.integers(1, 30), st.floats(0, 300)), max_size=4).map(
     lambda found: tuple(sorted(found, key=lambda group: group[1]))
 )
-held = st.builds(Load, counts, counts, counts, groups, service=services)
+held = st.builds(
+    Load, counts, counts, counts, groups, service=services, startable=counts, start_seconds=st.floats(300, 400),
+    target_seconds=st.floats(0, 600),
+)  # fmt: skip
 limited = st.builds(replace, held, limit=st.integers(0, 2))
 
 
