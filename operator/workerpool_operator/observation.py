@@ -94,6 +94,7 @@ class QueueReading:
         served: the jobs that it has ended.
         attempts: how its latest attempts ended.
         breaker: whether it took part in routing so far.
+        start_seconds: how long its workers took to start, as far as any operator has learnt; None before one has.
     """
 
     waiting: int
@@ -104,6 +105,7 @@ class QueueReading:
     served: Served = NOTHING_SERVED
     attempts: Attempts = NO_ATTEMPTS
     breaker: Breaker = NEVER_OPENED
+    start_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

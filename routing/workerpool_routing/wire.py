@@ -25,7 +25,8 @@ key                       type    meaning
 ``served:<tier>``         hash    ``jobs``, ``seconds``, ``squares``: attempts so far, their time on a slot and the squares of it;
                                   ``succeeded``, ``failed``, ``confirmed``, ``refuted``: how the latest of those that began after
                                   ``since`` ended, and of those that failed what their jobs came to on another tier; ``state``,
-                                  ``at``, ``opened``, ``older``: the circuit breaker that stands on them, written by the operator
+                                  ``at``, ``opened``, ``older``: the circuit breaker that stands on them, and
+                                  ``start_seconds``: how long a worker takes to start; written by the operator
 ``drain``                 set     workers (by name) that are to stop consuming; written by the operator, expires by itself
 ``aside``                 hash    task id → JSON: a message or entry that nobody could read, and why; for people
 ``aside:count``           string  how many were ever set aside

@@ -503,6 +503,24 @@ def test_advice_goes_by_what_fails_now_and_by_no_trial_that_was_begun_before_the
     assert limits == [None, 0]
 
 
+def test_a_new_operator_goes_on_with_the_start_time_that_the_last_one_kept() -> None:
+    (first, *_) = plans = list(plan(reading(gpu=QueueReading(3, 0, 0, start_seconds=300.0))).values())
+    assert "starts of 300 s" in first.decision.message
+    assert planning.capacity(plans, TIME, NOW).tiers["gpu"].start_seconds == 300.0
+    assert planning.starts(plans) == {}, "no news"
+
+
+@pytest.mark.parametrize(
+    ("kept", "told"),
+    [(None, {"gpu": 40.0}), (37.0, {}), (43.0, {}), (30.0, {"gpu": 40.0})],
+    ids=["none", "less", "more", "far off"],
+)
+def test_a_learnt_start_time_is_kept_when_it_is_news(kept: float | None, told: dict[str, float]) -> None:
+    memory = {"gpu": Memory(start_seconds=40.0, newest_start=40.0)}
+    found = plan(reading(gpu=QueueReading(0, 0, 0, start_seconds=kept)), memory=memory)
+    assert planning.starts(list(found.values())) == told
+
+
 def test_a_breaker_is_kept_when_it_changes_or_its_record_grows_too_long() -> None:
     kept = [
         planning.breakers(list(plan(reading(gpu=QueueReading(0, 0, 0, attempts=seen))).values()))
