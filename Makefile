@@ -49,6 +49,9 @@ release-dry-run: $(READY) ## Build all of a release into dist/, with checksums, 
 bench-scaling: $(READY) ## Compare the scaling rule with others; ARGS="--traces DIR --plots DIR" for recorded traces and pictures
 	@$(BIN)/python -m benchmarks.scaling $(ARGS)
 
+bench-joint: $(READY) ## Compare scaler and router on one view of capacity with one autoscaler a tier and a router by hand
+	@$(BIN)/python -m benchmarks.joint
+
 lock: $(READY) ## Bring requirements.lock in line with pyproject.toml; ARGS=--upgrade takes the newest versions
 	@$(BIN)/uv pip compile --system-certs --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" \
 		--all-extras --group examples --group test --group lint --group build $(ARGS) --output-file requirements.lock pyproject.toml

@@ -33,6 +33,7 @@ from workerpool_operator.observation import (
     QueueReading,
     Served,
     Unavailable,
+    Waits,
 )
 from workerpool_operator.ports import NO_BREAKERS, NO_MARKS, NO_STARTS, Marks, Pool
 from workerpool_operator.rebalancing import Transfer
@@ -321,12 +322,13 @@ def _ask(pipe: Any, pool: Pool) -> None:
         pipe.zcard(keys.spilled(tier.name))
         pipe.hgetall(keys.presence(tier.name))
         pipe.hgetall(keys.served(tier.name))
+        pipe.hgetall(keys.waits(tier.name))
 
 
 def _reading(pool: Pool, answers: Iterator[Any], run_id: str, database: int, now: Milliseconds) -> BrokerReading | Unavailable:
     """Take this pool's answers, all of them, then make sense of them."""
     routes, marked = next(answers), next(answers)
-    answered = {tier.name: [next(answers) for _ in range(len(pool.keys.priority_steps) + 5)] for tier in pool.spec.tiers}
+    answered = {tier.name: [next(answers) for _ in range(len(pool.keys.priority_steps) + 6)] for tier in pool.spec.tiers}
     for answer in (routes, marked, *chain.from_iterable(answered.values())):
         if isinstance(answer, Unavailable):
             return Unavailable(f"what Redis holds of the pool cannot be read: {answer.why}")
@@ -340,7 +342,7 @@ def _reading(pool: Pool, answers: Iterator[Any], run_id: str, database: int, now
 
 
 def _queue(answers: Sequence[Any], now: Milliseconds) -> QueueReading:
-    *waiting, held, scheduled, spilled, presence, served = answers
+    *waiting, held, scheduled, spilled, presence, served, waits = answers
     reports = [Presence.load(raw) for raw in presence.values()]
     return QueueReading(
         sum(waiting),
@@ -349,6 +351,9 @@ def _queue(answers: Sequence[Any], now: Milliseconds) -> QueueReading:
         workers=tuple(report for report in reports if report.alive(now)),
         lost=tuple(report.owner for report in reports if not report.alive(now)),
         served=Served(int(served.get("jobs", 0)), float(served.get("seconds", 0)), float(served.get("squares", 0))),
+        waits=Waits(
+            int(waits.get("jobs", 0)), float(waits.get("seconds", 0)), float(waits.get("expected", 0)), int(waits.get("right", 0))
+        ),
         attempts=Attempts(*(float(served.get(field.name, 0)) for field in fields(Attempts))),
         breaker=_breaker(served) if "state" in served else NEVER_OPENED,
         start_seconds=float(served["start_seconds"]) if "start_seconds" in served else None,

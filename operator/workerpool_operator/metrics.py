@@ -58,6 +58,21 @@ WAITING = Metric("workerpool_tier_jobs_waiting", GaugeMetricFamily, _TIER, "Mess
 IN_FLIGHT = Metric("workerpool_tier_jobs_in_flight", GaugeMetricFamily, _TIER, "Messages that the tier's workers hold")
 SPILLED = Metric("workerpool_tier_jobs_spilled", GaugeMetricFamily, _TIER, "Jobs that wanted this tier and wait or run elsewhere")
 JOBS = Metric("workerpool_tier_job_seconds", SummaryMetricFamily, _TIER, "Jobs that the tier has ended, and their time on a slot")
+WAITS = Metric(
+    "workerpool_tier_job_wait_seconds",
+    SummaryMetricFamily,
+    _TIER,
+    "Jobs that the tier has started for the first time, and their wait since admission; without those of an ETA",
+)
+EXPECTED = Metric(
+    "workerpool_tier_job_wait_expected_seconds_total", CounterMetricFamily, _TIER, "What admission expected these waits to be"
+)
+AS_EXPECTED = Metric(
+    "workerpool_tier_job_waits_as_expected_total",
+    CounterMetricFamily,
+    _TIER,
+    "Those of them that were as expected, within 25 % or 2 s",
+)
 BREAKER = Metric(
     "workerpool_tier_breaker",
     GaugeMetricFamily,
@@ -69,8 +84,8 @@ ROUTED = Metric(
 )
 
 ALL = (
-    LEADER, PASSES, FAILURES, REACHABLE, CONDITION, DESIRED, REPLICAS, REASON, WAITING, IN_FLIGHT, SPILLED, JOBS,
-    BREAKER, ROUTED,
+    LEADER, PASSES, FAILURES, REACHABLE, CONDITION, DESIRED, REPLICAS, REASON, WAITING, IN_FLIGHT, SPILLED, JOBS, WAITS, EXPECTED,
+    AS_EXPECTED, BREAKER, ROUTED,
 )  # fmt: skip
 
 
@@ -130,5 +145,8 @@ def _tiers(pool: str, report: Report) -> Iterator[tuple[Metric, list[str], *tupl
         if isinstance(report.reading, BrokerReading):
             queue = report.reading.tiers.get(tier.name, _NOTHING_READ)
             yield JOBS, labels, queue.served.jobs, queue.served.seconds
+            yield WAITS, labels, queue.waits.jobs, queue.waits.seconds
+            yield EXPECTED, labels, queue.waits.expected
+            yield AS_EXPECTED, labels, queue.waits.right
             if tier.name in accelerated:
                 yield BREAKER, [*labels, queue.breaker.state], 1.0

@@ -33,6 +33,21 @@ NOTHING_SERVED = Served()
 
 
 @dataclass(frozen=True, slots=True)
+class Waits:
+    """The jobs that a tier has started since its Redis began: how many, their seconds since admission, what admission expected
+    these to be, and how many of them were as expected, within 25 % or 2 s.
+    """
+
+    jobs: int = 0
+    seconds: float = 0.0
+    expected: float = 0.0
+    right: int = 0
+
+
+NOTHING_STARTED = Waits()
+
+
+@dataclass(frozen=True, slots=True)
 class Attempts:
     """How the latest attempts on an accelerated tier ended; older ones weigh less, so these are no whole numbers.
 
@@ -92,6 +107,7 @@ class QueueReading:
         workers: the last report of each live worker.
         lost: owners that reported once and then fell silent, not yet taken over.
         served: the jobs that it has ended.
+        waits: of the jobs that it has started.
         attempts: how its latest attempts ended.
         breaker: whether it took part in routing so far.
         start_seconds: how long its workers took to start, as far as any operator has learnt; None before one has.
@@ -103,6 +119,7 @@ class QueueReading:
     workers: tuple[Presence, ...] = ()
     lost: tuple[str, ...] = ()
     served: Served = NOTHING_SERVED
+    waits: Waits = NOTHING_STARTED
     attempts: Attempts = NO_ATTEMPTS
     breaker: Breaker = NEVER_OPENED
     start_seconds: float | None = None

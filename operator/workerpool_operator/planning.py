@@ -12,7 +12,7 @@ from workerpool_operator import breaker, drain, scaling
 from workerpool_operator.model import Mode, Tier, WorkerPoolSpec
 from workerpool_operator.observation import NEVER_OPENED, BrokerReading, Phase, QueueReading, TierReplicas, Unavailable
 from workerpool_operator.ports import Marks, Pool
-from workerpool_routing.decide import START_SECONDS, Load, coming
+from workerpool_routing.decide import START_SECONDS, Load
 from workerpool_routing.wire import Capacity, Milliseconds, Policy, StartingSlots, TaskPolicy, TierCapacity, TierPolicy
 
 GROUPS = 8
@@ -204,18 +204,20 @@ def policy(spec: WorkerPoolSpec) -> Policy:
     )
 
 
-def capacity(plans: list[TierPlan], time: Milliseconds, now: float) -> Capacity:
+def capacity(spec: WorkerPoolSpec, plans: list[TierPlan], time: Milliseconds, now: float) -> Capacity:
     """The slots that presence cannot show: ordered and not there yet, and those that may still be ordered; and when they come.
 
     Args:
+        spec: of the pool.
         plans: of one pass.
         time: of the reading that they stand on, by Redis's clock.
         now: the same by the clock of the workers' times, seconds.
     """
-    return Capacity({plan.tier.name: _capacity(plan, time, now) for plan in plans})
+    target = spec.scaling.target_wait_seconds
+    return Capacity({plan.tier.name: _capacity(plan, target, time, now) for plan in plans})
 
 
-def _capacity(plan: TierPlan, time: Milliseconds, now: float) -> TierCapacity:
+def _capacity(plan: TierPlan, target: float, time: Milliseconds, now: float) -> TierCapacity:
     slots = plan.tier.concurrency
     stuck = plan.workers.count(Phase.UNSCHEDULABLE) + plan.workers.count(Phase.FAILING)
     start, ready_in = _starts(plan, stuck, now)
@@ -226,6 +228,7 @@ def _capacity(plan: TierPlan, time: Milliseconds, now: float) -> TierCapacity:
         # Where one worker cannot be placed or does not come up, another would not either.
         startable=0 if stuck else slots * max(0, plan.tier.replicas.max - plan.decision.replicas),
         start_seconds=start,
+        target_seconds=target,
         unschedulable=slots * plan.workers.count(Phase.UNSCHEDULABLE),
         limit=plan.breaker.limit if plan.breaker else None,
     )
@@ -262,20 +265,19 @@ def _grouped(ready_in: list[float]) -> list[list[float]]:
 
 def loads(plans: list[TierPlan], capacity: Capacity, time: Milliseconds) -> Mapping[str, Load]:
     """Every tier as admission measures it at the time of the reading, ``service`` being the mean over all its jobs; none where a
-    queue was not read.
+    queue was not read. Slots of a worker that is known to have failed do not count, although its presence is not over yet.
     """
-    return {plan.tier.name: _load(plan.queue, capacity.tiers[plan.tier.name], time) for plan in plans if plan.queue}
+    return {
+        plan.tier.name: _load(plan.queue, plan.workers.names(Phase.FAILING), capacity.tiers[plan.tier.name], time)
+        for plan in plans
+        if plan.queue
+    }
 
 
-def _load(queue: QueueReading, capacity: TierCapacity, time: Milliseconds) -> Load:
-    return Load(
-        waiting=queue.waiting,
-        in_flight=queue.in_flight,
-        ready=sum(worker.slots for worker in queue.workers),
-        coming=coming(capacity, time),
-        service=queue.served.seconds / queue.served.jobs if queue.served.jobs else None,
-        limit=capacity.limit,
-    )
+def _load(queue: QueueReading, failed: frozenset[str], capacity: TierCapacity, time: Milliseconds) -> Load:
+    ready = sum(report.slots for report in queue.workers if report.worker not in failed)
+    service = queue.served.seconds / queue.served.jobs if queue.served.jobs else None
+    return Load(queue.waiting, queue.in_flight, ready, service=service).having(capacity, time)
 
 
 def breakers(plans: list[TierPlan]) -> Mapping[str, breaker.Decision]:

@@ -30,8 +30,8 @@ class Reaper:
 
     def saw(self, pool: Pool, answer: BrokerReading | Unavailable) -> None:
         """Take note of what the pool's Redis has answered, or that it did not, or took no write."""
-        run_id = answer if isinstance(answer, Unavailable) else answer.run_id
-        self._witnesses[pool.uid] = reaping.witness(self._witnesses.get(pool.uid), run_id, self._clock())
+        run_id, at = (answer, 0.0) if isinstance(answer, Unavailable) else (answer.run_id, answer.time / 1000)
+        self._witnesses[pool.uid] = reaping.witness(self._witnesses.get(pool.uid), run_id, self._clock(), at)
 
     async def reap(self, pool: Pool, url: str, reading: BrokerReading) -> None:
         """Take over from the lost workers of each tier, and look for what fell between the steps."""

@@ -114,7 +114,7 @@ def _away(fast: TierPolicy, plain: list[TierPolicy], loads: Mapping[str, Load]) 
 def _home(fast: TierPolicy, plain: list[TierPolicy], loads: Mapping[str, Load], spilled: Mapping[str, int]) -> Transfer | None:
     source = max(plain, key=lambda tier: (loads[tier.name].waiting > 0, loads[tier.name].wait))
     # What is only on its way may not come, and would send them back.
-    there, slow, jobs = replace(loads[fast.name], coming=()), loads[source.name], 0
+    there, slow, jobs = replace(loads[fast.name], coming=(), startable=0), loads[source.name], 0
     most = min(spilled.get(fast.name, 0), slow.waiting, AT_ONCE)
     while jobs < most:
         slow = replace(slow, waiting=slow.waiting - 1)

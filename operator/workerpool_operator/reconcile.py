@@ -238,7 +238,7 @@ class Reconciler:
         if isinstance(reading, Unavailable):
             self._reaper.saw(pool, reading)
             return None
-        capacity = planning.capacity(plans, reading.time, self._clock()) if plans else None
+        capacity = planning.capacity(pool.spec, plans, reading.time, self._clock()) if plans else None
         marks = planning.marks(plans, reading.marked) if plans else NO_MARKS
         if ("carry out", pool.id) in self._underway:
             # A count may be on its way down that stands on them.

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from workerpool_routing.decide import MARGIN, PATIENCE_SECONDS, RETURN, SERVICE_SECONDS, Candidates, Load, Reason, Request
+from workerpool_routing.decide import (
+    MARGIN,
+    PATIENCE_SECONDS,
+    RETURN,
+    SERVICE_SECONDS,
+    SHORTEST_SECONDS,
+    Candidates,
+    Load,
+    Reason,
+    Request,
+)
 from workerpool_routing.ledger import Call
 from workerpool_routing.wire import (
     IDEMPOTENCY_LIFE_SECONDS,
@@ -48,7 +58,8 @@ class Admission:
 
     Attributes:
         task_id: of the job; that of an earlier call when an idempotency key says so, empty when nothing was asked to be admitted.
-        load: what the tier that was asked for held; None when the decision is an earlier one.
+        load: what the tier that was asked for held, all slots that come as from the first of them; None when the decision is an
+            earlier one.
         time: of Redis's clock, at the decision.
     """
 
@@ -102,9 +113,8 @@ def parse(reply: Sequence[Any]) -> Admission | Milliseconds:
     time, task_id, tier, queue, reason, wait, *load = reply
     measured = None
     if load:
-        waiting, in_flight, ready, leased, *groups = map(int, load)
-        coming = tuple((slots, ms / 1000) for slots, ms in zip(groups[::2], groups[1::2], strict=True))
-        measured = Load(waiting, in_flight, ready, coming, leased)
+        waiting, in_flight, ready, leased, slots, next_ms = map(int, load)
+        measured = Load(waiting, in_flight, ready, ((slots, next_ms / 1000),) if slots else (), leased)
     return Admission(task_id, tier, queue, Reason(reason), float(wait), measured, Milliseconds(int(time)))
 
 
@@ -123,6 +133,7 @@ def _of_the_pool(keys: Keyspace, candidates: Candidates, wanted: TierPolicy | No
         "margin": MARGIN,
         "back": RETURN,
         "service_seconds": SERVICE_SECONDS,
+        "shortest_seconds": SHORTEST_SECONDS,
         "patience": PATIENCE_SECONDS,
         "presence_life": PRESENCE_LIFE_MS,
         "lease_life": LEASE_MS,
@@ -148,5 +159,6 @@ def _tier(keys: Keyspace, tier: TierPolicy) -> dict[str, Any]:
         "scheduled": keys.scheduled(tier.name),
         "leases": keys.leases(tier.name),
         "service": keys.service(tier.name),
+        "served": keys.served(tier.name),
         "spilled": keys.spilled(tier.name),
     }

@@ -29,9 +29,9 @@ that requires such a tier would only fail there: it is refused, however long it 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from math import inf, sqrt
+from math import ceil, inf, sqrt
 
 from workerpool_routing.wire import Milliseconds, Policy, TierCapacity, TierPolicy, Wish
 
@@ -43,6 +43,9 @@ RETURN = 0.5
 
 SERVICE_SECONDS = 1.0
 """What a job counts in a queue while nothing is known of its task: low, so that nothing is refused for want of knowledge."""
+
+SHORTEST_SECONDS = 0.001
+"""What a job counts at least: the resolution of the clock that its time was taken with."""
 
 START_SECONDS = 30.0
 """How long a slot takes to start while none has been seen to: low, for the same reason, and within the patience."""
@@ -109,9 +112,11 @@ class Load:
     """One tier as the admission script measures it, in slots, not in workers.
 
     Attributes:
-        coming: slots that are not ready yet, and in how many seconds they are: soonest first, at least one slot each.
+        coming: slots that are on their way, and in how many seconds they are ready: soonest first, at least one slot each.
         leased: jobs that were sent to it and are not in its queue yet.
         service: mean seconds of this task on it, None when unknown.
+        mean: mean seconds of the jobs that it runs, of whatever task; None when unknown: then those of this task stand for all.
+        startable, start_seconds, target_seconds: slots that may still be ordered, as in :class:`TierCapacity`.
         limit: how many jobs it may have at once while its attempts fail; None while they do not.
     """
 
@@ -121,7 +126,22 @@ class Load:
     coming: tuple[tuple[int, float], ...] = ()
     leased: int = 0
     service: float | None = None
+    startable: int = 0
+    start_seconds: float = 0.0
+    target_seconds: float = 0.0
+    mean: float | None = None
     limit: int | None = None
+
+    def having(self, capacity: TierCapacity, now: Milliseconds) -> Load:
+        """The same with what the operator says of the tier."""
+        return replace(
+            self,
+            coming=tuple((group.slots, max(0, group.ready_at - now) / 1000) for group in capacity.starting),
+            startable=capacity.startable,
+            start_seconds=capacity.start_seconds,
+            target_seconds=capacity.target_seconds,
+            limit=capacity.limit,
+        )
 
     @property
     def ahead(self) -> int:
@@ -147,33 +167,49 @@ class Load:
     @property
     def slots(self) -> int:
         """Slots that are ready, on their way, or may still be ordered."""
-        return self.ready + sum(slots for slots, _ in self.coming)
+        return self.ready + sum(slots for slots, _ in self.coming) + self.startable
+
+    @property
+    def next_slot(self) -> float:
+        """Seconds until the next slot may be ready; infinite where none comes."""
+        return self.coming[0][1] if self.coming else self.start_seconds if self.startable > 0 else inf
 
     @property
     def wait(self) -> float:
         """Expected seconds until the job starts; infinite where no slot is ready or comes.
 
-        ``ahead`` jobs start first. Until the time ``t``, ``ready`` slots end ``ready * t / service`` jobs, and so many may start;
-        ``n`` slots that are ready at ``r`` let ``n`` jobs start then, and ``n * (t - r) / service`` after it. With the first
-        groups of ``coming``, ``slots`` of ``ready`` and theirs together, job number ``ahead + 1`` so starts at
+        ``ahead`` jobs start first, of whatever task. Until the time ``t``, ``ready`` slots end ``ready * t / mean`` jobs, and so
+        many may start; ``n`` slots that are ready at ``r`` let ``n`` jobs start then, and ``n * (t - r) / mean`` later. With the
+        first groups of ``coming``, ``slots`` of ``ready`` and theirs together, job number ``ahead + 1`` so starts at
 
-            ``max(r of the last of them, (service * (ahead + 1 - slots) + sum of n * r) / slots)``
+            ``max(r of the last of them, (mean * (ahead + 1 - slots) + sum of n * r) / slots)``
 
         Later groups can only let it start sooner, so the least over all beginnings of ``coming`` is the time at which as many
         starts have been as it takes. It is the fluid limit, and exact in the mean where lengths are exponential and no group
         comes in between.
+
+        Where that is beyond the target, or beyond a start that takes longer, the operator orders, but just enough: the least
+        number of slots, ready after one start time, with which the job starts by then. Each of them starts
+        ``1 + (then - start) / mean`` of the jobs that are too many.
         """
         if self.full:
             return inf
         if self.free > 0:
             return 0.0
-        service = SERVICE_SECONDS if self.service is None else self.service
-        slots, offset = self.ready, 0.0
-        soonest = (self.ahead + 1 - slots) * service / slots if slots > 0 else inf
+        known = self.service if self.mean is None else self.mean
+        mean = max(SERVICE_SECONDS if known is None else known, SHORTEST_SECONDS)
+        place, slots, offset = self.ahead + 1, self.ready, 0.0
+        soonest = (place - slots) * mean / slots if slots > 0 else inf
         for more, ready_in in self.coming:
             slots, offset = slots + more, offset + more * ready_in
-            soonest = min(soonest, max(ready_in, ((self.ahead + 1 - slots) * service + offset) / slots))
-        return soonest
+            soonest = min(soonest, max(ready_in, ((place - slots) * mean + offset) / slots))
+        start, within = self.start_seconds, max(self.start_seconds, self.target_seconds)
+        if self.startable <= 0 or soonest <= within:
+            return soonest
+        lacking = (place - slots) * mean - slots * within + offset
+        more = min(self.startable, max(1, ceil(lacking / (mean + within - start))))
+        slots, offset = slots + more, offset + more * start
+        return min(soonest, max(start, ((place - slots) * mean + offset) / slots))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,12 +219,6 @@ class Verdict:
     index: int
     reason: Reason
     wait: float
-
-
-def coming(capacity: TierCapacity, now: Milliseconds) -> tuple[tuple[int, float], ...]:
-    """What :class:`Load` has to know of the slots that presence cannot show."""
-    starting = tuple((group.slots, max(0, group.ready_at - now) / 1000) for group in capacity.starting)
-    return (*starting, (capacity.startable, capacity.start_seconds)) if capacity.startable > 0 else starting
 
 
 def preselect(policy: Policy, request: Request) -> Candidates:
@@ -260,10 +290,9 @@ def _weigh(fast: Load, slow: Load, spilling: bool) -> Reason:
             return Reason.NO_CAPACITY
         threshold = max(0.0, sqrt(fast.service * slow.service) - fast.service) * (RETURN if spilling else 1.0)
         return Reason.WORTH_THE_WAIT if fast.wait - slow.wait <= threshold else Reason.WAIT_TOO_LONG
-    if not fast.coming:
+    if fast.next_slot == inf:
         return Reason.NO_CAPACITY
-    _, ready_in = fast.coming[0]
-    if ready_in - slow.wait > PATIENCE_SECONDS:
+    if fast.next_slot - slow.wait > PATIENCE_SECONDS:
         return Reason.SLOT_TOO_FAR
     return Reason.QUEUE_TOO_LONG if fast.queued > slow.queued + MARGIN else Reason.SLOT_STARTING
 
@@ -276,7 +305,7 @@ def explain(reason: Reason, tier: str, load: Load | None = None) -> str:
     """The decision in a sentence for people; ``load`` is what the tier that was asked for holds."""
     if load is None:
         return f"{tier}: {_WORDS[reason]}"
-    first = f", the first in {load.coming[0][1]:.0f} s" if load.coming else ""
+    first = f", the first in {load.next_slot:.0f} s" if load.next_slot < inf else ""
     return (
         f"{tier}: {_WORDS[reason]} ({load.ready} slots ready, {load.slots - load.ready} may still start{first}, "
         f"{load.in_flight} in flight, {load.queued} waiting)"

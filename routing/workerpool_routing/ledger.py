@@ -219,7 +219,7 @@ class Call:
 
 def claim(
     keys: Keyspace, task_id: str, *, attempt: int, tag: str, owner: str, tier: str, retries: int, moves_on: bool, no_result: bool,
-    name: str,
+    name: str, scheduled: bool = False,
 ) -> Call:  # fmt: skip
     """Arguments of ``claim.lua``: a delivery asks to run its job.
 
@@ -234,11 +234,12 @@ def claim(
         moves_on: whether a loss on this tier takes the job to another one.
         no_result: whether an attempt found finishing is known to have stored nothing.
         name: of this request; the same again, when its answer was lost, gets the same answer.
+        scheduled: whether its caller asked for a time (ETA): then its wait says nothing of what was expected.
     """
     return Call(
-        [keys.job(task_id), keys.held(owner), keys.waiting(tier), keys.unacked(tier)],
+        [keys.job(task_id), keys.held(owner), keys.waiting(tier), keys.unacked(tier), keys.waits(tier)],
         [task_id, attempt, tag, owner, tier, retries, LOSSES_ALLOWED, JOB_LIFE_SECONDS, int(moves_on), int(no_result),
-            name],
+            name, int(scheduled)],
     )  # fmt: skip
 
 

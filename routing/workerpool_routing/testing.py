@@ -193,7 +193,7 @@ class Double:
     def _load(self, tier: TierPolicy, task: str) -> Load:
         has = self._tiers[tier.name]
         waiting = self._queues.get(tier.queue, 0)
-        return Load(waiting, has.busy, has.ready, has.coming, len(has.leases), has.service.get(task), has.limit)
+        return Load(waiting, has.busy, has.ready, has.coming, len(has.leases), has.service.get(task), limit=has.limit)
 
     def _take_side(self, candidates: Candidates, loads: Sequence[Load], task: str, *, spilling: bool) -> None:
         side = place(candidates, loads, limit=None, spilling=spilling).reason

@@ -26,7 +26,10 @@ key                       type    meaning
                                   ``succeeded``, ``failed``, ``confirmed``, ``refuted``: how the latest of those that began after
                                   ``since`` ended, and of those that failed what their jobs came to on another tier; ``state``,
                                   ``at``, ``opened``, ``older``: the circuit breaker that stands on them, and
-                                  ``start_seconds``: how long a worker takes to start; written by the operator
+                                  ``start_seconds``: how long a worker takes to start; these the operator writes;
+                                  ``mean``: seconds of the last hundred or so, of whatever task
+``waits:<tier>``          hash    ``jobs``, ``seconds``, ``expected``, ``right``: first starts so far, their waits, what admission
+                                  expected these to be, and how many of them were so, within 25 % or 2 s
 ``drain``                 set     workers (by name) that are to stop consuming; written by the operator, expires by itself
 ``aside``                 hash    task id → JSON: a message or entry that nobody could read, and why; for people
 ``aside:count``           string  how many were ever set aside
@@ -150,6 +153,9 @@ class Keyspace:
 
     def served(self, tier: str) -> str:
         return self._own(f"served:{tier}")
+
+    def waits(self, tier: str) -> str:
+        return self._own(f"waits:{tier}")
 
     @property
     def drain(self) -> str:
@@ -306,8 +312,9 @@ class TierCapacity:
 
     Attributes:
         starting: those that are on their way, soonest first; a handful of groups, however many workers start.
-        startable: those that may still be ordered.
+        startable: those that may still be ordered, as many as it takes to start jobs within ``target_seconds``.
         start_seconds: how long these take once they are ordered; no slot that is on its way takes longer.
+        target_seconds: the wait that the operator orders for; where starting takes longer, that.
         unschedulable: those that were ordered and find no place.
         limit: how many jobs the tier may have at once while its attempts fail; None while they do not.
     """
@@ -315,6 +322,7 @@ class TierCapacity:
     starting: tuple[StartingSlots, ...] = ()
     startable: int = 0
     start_seconds: float = 0.0
+    target_seconds: float = 0.0
     unschedulable: int = 0
     limit: int | None = None
 

@@ -90,7 +90,7 @@ class Held:
     message: Any
 
 
-def claim(url: str, pool: Pool, connection: Any, tier: str, owner: str) -> Held:
+def claim(url: str, pool: Pool, connection: Any, tier: str, owner: str, *, scheduled: bool = False) -> Held:
     """Take the next job of a tier and claim it, as the worker ``owner`` does."""
     queue = next(t.queue for t in pool.spec.tiers if t.name == tier)
     message = take(connection, queue)
@@ -98,7 +98,7 @@ def claim(url: str, pool: Pool, connection: Any, tier: str, owner: str) -> Held:
     task_id, tag = message.headers["id"], message.delivery_tag
     call = ledger.claim(
         pool.keys, task_id, attempt=message.headers["workerpool"]["attempt"], tag=tag, owner=owner, tier=tier, retries=0,
-        moves_on=True, no_result=False, name=owner,
+        moves_on=True, no_result=False, name=owner, scheduled=scheduled,
     )  # fmt: skip
     with Redis.from_url(url, decode_responses=True) as client:
         assert client.register_script(ledger.script("claim"))(keys=call.keys, args=call.args) == ledger.Claim.RUN

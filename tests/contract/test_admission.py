@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, cast
 
 import prometheus_client
@@ -24,7 +23,7 @@ from redis import Redis
 
 from workerpool_operator.local.redis_server import private_redis
 from workerpool_routing import Overloaded, PoolUnavailable, Reason, Tier, WorkerPool, metrics, wire
-from workerpool_routing.decide import START_SECONDS, Load, Request, coming, place, preselect
+from workerpool_routing.decide import Load, Request, place, preselect
 from workerpool_routing.decision import LOG_FIELDS
 from workerpool_routing.errors import NoAcceleratedTier, NotConfigured
 from workerpool_routing.ledger import State
@@ -84,6 +83,8 @@ def load(client: Any, pool: WorkerPool, tier: Tier, seen: Load, task: str) -> No
     leases = {f"lease-{n}": now + 9_000 for n in range(seen.leased)} | {"over": now - 1}
     client.zadd(keys.slots(tier.name), slots)
     client.zadd(keys.leases(tier.name), leases)
+    if seen.mean is not None:
+        client.hset(keys.served(tier.name), "mean", seen.mean)
     if seen.service is not None:
         client.hset(keys.service(tier.name), task, seen.service)
 
@@ -93,21 +94,19 @@ services = st.none() | st.floats(0.001, 1000)
 groups = st.lists(st.tuples(st.integers(1, 12), st.floats(0, 120)), max_size=4).map(
     lambda found: tuple(sorted(found, key=lambda group: group[1]))
 )
+rest = {"startable": counts, "start_seconds": st.floats(120, 200), "target_seconds": st.floats(0, 300), "mean": services}
 limits = st.none() | st.integers(0, 12)
-loads = st.builds(Load, counts, counts, counts, groups, st.integers(0, 3), services, limits)
-full = st.builds(Load, counts, st.integers(4, 12), st.integers(0, 4), groups, st.just(0), services)
-known = st.builds(Load, counts, st.integers(4, 12), st.integers(1, 4), groups, st.just(0), st.floats(0.5, 8))
+loads = st.builds(Load, counts, counts, counts, groups, st.integers(0, 3), services, limit=limits, **rest)
+full = st.builds(Load, counts, st.integers(4, 12), st.integers(0, 4), groups, st.just(0), services, **rest)
+known = st.builds(Load, counts, st.integers(4, 12), st.integers(1, 4), groups, st.just(0), st.floats(0.5, 8), **rest)
 GPU2, CPU2 = Tier("gpu2", "gpu2-jobs", accelerated=True), Tier("cpu2", "cpu2-jobs", accelerated=False)
 FOUR = (GPU, CPU, GPU2, CPU2)
 
 
 def capacity_of(seen: Load, now: Milliseconds) -> TierCapacity:
-    """What the operator says of those slots: of the last of them that they may be ordered, of the others when they are ready."""
-    if not seen.coming:
-        return TierCapacity(limit=seen.limit)
-    *starting, (startable, start_seconds) = seen.coming
-    told = tuple(StartingSlots(slots, Milliseconds(now + round(1000 * ready_in))) for slots, ready_in in starting)
-    return TierCapacity(told, startable, start_seconds, limit=seen.limit)
+    """What the operator says of the slots that come and that may be ordered."""
+    starting = tuple(StartingSlots(slots, Milliseconds(now + round(1000 * ready_in))) for slots, ready_in in seen.coming)
+    return TierCapacity(starting, seen.startable, seen.start_seconds, seen.target_seconds, limit=seen.limit)
 
 
 def check_against_the_rule(
@@ -126,14 +125,13 @@ def check_against_the_rule(
     request = Request(task.name, wish, limit=limit)
     candidates = preselect(Policy(FOUR), request)
     admission = pool.store.admit(candidates, request)
-    at_that_time = [
-        replace(seen[tier.name], coming=coming(capacity[tier.name], admission.time)) for tier in candidates.tiers
-    ]  # fmt: skip
+    at_that_time = [seen[tier.name].having(capacity[tier.name], admission.time) for tier in candidates.tiers]
     expected = place(candidates, at_that_time, limit=limit, spilling=spilling)
     assert (admission.tier, admission.reason) == (candidates.tiers[expected.index].name, expected.reason)
     assert admission.wait == expected.wait
     assert admission.load
-    assert [slots for slots, _ in admission.load.coming] == [slots for slots, _ in at_that_time[0].coming]
+    assert admission.load.slots == at_that_time[0].slots
+    assert admission.load.next_slot == pytest.approx(at_that_time[0].next_slot, abs=0.001)
     assert {key: client.dump(key) for key in client.scan_iter()} == before, "deciding changes nothing"
     return expected.reason
 
@@ -153,8 +151,9 @@ def test_the_script_measures_what_is_there_and_decides_as_the_python_rule_does(
     check_against_the_rule(client, pool, app.tasks["media.transcribe"], seen, wish, limit, spilling)
 
 
-def soon(slots: int) -> tuple[tuple[int, float], ...]:
-    return ((slots, START_SECONDS),)
+def starts(slots: int, seconds: float, service: float | None = None) -> Load:
+    """A tier at zero that may start so many."""
+    return Load(0, 0, 0, service=service, startable=slots, start_seconds=seconds)
 
 
 IDLE, BUSY = Load(0, 0, 1), Load(0, 1, 1, service=1.0)
@@ -165,15 +164,16 @@ IDLE, BUSY = Load(0, 0, 1), Load(0, 1, 1, service=1.0)
     [
         (IDLE, IDLE, IDLE, None, False, Reason.FREE_SLOT),
         (BUSY, IDLE, IDLE, None, False, Reason.FREE_SLOT),
-        (Load(5, 1, 1, soon(1)), BUSY, Load(0, 9, 1), None, False, Reason.SLOT_STARTING),
-        (Load(6, 1, 1, soon(1)), Load(6, 1, 1, soon(1)), Load(0, 9, 1), None, False, Reason.QUEUE_TOO_LONG),
+        (Load(5, 1, 1, startable=1), BUSY, Load(0, 9, 1), None, False, Reason.SLOT_STARTING),
+        (Load(6, 1, 1, startable=1), Load(6, 1, 1, startable=1), Load(0, 9, 1), None, False, Reason.QUEUE_TOO_LONG),
         (Load(0, 1, 1), Load(0, 1, 1), IDLE, None, False, Reason.NO_CAPACITY),
-        (Load(0, 1, 1, ((1, 30.0),)), BUSY, IDLE, None, False, Reason.SLOT_STARTING),
-        (Load(0, 1, 1, ((1, 30.1),)), BUSY, IDLE, None, False, Reason.SLOT_TOO_FAR),
-        (Load(0, 1, 1, ((1, 31.0), (1, 90.0))), BUSY, Load(2, 1, 1), None, False, Reason.SLOT_STARTING),
+        (starts(1, 30.0), BUSY, IDLE, None, False, Reason.SLOT_STARTING),
+        (starts(1, 30.1), BUSY, IDLE, None, False, Reason.SLOT_TOO_FAR),
+        (starts(1, 33.0), BUSY, Load(2, 1, 1), None, False, Reason.SLOT_STARTING),
+        (starts(1, 33.1), BUSY, Load(2, 1, 1), None, False, Reason.SLOT_TOO_FAR),
         # sqrt(9 * 36) - 9 = 9 seconds: a slot that is ready by then is worth the wait.
-        (Load(0, 0, 0, ((1, 9.0),), 0, 9.0), Load(9, 1, 1), Load(0, 0, 1, (), 0, 36.0), None, False, Reason.WORTH_THE_WAIT),
-        (Load(0, 0, 0, ((1, 9.1),), 0, 9.0), Load(9, 1, 1), Load(0, 0, 1, (), 0, 36.0), None, False, Reason.WAIT_TOO_LONG),
+        (starts(1, 9.0, 9.0), Load(9, 1, 1), Load(0, 0, 1, (), 0, 36.0), None, False, Reason.WORTH_THE_WAIT),
+        (starts(1, 9.1, 9.0), Load(9, 1, 1), Load(0, 0, 1, (), 0, 36.0), None, False, Reason.WAIT_TOO_LONG),
         # sqrt(1 * 9) - 1 = 2 seconds: two jobs of one second each are just as long as that, three are longer.
         (Load(1, 1, 1, (), 0, 1.0), Load(9, 1, 1, (), 0, 1.0), Load(0, 0, 1, (), 0, 9.0), None, False, Reason.WORTH_THE_WAIT),
         (Load(2, 1, 1, (), 0, 1.0), Load(9, 1, 1, (), 0, 1.0), Load(0, 0, 1, (), 0, 9.0), None, False, Reason.WAIT_TOO_LONG),

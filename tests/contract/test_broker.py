@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from math import inf
 from typing import Any, TypeVar
 
 import pytest
@@ -20,7 +21,7 @@ from workerpool_operator import planning
 from workerpool_operator.broker import TIMEOUT_SECONDS, RedisBroker
 from workerpool_operator.local import redis_server
 from workerpool_operator.local.redis_server import private_redis
-from workerpool_operator.observation import BrokerReading, Unavailable
+from workerpool_operator.observation import BrokerReading, Unavailable, Waits
 from workerpool_operator.ports import Pool
 from workerpool_operator.rebalancing import Transfer
 from workerpool_routing import WorkerPool, ledger
@@ -423,6 +424,55 @@ def test_a_job_that_is_acknowledged_already_is_left_alone(redis_url: str, pool: 
     assert seeds.job(redis_url, pool, held.task_id) == before
     tiers = read(redis_url, pool).tiers
     assert (tiers["gpu"].waiting, tiers["cpu"].waiting) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("expected", "waited", "scheduled", "counted"),
+    [
+        (100.0, 90.0, False, (1, 1)),
+        (90.0, 100.0, False, (1, 1)),
+        (100.0, 300.0, False, (1, 0)),
+        (900.0, 300.0, False, (1, 0)),
+        (inf, 300.0, False, (0, 0)),
+        (0.0, 300.0, True, (0, 0)),
+    ],
+)
+def test_a_first_start_is_held_against_what_admission_expected(
+    redis_url: str, pool: Pool, expected: float, waited: float, scheduled: bool, counted: tuple[int, int]
+) -> None:
+    open_for_jobs(redis_url, pool)
+    submit(pool)
+    with consumer(pool, "gpu") as connection, Redis.from_url(redis_url, decode_responses=True) as client:
+        (entry,) = client.keys(pool.keys.job("*"))
+        client.hincrby(entry, "admitted_at", -int(1000 * waited))
+        client.hset(entry, "wait", expected)
+        held = claim(redis_url, pool, connection, "gpu", "w.1", scheduled=scheduled)
+        waits = read(redis_url, pool).tiers["gpu"].waits
+        assert (waits.jobs, waits.right) == counted
+        assert waits.expected == (expected if counted[0] else 0.0)
+        assert waits.seconds == pytest.approx(waited * counted[0], abs=20)
+        # Lost, and delivered again on the other tier: its second start says nothing of what was expected.
+        ask(lambda broker: broker.take_over(redis_url, pool, "gpu", "w.1"))
+    with consumer(pool, "cpu") as connection:
+        assert claim(redis_url, pool, connection, "cpu", "w.2").task_id == held.task_id
+    assert read(redis_url, pool).tiers["cpu"].waits == Waits()
+
+
+def test_the_mean_length_of_a_tiers_jobs_is_plain_at_first_and_then_follows_the_last_hundred(redis_url: str, pool: Pool) -> None:
+    open_for_jobs(redis_url, pool)
+    with consumer(pool, "gpu") as connection, Redis.from_url(redis_url, decode_responses=True) as client:
+        for took, jobs, mean in ((900, 1, 900), (300, 2, 600), (6_000, 10, 1_140), (101_140, 500, 2_140)):
+            submit(pool)
+            held = claim(redis_url, pool, connection, "gpu", "w.1")
+            client.hincrby(pool.keys.job(held.task_id), "claimed_at", -1000 * took)
+            client.hset(pool.keys.served("gpu"), "jobs", jobs - 1)
+            call = ledger.settle(
+                pool.keys, planning.policy(pool.spec), held.task_id, attempt=1, tag=held.message.delivery_tag, owner="w.1",
+                tier="gpu", before=State.CLAIMED, after=State.FINISHING,
+            )  # fmt: skip
+            assert client.register_script(ledger.script("settle"))(keys=call.keys, args=call.args) == 1
+            assert float(client.hget(pool.keys.served("gpu"), "mean")) == pytest.approx(mean, abs=20)
+            client.hset(pool.keys.served("gpu"), "mean", mean)
 
 
 def test_a_job_whose_result_may_be_stored_is_not_started_anew(redis_url: str, pool: Pool) -> None:

@@ -26,6 +26,7 @@ from workerpool_operator.model import Mode
 from workerpool_operator.observation import Phase, Replica, TierReplicas
 from workerpool_operator.ports import Pool
 from workerpool_operator.rebalancing import Transfer
+from workerpool_operator.reconcile import TICK_SECONDS
 from workerpool_operator.status import ConditionType
 from workerpool_routing import Reason, WorkerPool, ledger
 from workerpool_routing.ledger import State
@@ -268,14 +269,15 @@ def test_an_outage_of_the_accelerated_tier_sends_waiting_jobs_away_and_home_agai
     def jobs_on(tier: str) -> list[str]:
         return [task_id for task_id in ids if jobs.pool.job(task_id).tier == tier]
 
-    async def passes(condition: Any, what: str, *, down: bool) -> None:
+    async def passes(condition: Any, what: str, *, down: bool) -> int:
+        """How many it took."""
         async with running(pool) as system:
             system.place = system.reconciler._workers = nodes = Nodes()
             nodes.down = down
-            for _ in range(1_200):
+            for n in range(1, 1_200):
                 await system.after(0.05)
                 if await asyncio.to_thread(condition):
-                    return
+                    return n
                 await asyncio.sleep(0.05)
             pytest.fail(f"never: {what}")
 
@@ -291,7 +293,9 @@ def test_an_outage_of_the_accelerated_tier_sends_waiting_jobs_away_and_home_agai
         until(lambda: [jobs.pool.job(i).state for i in ids].count(State.CLAIMED) == 1, "one runs on the CPU, five wait")
         assert {jobs.pool.job(i).wanted for i in ids} == {"gpu"}
         with worker(url, "gpu", "gpu-jobs", "gpu-b", tmp_path):
-            asyncio.run(passes(lambda: len(jobs_on("gpu")) >= 2, "what waits comes home", down=False))
+            until(jobs.pool.has_accelerated_workers, "it has reported")
+            took = asyncio.run(passes(lambda: len(jobs_on("gpu")) >= 2, "what waits comes home", down=False))
+            assert took * TICK_SECONDS <= 3.0, "5 s from Ready to the first job, of which a report and its taking may have two"
             client.set("gate", "open")
             ended = [outcome(jobs, task_id) for task_id in ids]
     assert [state for state, _ in ended] == [State.DONE] * 6

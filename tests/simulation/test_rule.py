@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workerpool_operator import planning, scaling
-from workerpool_operator.model import Replicas
+from workerpool_operator.model import Replicas, WorkerPoolSpec
 from workerpool_operator.observation import Unavailable
 from workerpool_operator.ports import Pool
 from workerpool_operator.simulation import engine, trace
@@ -177,6 +177,34 @@ def test_starts_that_vary_and_readings_that_lag_cost_some_deadlines_and_no_job()
     outcome = engine.run(jobs, world, Operator(pool_of(tier_of(Replicas(max=80)), setting)))
     result = score(outcome, setting, None)
     assert (result.killed, result.slo_percent > 98.0) == (0, True), result
+
+
+@pytest.mark.parametrize(
+    ("length", "start", "slots"),
+    [(1.5, 4.0, (2, 2)), (20.0, 40.0, (4, 8))],
+    ids=["short jobs, as the sample's", "long jobs and starts"],
+)
+def test_most_jobs_of_a_burst_wait_about_as_long_as_they_were_told(length: float, start: float, slots: tuple[int, int]) -> None:
+    """Within 25 % or 2 s, from the third burst on, when starts and lengths are known; what moves home waits for less."""
+    rng, gap = random.Random(7), 80 * length
+    arrivals = [burst * gap + n * length / 15 for burst in range(12) for n in range(32)]
+    lengths = [rng.gammavariate(4, length / 4) for _ in arrivals]
+    common = {"template": {"spec": {"containers": [{"name": "worker"}]}}}
+    tiers = [
+        {**common, "name": "gpu", "queue": "g", "accelerator": {"resource": "nvidia.com/gpu"}, "replicas": {"max": slots[0]}},
+        {**common, "name": "cpu", "queue": "c", "concurrency": 2, "replicas": {"min": 1, "max": slots[1]}},
+    ]
+    spec = WorkerPoolSpec.model_validate({"app": "simulated", "broker": {"url": "redis://simulated"}, "tiers": tiers})
+    world = World(
+        (
+            TierSetup("gpu", lambda chance: start * chance.uniform(0.9, 1.1)),
+            TierSetup("cpu", lambda chance: start * chance.uniform(0.9, 1.1), slowdown=4.0, concurrency=2, initial=1),
+        )
+    )
+    came = engine.run(Trace("bursts", arrivals, lengths), world, Operator(Pool("s", "s", "s", 1, 0.0, spec)))
+    told = list(zip(came.expected, came.waits, strict=True))[64:]
+    right = sum(abs(expected - real) <= max(2.0, 0.25 * real) for expected, real in told)
+    assert right >= 0.6 * len(told), f"{right} of {len(told)}"
 
 
 def test_the_same_seed_gives_the_same_run() -> None:

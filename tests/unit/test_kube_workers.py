@@ -49,7 +49,7 @@ def starting(live: TierReplicas) -> int:
     time, now = Milliseconds(0), CREATED.timestamp()
     workers = {"gpu": live, "cpu": TierReplicas(1)}
     plans = planning.plan(POOL, BrokerReading(queues, "r1", time), workers, {}, now)
-    capacity = planning.capacity(plans, time, now).tiers["gpu"]
+    capacity = planning.capacity(POOL.spec, plans, time, now).tiers["gpu"]
     return sum(group.slots for group in capacity.starting) + capacity.startable
 
 

@@ -150,9 +150,9 @@ def claimed(**changes: Any) -> ledger.Call:
 
 def test_a_claim_gives_the_script_its_arguments_in_order() -> None:
     call = claimed()
-    assert call.keys == [KEYS.job("t1"), KEYS.held("w.1"), KEYS.waiting("gpu"), KEYS.unacked("gpu")]
-    assert call.args == ["t1", 2, "tag", "w.1", "gpu", 3, ledger.LOSSES_ALLOWED, JOB_LIFE_SECONDS, 1, 0, "c1"]
-    assert claimed(moves_on=False, no_result=True).args[-3:-1] == [0, 1]
+    assert call.keys == [KEYS.job("t1"), KEYS.held("w.1"), KEYS.waiting("gpu"), KEYS.unacked("gpu"), KEYS.waits("gpu")]
+    assert call.args == ["t1", 2, "tag", "w.1", "gpu", 3, ledger.LOSSES_ALLOWED, JOB_LIFE_SECONDS, 1, 0, "c1", 0]
+    assert claimed(moves_on=False, no_result=True, scheduled=True).args[-4:] == [0, 1, "c1", 1]
 
 
 def test_a_job_that_cannot_move_on_survives_one_loss_and_not_two() -> None:

@@ -11,7 +11,15 @@ from prometheus_client import CollectorRegistry, generate_latest
 from workerpool_operator import metrics
 from workerpool_operator.metrics import Metrics
 from workerpool_operator.model import WorkerPoolSpec
-from workerpool_operator.observation import Breaker, BreakerState, BrokerReading, QueueReading, Served, Unavailable
+from workerpool_operator.observation import (
+    Breaker,
+    BreakerState,
+    BrokerReading,
+    QueueReading,
+    Served,
+    Unavailable,
+    Waits,
+)
 from workerpool_operator.ports import Pool, Report
 from workerpool_operator.reconcile import Passes
 from workerpool_operator.status import Condition, ConditionType, Status, TierStatus
@@ -25,7 +33,7 @@ SPEC = WorkerPoolSpec.model_validate(
     {"app": "media", "broker": {"url": "redis://one"}, "tiers": [{"name": "cpu", "queue": "celery", "template": WORKER}]}
 )
 POOL = Pool("ml", "media", "uid", 1, 0.0, SPEC)
-QUEUE = QueueReading(waiting=12, in_flight=2, spilled=0, served=Served(7, 93.5, 1300.0))
+QUEUE = QueueReading(waiting=12, in_flight=2, spilled=0, served=Served(7, 93.5, 1300.0), waits=Waits(9, 45.5, 40.25, 6))
 READING = BrokerReading({"cpu": QUEUE}, "r1", Milliseconds(0), {"cpu:NoAcceleratedWorkers": 5})
 OUTAGE = Unavailable("connection refused")
 
@@ -62,6 +70,10 @@ def test_a_pass_is_shown_in_full() -> None:
             f"workerpool_tier_jobs_spilled{{{tier}}} 0.0",
             f"workerpool_tier_job_seconds_count{{{tier}}} 7.0",
             f"workerpool_tier_job_seconds_sum{{{tier}}} 93.5",
+            f"workerpool_tier_job_wait_seconds_count{{{tier}}} 9.0",
+            f"workerpool_tier_job_wait_seconds_sum{{{tier}}} 45.5",
+            f"workerpool_tier_job_wait_expected_seconds_total{{{tier}}} 40.25",
+            f"workerpool_tier_job_waits_as_expected_total{{{tier}}} 6.0",
             'workerpool_jobs_routed_total{pool="ml/media",reason="NoAcceleratedWorkers",tier="cpu"} 5.0',
         ]
     )
@@ -82,7 +94,7 @@ def test_an_accelerated_tier_shows_the_state_of_its_breaker(state: BreakerState)
 def test_what_is_not_known_is_left_out() -> None:
     lines = shown(OUTAGE)
     assert 'workerpool_broker_reachable{pool="ml/media"} 0.0' in lines
-    assert not [line for line in lines if "_jobs_" in line or "_job_seconds" in line]
+    assert not [line for line in lines if "_jobs_" in line or "_job_" in line]
 
 
 def test_a_pool_that_is_gone_leaves_nothing_behind() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workerpool_operator import breaker, planning, scaling
+from workerpool_operator import breaker, planning, rebalancing, scaling
 from workerpool_operator.model import WorkerPoolSpec, parse_spec
 from workerpool_operator.observation import (
     Attempts,
@@ -92,7 +92,7 @@ def capacity_of_gpu(present: tuple[Presence, ...], seen: TierReplicas, waiting: 
 
 
 def told(one: TierPlan) -> Mapping[str, TierCapacity]:
-    return planning.capacity([one], TIME, NOW).tiers
+    return planning.capacity(POOL.spec, [one], TIME, NOW).tiers
 
 
 def starting(capacity: TierCapacity) -> int:
@@ -220,6 +220,30 @@ def test_no_job_orders_none(state: tuple[BrokerReading, dict[str, TierReplicas]]
         bound = live[name].desired + new[name] // slots >= tier.replicas.max or live[name].desired > ready + live[name].starting
         late[name] = 0.0 if bound else seen.tiers[name].waiting - starts
     assert max(late.values()) <= 1e-6
+
+
+def test_a_tier_whose_maximum_is_nothing_takes_no_job_and_what_waits_there_leaves() -> None:
+    accelerator = {"resource": "nvidia.com/gpu"}
+    tiers = [
+        {"name": "gpu", "queue": "gpu-tasks", "accelerator": accelerator, "replicas": {"max": 0}, "template": TEMPLATE},
+        {"name": "cpu", "queue": "celery", "concurrency": 4, "replicas": {"min": 1, "max": 40}, "template": TEMPLATE},
+    ]
+    pool = replace(POOL, spec=spec(tiers=tiers))
+    seen, live = reading(gpu=QueueReading(9, 0, 0)), {"gpu": replicas(0), "cpu": replicas(1)}
+    plans = planning.plan(pool, seen, live, {}, NOW)
+    assert (plans[0].decision.replicas, plans[0].decision.reason) == (0, Reason.AT_MAXIMUM)
+    capacity = planning.capacity(pool.spec, plans, seen.time, NOW)
+    assert (capacity.tiers["gpu"].starting, capacity.tiers["gpu"].startable) == ((), 0)
+    (transfer,) = rebalancing.transfers(planning.policy(pool.spec), planning.loads(plans, capacity, seen.time), {"gpu": 0})
+    assert (transfer.source, transfer.target, transfer.jobs) == ("gpu", "cpu", 9)
+
+
+def test_with_all_tiers_at_their_maximum_every_job_waits_where_it_is_and_nothing_is_lowered() -> None:
+    full = {"gpu": replicas(8, *[Phase.READY] * 8), "cpu": replicas(40, *[Phase.READY] * 40)}
+    plans = plan(reading(gpu=served(900, 8, 700), cpu=served(900, 160, 0, 30.0)), full["gpu"], full["cpu"])
+    for name, most in (("gpu", 8), ("cpu", 40)):
+        assert (plans[name].decision.replicas, plans[name].decision.reason) == (most, Reason.AT_MAXIMUM)
+        assert plans[name].drain.marks == frozenset()
 
 
 def test_a_worker_that_finds_no_place_is_kept_while_a_job_that_wanted_it_is_elsewhere() -> None:
@@ -359,7 +383,8 @@ def test_a_worker_that_was_to_leave_and_is_needed_again_is_back_in_a_moment() ->
 def test_what_may_still_be_ordered_takes_as_long_as_starts_do() -> None:
     for learnt, seconds in ((40.0, 40.0), (None, START_SECONDS)):
         memory = {"gpu": Memory(start_seconds=learnt, newest_start=learnt)}
-        assert told(plan(reading(), memory=memory)["gpu"])["gpu"].start_seconds == seconds
+        found = told(plan(reading(), memory=memory)["gpu"])["gpu"]
+        assert (found.start_seconds, found.target_seconds) == (seconds, POOL.spec.scaling.target_wait_seconds)
 
 
 @settings(max_examples=60)
@@ -371,7 +396,7 @@ def test_slots_that_are_on_their_way_are_told_of_in_a_handful_of_groups_soonest_
     memory = {"gpu": planning.Memory(Memory(start_seconds=learnt, newest_start=learnt))}
     workers = {"gpu": ordered(*ages), "cpu": replicas(1)}
     plans = planning.plan(pool, reading(gpu=QueueReading(90, 0, 0)), workers, memory, NOW)
-    found = planning.capacity(plans, TIME, NOW).tiers["gpu"]
+    found = planning.capacity(pool.spec, plans, TIME, NOW).tiers["gpu"]
     assert len(found.starting) <= planning.GROUPS
     times = [group.ready_at for group in found.starting]
     assert times == sorted(times)
@@ -382,9 +407,9 @@ def test_slots_that_are_on_their_way_are_told_of_in_a_handful_of_groups_soonest_
 def test_a_load_is_what_admission_measures_with_that_capacity() -> None:
     seen = QueueReading(4, 1, 0, (worker("w0", busy=1),), served=Served(10, 25.0, 90.0))
     plans = list(plan(reading(gpu=seen), gpu=replicas(1, Phase.READY)).values())
-    held = Capacity({"gpu": TierCapacity((StartingSlots(2, Milliseconds(TIME + 4_000)),), 3, 9.0), "cpu": TierCapacity()})
+    held = Capacity({"gpu": TierCapacity((StartingSlots(2, Milliseconds(TIME + 4_000)),), 3, 9.0, 60.0), "cpu": TierCapacity()})
     assert planning.loads(plans, held, TIME) == {
-        "gpu": Load(4, 1, 1, ((2, 4.0), (3, 9.0)), service=2.5), "cpu": Load(0, 0, 0),
+        "gpu": Load(4, 1, 1, ((2, 4.0),), 0, 2.5, 3, 9.0, 60.0), "cpu": Load(0, 0, 0),
     }  # fmt: skip
 
 
@@ -489,7 +514,7 @@ def test_a_tier_that_is_out_of_routing_has_workers_for_one_trial_and_for_what_st
 )
 def test_admission_and_rebalancing_are_told_the_same_limit(queue: QueueReading, limit: int | None) -> None:
     plans = list(plan(reading(gpu=queue)).values())
-    capacity = planning.capacity(plans, TIME, NOW)
+    capacity = planning.capacity(POOL.spec, plans, TIME, NOW)
     assert capacity.tiers["gpu"].limit == planning.loads(plans, capacity, TIME)["gpu"].limit == limit
     assert capacity.tiers["cpu"].limit is None
 
@@ -506,7 +531,7 @@ def test_advice_goes_by_what_fails_now_and_by_no_trial_that_was_begun_before_the
 def test_a_new_operator_goes_on_with_the_start_time_that_the_last_one_kept() -> None:
     (first, *_) = plans = list(plan(reading(gpu=QueueReading(3, 0, 0, start_seconds=300.0))).values())
     assert "starts of 300 s" in first.decision.message
-    assert planning.capacity(plans, TIME, NOW).tiers["gpu"].start_seconds == 300.0
+    assert planning.capacity(POOL.spec, plans, TIME, NOW).tiers["gpu"].start_seconds == 300.0
     assert planning.starts(plans) == {}, "no news"
 
 
@@ -519,6 +544,13 @@ def test_a_learnt_start_time_is_kept_when_it_is_news(kept: float | None, told: d
     memory = {"gpu": Memory(start_seconds=40.0, newest_start=40.0)}
     found = plan(reading(gpu=QueueReading(0, 0, 0, start_seconds=kept)), memory=memory)
     assert planning.starts(list(found.values())) == told
+
+
+def test_no_job_comes_home_to_a_worker_that_has_failed_although_it_reported_a_moment_ago() -> None:
+    live = TierReplicas(2, (Replica("w0", Phase.FAILING, 0.0), Replica("w1", Phase.READY, 0.0, 1.0)))
+    reports = tuple(Presence(f"{name}.1", name, "gpu", "gpu-tasks", 1, 0, TIME, TIME) for name in ("w0", "w1"))
+    plans = list(plan(reading(gpu=QueueReading(0, 0, 0, workers=reports)), gpu=live).values())
+    assert planning.loads(plans, planning.capacity(POOL.spec, plans, TIME, NOW), TIME)["gpu"].ready == 1
 
 
 def test_a_breaker_is_kept_when_it_changes_or_its_record_grows_too_long() -> None:

@@ -19,7 +19,7 @@ POLICY = Policy((TierPolicy("gpu", "g", accelerated=True), TierPolicy("cpu", "c"
 
 
 def load(waiting: int = 0, busy: int = 0, ready: int = 0, coming: int = 0, service: float | None = None) -> Load:
-    return Load(waiting, busy, ready, ((coming, START_SECONDS),) if coming else (), service=service)
+    return Load(waiting, busy, ready, service=service, startable=coming, start_seconds=START_SECONDS)
 
 
 def moves(gpu: Load, cpu: Load, spilled: int = 1_000) -> tuple[str, int] | None:
@@ -155,7 +155,10 @@ services = st.one_of(st.none(), st.floats(0.01, 600))
 groups = st.lists(st.tuples(st.integers(1, 30), st.floats(0, 300)), max_size=4).map(
     lambda found: tuple(sorted(found, key=lambda group: group[1]))
 )
-held = st.builds(Load, counts, counts, counts, groups, service=services)
+held = st.builds(
+    Load, counts, counts, counts, groups, service=services, startable=counts, start_seconds=st.floats(300, 400),
+    target_seconds=st.floats(0, 600),
+)  # fmt: skip
 limited = st.builds(replace, held, limit=st.integers(0, 2))
 
 

@@ -130,7 +130,7 @@ def test_every_name_of_schema_version_1_stays_as_other_releases_know_it() -> Non
     assert wire.HEADER == "workerpool"
 
 
-CAPACITY = Capacity({"gpu": TierCapacity((StartingSlots(1, Milliseconds(9)),), 2, 4.5, 3, 1)})
+CAPACITY = Capacity({"gpu": TierCapacity((StartingSlots(1, Milliseconds(9)),), 2, 4.5, 60.0, 3, 1)})
 
 
 def test_a_policy_and_a_capacity_of_schema_version_1_stay_as_other_releases_write_them() -> None:
@@ -143,8 +143,8 @@ def test_a_policy_and_a_capacity_of_schema_version_1_stay_as_other_releases_writ
         '"fallback_on_failure":false,"fallback_on_loss":true,"max_wait_seconds":600}'
     )
     assert CAPACITY.dump() == (
-        '{"version":1,"tiers":{"gpu":{"starting":[{"slots":1,"ready_at":9}],"startable":2,"start_seconds":4.5,"unschedulable":3,'
-        '"limit":1}}}'
+        '{"version":1,"tiers":{"gpu":{"starting":[{"slots":1,"ready_at":9}],"startable":2,"start_seconds":4.5,'
+        '"target_seconds":60.0,"unschedulable":3,"limit":1}}}'
     )
 
 
@@ -173,7 +173,11 @@ policies = st.builds(
 )
 capacities = st.builds(
     Capacity,
-    st.dictionaries(names, st.builds(TierCapacity, starting, slots, st.floats(0, 1e6), slots, st.none() | slots), max_size=3),
+    st.dictionaries(
+        names,
+        st.builds(TierCapacity, starting, slots, st.floats(0, 1e6), st.floats(0, 1e6), slots, st.none() | slots),
+        max_size=3,
+    ),
 )
 
 

@@ -65,6 +65,7 @@ class World:
     Attributes:
         look_seconds: the time between two looks of the controller.
         lag_seconds: from what a look saw to what it changed.
+        takes: whether the preferred tier takes the next job, of both tiers as they are; None for the library's own rule.
     """
 
     tiers: Sequence[TierSetup]
@@ -72,6 +73,7 @@ class World:
     lag_seconds: float = 0.0
     outages: Sequence[Outage] = ()
     seed: int = 0
+    takes: Callable[[Tier, Tier], bool] | None = None
 
 
 class Pod:
@@ -178,7 +180,10 @@ class Controller(Protocol):
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of one run; ``waits`` in order of the trace, from arrival to the first start."""
+    """What came of one run; ``waits`` in order of the trace, from arrival to the first start.
+
+    ``expected``: what the routers expected these to be; empty where there is nothing to route.
+    """
 
     waits: list[float]
     starts: list[float]
@@ -187,6 +192,7 @@ class Outcome:
     changes: int
     series: list[tuple[float, int, int, int]] = field(default_factory=list)
     """Time, waiting, ready, ordered: at every look."""
+    expected: list[float] = field(default_factory=list)
 
 
 def run(trace: Trace, world: World, controller: Controller, on_progress: Callable[[int], None] | None = None) -> Outcome:
@@ -275,13 +281,16 @@ class _Run:
         self._changed()
 
     def _route(self) -> Tier:
-        """The library's own rule; all jobs are of one task."""
+        """The library's own rule, or another one; all jobs are of one task."""
+        if self.world.takes:
+            return self.first if self.world.takes(self.first, self.last) else self.last
         loads = (_load(self.first, self.now), _load(self.last, self.now))
         verdict = routing.place(_CANDIDATES, loads, limit=None, spilling=self.spilling)
         if verdict.reason is routing.Reason.WAIT_TOO_LONG:
             self.spilling = True
         elif verdict.reason in (routing.Reason.FREE_SLOT, routing.Reason.WORTH_THE_WAIT):
             self.spilling = False
+        self.outcome.expected.append(verdict.wait)
         return (self.first, self.last)[verdict.index]
 
     def _dispatch(self, tier: Tier) -> None:
@@ -479,5 +488,5 @@ _CANDIDATES = routing.Candidates(
 def _load(tier: Tier, now: float) -> routing.Load:
     ready = tier.concurrency * (tier.ready() + len(tier.ghosts))
     service = tier.served_seconds / tier.finished if tier.finished else None
-    coming = routing.coming(tier.capacity, Milliseconds(int(now * 1000)))
-    return routing.Load(len(tier.waiting), tier.in_flight, ready, coming, service=service)
+    load = routing.Load(len(tier.waiting), tier.in_flight, ready, service=service)
+    return load.having(tier.capacity, Milliseconds(int(now * 1000)))

@@ -35,7 +35,7 @@ class Operator:
         again_at = min(plan.decision.again_at for plan in plans)
         if len(plans) == 1:
             return Orders(replicas, again_at)
-        capacity = planning.capacity(plans, reading.time, now)
+        capacity = planning.capacity(self._pool.spec, plans, reading.time, now)
         if not self._pool.spec.routing.rebalance:
             return Orders(replicas, again_at, capacity.tiers)
         loads = planning.loads(plans, capacity, reading.time)

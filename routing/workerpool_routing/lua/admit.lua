@@ -3,8 +3,8 @@
 -- ARGV[1]: JSON that depends on the candidates alone; ARGV[2]: JSON that depends on the job; see admission.py for both.
 -- ARGV[3], ARGV[4]: the job's message before and after the name of its queue.
 -- Keys travel inside the JSON: Kombu's Redis transport knows no cluster, so no key has to be declared.
--- Returns {Redis's time, task id, tier, queue, reason, wait, waiting, in flight, ready, leased, slots that come, milliseconds until
--- they do, …}, the loads being those of the first candidate; {time} when the caller has given up by now.
+-- Returns {Redis's time, task id, tier, queue, reason, wait, waiting, in flight, ready, leased, slots that come or may, milliseconds
+-- until the next of them}, the loads being those of the first candidate; {time} when the caller has given up by now.
 local pool, ask = cjson.decode(ARGV[1]), cjson.decode(ARGV[2])
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -30,14 +30,17 @@ local function measure(tier)
   load.in_flight = math.max(0, redis.call('HLEN', tier.unacked) - (redis.call('GET', tier.scheduled) or 0))
   load.ready = redis.call('ZCOUNT', tier.slots, '(' .. (now - pool.presence_life), '+inf')
   load.leased = redis.call('ZCOUNT', tier.leases, '(' .. now, '+inf')
-  load.coming = {}
-  local capacity = coming[tier.name]
-  if capacity then
-    for i, group in ipairs(capacity.starting) do load.coming[i] = {group.slots, math.max(0, group.ready_at - now) / 1000} end
-    load.full = tonumber(capacity.limit) and load.waiting + load.in_flight + load.leased >= capacity.limit
-    if capacity.startable > 0 then table.insert(load.coming, {capacity.startable, capacity.start_seconds}) end
+  local capacity = coming[tier.name] or {starting = {}, startable = 0}
+  load.startable, load.start, load.target = capacity.startable, capacity.start_seconds, capacity.target_seconds
+  load.full = tonumber(capacity.limit) and load.waiting + load.in_flight + load.leased >= capacity.limit
+  load.coming, load.expected, load.next_slot = {}, load.startable, load.startable > 0 and load.start or math.huge
+  for i, group in ipairs(capacity.starting) do
+    load.coming[i] = {group.slots, math.max(0, group.ready_at - now) / 1000}
+    load.expected = load.expected + group.slots
   end
+  if load.coming[1] then load.next_slot = load.coming[1][2] end
   load.service = tonumber(redis.call('HGET', tier.service, ask.task) or nil)
+  load.mean = tonumber(redis.call('HGET', tier.served, 'mean') or nil)
   return load
 end
 
@@ -46,26 +49,32 @@ local function wait(load)
   if load.full then return math.huge end
   local free = load.ready - load.in_flight - load.waiting - load.leased
   if free > 0 then return 0 end
-  local service = load.service or pool.service_seconds
+  local service = math.max(load.mean or load.service or pool.service_seconds, pool.shortest_seconds)
   local place, slots, offset = load.in_flight + load.waiting + load.leased + 1, load.ready, 0
   local soonest = slots > 0 and (place - slots) * service / slots or math.huge
   for _, group in ipairs(load.coming) do
     slots, offset = slots + group[1], offset + group[1] * group[2]
     soonest = math.min(soonest, math.max(group[2], ((place - slots) * service + offset) / slots))
   end
-  return soonest
+  if load.startable <= 0 then return soonest end
+  local start, within = load.start, math.max(load.start, load.target)
+  if soonest <= within then return soonest end
+  local lacking = (place - slots) * service - slots * within + offset
+  local more = math.min(load.startable, math.max(1, math.ceil(lacking / (service + within - start))))
+  slots, offset = slots + more, offset + more * start
+  return math.min(soonest, math.max(start, ((place - slots) * service + offset) / slots))
 end
 
 local function weigh(fast, slow, spilling)
   if fast.full then return 'TierBroken', true end
   if fast.service and slow.service then
-    if fast.ready == 0 and not fast.coming[1] then return 'NoCapacity', true end
+    if fast.ready + fast.expected <= 0 then return 'NoCapacity', true end
     local threshold = math.max(0, math.sqrt(fast.service * slow.service) - fast.service) * (spilling and pool.back or 1)
     if fast.wait - slow.wait <= threshold then return 'WorthTheWait' end
     return 'WaitTooLong', true
   end
-  if not fast.coming[1] then return 'NoCapacity', true end
-  if fast.coming[1][2] - slow.wait > pool.patience then return 'SlotTooFar', true end
+  if fast.next_slot == math.huge then return 'NoCapacity', true end
+  if fast.next_slot - slow.wait > pool.patience then return 'SlotTooFar', true end
   if fast.waiting + fast.leased > slow.waiting + slow.leased + pool.margin then return 'QueueTooLong', true end
   return 'SlotStarting'
 end
@@ -117,11 +126,9 @@ end
 local tier, first = pool.tiers[index], loads[1]
 local wanted = pool.wanted or tier
 local seconds = string.format('%.17g', loads[index].wait)
-local answer = {now, ask.id or '', tier.name, tier.queue, reason, seconds, first.waiting, first.in_flight, first.ready, first.leased}
-for _, group in ipairs(first.coming) do
-  table.insert(answer, group[1])
-  table.insert(answer, math.floor(1000 * group[2] + 0.5))
-end
+local next_ms = first.expected > 0 and math.floor(1000 * first.next_slot + 0.5) or 0
+local answer = {now, ask.id or '', tier.name, tier.queue, reason, seconds, first.waiting, first.in_flight, first.ready, first.leased,
+  first.expected, next_ms}
 if not (ask.job or ask.lease) then return answer end
 
 if not pool.reason then

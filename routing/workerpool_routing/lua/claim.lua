@@ -1,8 +1,8 @@
 -- One delivery asks to run its job.
 --
--- KEYS: job, held:<owner>, waiting:<tier>, unacked hash. ARGV: task id, attempt, delivery tag, owner, tier, retries,
+-- KEYS: job, held:<owner>, waiting:<tier>, unacked hash, waits:<tier>. ARGV: task id, attempt, delivery tag, owner, tier, retries,
 -- losses allowed, job life, 1 when a loss moves the job on to another tier, 1 when a finishing attempt is known to have no result,
--- a name for this request.
+-- a name for this request, 1 when its caller asked for a time.
 -- Returns: run | unknown | ended | stale | lost | finishing | poison | corrupt.
 local id, attempt, tag, owner, tier = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[5]
 local retries, losses_allowed, life = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
@@ -10,7 +10,8 @@ local moves_on, no_result = ARGV[9] == '1', ARGV[10] == '1'
 local kind = redis.call('TYPE', KEYS[1]).ok
 if kind == 'none' then return 'unknown' end
 if kind ~= 'hash' then return 'corrupt' end
-local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'retries', 'losses', 'required', 'tag', 'runs', 'claim', 'left')
+local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'retries', 'losses', 'required', 'tag', 'runs', 'claim', 'left', 'wait',
+  'admitted_at')
 local state = job[1]
 
 if state == 'done' or state == 'failed' or state == 'expired' then return 'ended' end
@@ -58,4 +59,13 @@ redis.call('HINCRBY', KEYS[1], 'starts:' .. tier, 1)
 local run = redis.call('HINCRBY', KEYS[1], 'runs', 1)
 redis.call('HSET', KEYS[1], 'run:' .. run, cjson.encode({attempt = attempt, tier = tier, owner = owner, began = now}))
 redis.call('HDEL', KEYS[1], 'run:' .. (run - 16))
+local expected = tonumber(job[10] or nil)
+if run == 1 and expected and expected < math.huge and ARGV[12] ~= '1' then
+  local real = math.max(0, now - job[11]) / 1000
+  redis.call('HINCRBY', KEYS[5], 'jobs', 1)
+  redis.call('HINCRBYFLOAT', KEYS[5], 'seconds', real)
+  redis.call('HINCRBYFLOAT', KEYS[5], 'expected', expected)
+  redis.call('HINCRBY', KEYS[5], 'right', math.abs(expected - real) <= math.max(2, real / 4) and 1 or 0)
+  redis.call('EXPIRE', KEYS[5], life)
+end
 return 'run'

@@ -35,9 +35,11 @@ redis.call('HSET', KEYS[1], 'state', to, to .. '_at', now)
 redis.call('EXPIRE', KEYS[1], ARGV[7])
 if from == 'claimed' and to ~= 'admitted' and tonumber(job[6]) then
   local seconds = math.max(0, now - job[6]) / 1000
-  redis.call('HINCRBY', KEYS[7], 'jobs', 1)
+  local jobs, mean = redis.call('HINCRBY', KEYS[7], 'jobs', 1), tonumber(redis.call('HGET', KEYS[7], 'mean') or seconds)
   redis.call('HINCRBYFLOAT', KEYS[7], 'seconds', seconds)
   redis.call('HINCRBYFLOAT', KEYS[7], 'squares', seconds * seconds)
+  -- A plain mean at first: a worker's first job takes longer than those that follow, and must not stand for all.
+  redis.call('HSET', KEYS[7], 'mean', string.format('%.6f', mean + (seconds - mean) / math.min(jobs, 100)))
   redis.call('EXPIRE', KEYS[7], ARGV[7])
 end
 if to ~= 'admitted' then

@@ -68,11 +68,20 @@ class WorkerLife:
         return PolicySource(self.connection, self.keys, self.pool.given)
 
     def attempt(
-        self, task_id: str, headers: Mapping[str, Any] | None, delivery_tag: str, retries: int, *, may_move: bool = True
+        self,
+        task_id: str,
+        headers: Mapping[str, Any] | None,
+        delivery_tag: str,
+        retries: int,
+        *,
+        may_move: bool = True,
+        scheduled: bool = False,
     ) -> Attempt | None:
         """The attempt that a message carries, None for a message that was not admitted through the pool."""
         number = ((headers or {}).get(HEADER) or {}).get("attempt")
-        return Attempt(self, task_id, number, delivery_tag, retries, may_move) if isinstance(number, int) else None
+        if not isinstance(number, int):
+            return None
+        return Attempt(self, task_id, number, delivery_tag, retries, may_move, scheduled)
 
     def job(self, task_id: str) -> Job | None:
         """The ledger's entry."""
@@ -100,6 +109,8 @@ class Attempt:
     retries: int
     may_move: bool = True
     """Whether its task lets it go to another tier when its worker is lost."""
+    scheduled: bool = False
+    """Whether its caller asked for a time."""
 
     def claim(self, stored_result: Callable[[], str]) -> Claim:
         """Ask to run: RUN, UNKNOWN (not on the ledger: run it as plain Celery would), POISON (fail it), or any other: drop it.
@@ -132,7 +143,7 @@ class Attempt:
         moves_on = bool(self.may_move and tier and tier.accelerated and life.policy.plain_tier() and life.policy.fallback_on_loss)
         call = ledger.claim(
             life.keys, self.task_id, attempt=self.number, tag=self.tag, owner=life.owner, tier=life.tier, retries=self.retries,
-            moves_on=moves_on, no_result=no_result, name=str(uuid4()),
+            moves_on=moves_on, no_result=no_result, name=str(uuid4()), scheduled=self.scheduled,
         )  # fmt: skip
         return Claim(life.connection.run("claim", call))
 

@@ -215,7 +215,9 @@ class FencedTask(Task):
         if request.called_directly or request.is_eager:
             return None
         tag = (request.properties or {}).get("delivery_tag", "")
-        return self.life.attempt(request.id, request.headers, tag, request.retries or 0, may_move=self.fallback_on_loss)
+        return self.life.attempt(
+            request.id, request.headers, tag, request.retries or 0, may_move=self.fallback_on_loss, scheduled=bool(request.eta)
+        )
 
 
 def _by_signal(error: SystemExit) -> bool:
@@ -347,7 +349,8 @@ class FencedRequest:
         message = self._message
         retries = int(message.headers.get("retries") or 0)
         may_move = getattr(self.task, "fallback_on_loss", True)
-        return self.life.attempt(self.id, message.headers, message.delivery_tag, retries, may_move=may_move)
+        scheduled = bool(message.headers.get("eta"))
+        return self.life.attempt(self.id, message.headers, message.delivery_tag, retries, may_move=may_move, scheduled=scheduled)
 
     if TYPE_CHECKING:  # what Celery's Request brings
         id: str
