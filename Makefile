@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test e2e cluster cluster-down kind chaos chaos-long check bench bench-scaling generate release-dry-run lock
+.PHONY: help demo test e2e api-older cluster cluster-down kind chaos chaos-long check bench bench-scaling generate release-dry-run lock
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,6 +16,9 @@ test: $(READY) ## Run every level of test that this machine can run (the first r
 
 e2e: $(READY) ## Run the chart, the images and the operator in a real cluster of two nodes (needs root on Linux, or E2E_KUBECONFIG)
 	@$(BIN)/python -m tests.levels e2e
+
+api-older: $(READY) ## Run level api on the oldest Kubernetes that is supported (the first run builds its control plane)
+	@KUBEBUILDER_ASSETS="$$($(BIN)/python -m e2e.cluster.binaries --older)" $(BIN)/python -m tests.levels api
 
 cluster: $(READY) ## Start that cluster in the background and print how to reach it
 	@$(BIN)/python -m e2e.cluster.cluster up

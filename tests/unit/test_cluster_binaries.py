@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from e2e.cluster import binaries
 
 pytestmark = pytest.mark.unit
@@ -53,7 +55,18 @@ def fill(directory: Path, names: list[str]) -> None:
 
 
 def test_the_tools_are_those_that_go_mod_lists() -> None:
-    assert list(binaries.tools()) == NAMES
+    assert list(binaries.tools(binaries.MODULE)) == NAMES
+
+
+def test_the_older_control_plane_is_of_the_oldest_kubernetes_that_the_chart_accepts(tmp_path: Path) -> None:
+    assert list(binaries.tools(binaries.OLDER)) == list(binaries.CONTROL_PLANE)
+    chart = yaml.safe_load((binaries.MODULE.parents[1] / "charts" / "celery-workerpool" / "Chart.yaml").read_text())
+    oldest = re.fullmatch(r">=(\d+\.\d+)\.0-0", chart["kubeVersion"])
+    install_go(tmp_path, BUILDS)
+    assert oldest is not None
+    assert binaries.main(["--older"]) == 0
+    assert all(f"version.gitVersion=v{oldest[1]}." in build for build in builds(tmp_path))
+    assert len(builds(tmp_path)) == len(binaries.CONTROL_PLANE)
 
 
 def test_kubebuilder_assets_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
