@@ -35,7 +35,7 @@ from workerpool_operator.observation import (
     Unavailable,
     Waits,
 )
-from workerpool_operator.ports import NO_BREAKERS, NO_MARKS, Marks, Pool
+from workerpool_operator.ports import NO_BREAKERS, NO_MARKS, NO_STARTS, Marks, Pool
 from workerpool_operator.rebalancing import Transfer
 from workerpool_routing.ledger import CorruptEntry, Job
 from workerpool_routing.wire import (
@@ -113,8 +113,9 @@ class RedisBroker:
         capacity: Capacity | None,
         marks: Marks = NO_MARKS,
         breakers: Mapping[str, Decision] = NO_BREAKERS,
+        starts: Mapping[str, float] = NO_STARTS,
     ) -> Unavailable | None:
-        """Tell API pods and workers what they may count on, and keep what the next pass has to know of the breakers."""
+        """Tell API pods and workers what they may count on, and keep what the next pass, or the next operator, has to know."""
         try:
             async with self._client(url).pipeline(transaction=False) as pipe:
                 pipe.set(pool.keys.policy, policy.dump())
@@ -127,6 +128,9 @@ class RedisBroker:
                 pipe.pexpire(pool.keys.drain, MARK_LIFE_MS)
                 for tier, kept in breakers.items():
                     pipe.hset(pool.keys.served(tier), mapping={**asdict(kept.attempts), **asdict(kept.breaker)})
+                for tier, seconds in starts.items():
+                    pipe.hset(pool.keys.served(tier), "start_seconds", str(seconds))
+                for tier in {*breakers, *starts}:
                     pipe.expire(pool.keys.served(tier), JOB_LIFE_SECONDS)
                 answers = await pipe.execute(raise_on_error=False)
         except (redis.RedisError, OSError) as error:
@@ -352,6 +356,7 @@ def _queue(answers: Sequence[Any], now: Milliseconds) -> QueueReading:
         ),
         attempts=Attempts(*(float(served.get(field.name, 0)) for field in fields(Attempts))),
         breaker=_breaker(served) if "state" in served else NEVER_OPENED,
+        start_seconds=float(served["start_seconds"]) if "start_seconds" in served else None,
     )
 
 

@@ -110,6 +110,7 @@ class QueueReading:
         waits: of the jobs that it has started.
         attempts: how its latest attempts ended.
         breaker: whether it took part in routing so far.
+        start_seconds: how long its workers took to start, as far as any operator has learnt; None before one has.
     """
 
     waiting: int
@@ -121,6 +122,7 @@ class QueueReading:
     waits: Waits = NOTHING_STARTED
     attempts: Attempts = NO_ATTEMPTS
     breaker: Breaker = NEVER_OPENED
+    start_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

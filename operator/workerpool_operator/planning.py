@@ -21,6 +21,9 @@ GROUPS = 8
 OVERDUE = 0.125
 """The part of the start time that a worker is expected to take still when it should be ready already."""
 
+_NEWS = 0.1
+"""By what part a start time has to differ from the one that is kept to be kept anew."""
+
 _PAUSED = "mode: Paused: nothing is decided, the count is what was seen"
 
 
@@ -74,8 +77,8 @@ def plan(
     # A job orders where it waits, which is behind the tier that it wanted: what is ordered there has to be known first.
     plain, accelerated = ([t for t in pool.spec.tiers if t.accelerated is kind] for kind in (False, True))
     for tier in (*plain, *reversed(accelerated)):
-        live, known = workers[tier.name], memory.get(tier.name, Memory())
-        queue = None if isinstance(reading, Unavailable) else _bounded(reading, tier)
+        live, queue = workers[tier.name], None if isinstance(reading, Unavailable) else _bounded(reading, tier)
+        known = _recalled(memory.get(tier.name, Memory()), queue)
         bounds = scaling.Policy(tier.replicas.min, tier.replicas.max, tier.concurrency, pool.spec.scaling.target_wait_seconds)
         routing = _routing(pool, tier, queue, reading)
         observed: scaling.Demand | scaling.Unread
@@ -153,6 +156,13 @@ def demand(queue: QueueReading, live: TierReplicas, arrived: int, now: float) ->
         arrived=arrived,
         served=queue.served,
     )
+
+
+def _recalled(memory: Memory, queue: QueueReading | None) -> Memory:
+    """With what an operator before this one has learnt, until this one has seen for itself."""
+    if memory.scaling.start_seconds is not None or queue is None:
+        return memory
+    return replace(memory, scaling=replace(memory.scaling, start_seconds=queue.start_seconds))
 
 
 def _routing(pool: Pool, tier: Tier, queue: QueueReading | None, reading: BrokerReading | Unavailable) -> breaker.Decision | None:
@@ -255,13 +265,17 @@ def _grouped(ready_in: list[float]) -> list[list[float]]:
 
 def loads(plans: list[TierPlan], capacity: Capacity, time: Milliseconds) -> Mapping[str, Load]:
     """Every tier as admission measures it at the time of the reading, ``service`` being the mean over all its jobs; none where a
-    queue was not read.
+    queue was not read. Slots of a worker that is known to have failed do not count, although its presence is not over yet.
     """
-    return {plan.tier.name: _load(plan.queue, capacity.tiers[plan.tier.name], time) for plan in plans if plan.queue}
+    return {
+        plan.tier.name: _load(plan.queue, plan.workers.names(Phase.FAILING), capacity.tiers[plan.tier.name], time)
+        for plan in plans
+        if plan.queue
+    }
 
 
-def _load(queue: QueueReading, capacity: TierCapacity, time: Milliseconds) -> Load:
-    ready = sum(worker.slots for worker in queue.workers)
+def _load(queue: QueueReading, failed: frozenset[str], capacity: TierCapacity, time: Milliseconds) -> Load:
+    ready = sum(report.slots for report in queue.workers if report.worker not in failed)
     service = queue.served.seconds / queue.served.jobs if queue.served.jobs else None
     return Load(queue.waiting, queue.in_flight, ready, service=service).having(capacity, time)
 
@@ -273,6 +287,18 @@ def breakers(plans: list[TierPlan]) -> Mapping[str, breaker.Decision]:
         name: decided
         for name, (decided, queue) in found.items()
         if decided and queue and (decided.breaker, decided.attempts) != (queue.breaker, queue.attempts)
+    }
+
+
+def starts(plans: list[TierPlan]) -> Mapping[str, float]:
+    """What the next operator has to find of the start times, where that is clearly not what was found."""
+    learnt = {plan.tier.name: (plan.decision.memory.start_seconds, plan.queue) for plan in plans}
+    return {
+        name: seconds
+        for name, (seconds, queue) in learnt.items()
+        if seconds is not None
+        and queue
+        and (queue.start_seconds is None or abs(seconds - queue.start_seconds) > _NEWS * queue.start_seconds)
     }
 
 

@@ -62,6 +62,7 @@ class Marks:
 
 NO_MARKS = Marks()
 NO_BREAKERS: Mapping[str, Decision] = {}
+NO_STARTS: Mapping[str, float] = {}
 
 
 class Broker(Protocol):
@@ -78,11 +79,13 @@ class Broker(Protocol):
         capacity: Capacity | None,
         marks: Marks = NO_MARKS,
         breakers: Mapping[str, Decision] = NO_BREAKERS,
+        starts: Mapping[str, float] = NO_STARTS,
     ) -> Unavailable | None:
         """Tell API pods and workers what they may count on; say why not where the broker did not take it.
 
         Without a capacity the one before stands until it expires. Marks to drain that stay are kept from running out.
-        ``breakers`` are those that changed, by tier name, for the next reading.
+        ``breakers`` and ``starts`` (seconds that a worker takes to start) are those that changed, by tier name, for the next
+        reading.
         """
 
     async def take_over(self, url: str, pool: Pool, tier: str, worker: str) -> list[str]:

@@ -243,7 +243,8 @@ class Reconciler:
         if ("carry out", pool.id) in self._underway:
             # A count may be on its way down that stands on them.
             marks = replace(marks, remove=frozenset())
-        refused = await self._broker.publish(url, pool, planning.policy(pool.spec), capacity, marks, planning.breakers(plans))
+        policy, kept = planning.policy(pool.spec), (planning.breakers(plans), planning.starts(plans))
+        refused = await self._broker.publish(url, pool, policy, capacity, marks, *kept)
         # A Redis that takes no write takes no presence either: workers that live fall silent there.
         self._reaper.saw(pool, refused or reading)
         await self._reaper.reap(pool, url, reading)

@@ -25,7 +25,8 @@ key                       type    meaning
 ``served:<tier>``         hash    ``jobs``, ``seconds``, ``squares``: attempts so far, their time on a slot and the squares of it;
                                   ``succeeded``, ``failed``, ``confirmed``, ``refuted``: how the latest of those that began after
                                   ``since`` ended, and of those that failed what their jobs came to on another tier; ``state``,
-                                  ``at``, ``opened``, ``older``: the circuit breaker that stands on them, written by the operator;
+                                  ``at``, ``opened``, ``older``: the circuit breaker that stands on them, and
+                                  ``start_seconds``: how long a worker takes to start; these the operator writes;
                                   ``mean``: seconds of the last hundred or so, of whatever task
 ``waits:<tier>``          hash    ``jobs``, ``seconds``, ``expected``, ``right``: first starts so far, their waits, what admission
                                   expected these to be, and how many of them were so, within 25 % or 2 s

@@ -102,12 +102,14 @@ def test_what_began_before_a_trial_is_not_counted_to_it(redis_url: str, pool: Po
         assert counted(client, pool.keys) == late[since]
 
 
-def test_the_breaker_is_read_as_it_was_left_with_what_was_counted_since(redis_url: str, pool: Pool) -> None:
+def test_breaker_and_start_time_are_read_as_they_were_left_with_what_was_counted_since(redis_url: str, pool: Pool) -> None:
     left = Breaker(BreakerState.HALF_OPEN, Milliseconds(2_000), 3, since=Milliseconds(1_000), older=2)
     kept = {"gpu": Decision(left, Attempts(2.5, 1.25, 0.75, 0.5), 1)}
     policy = planning.policy(pool.spec)
-    assert ask(lambda broker: broker.publish(redis_url, pool, policy, Capacity(), breakers=kept)) is None
+    starts = {"gpu": 240.5}
+    assert ask(lambda broker: broker.publish(redis_url, pool, policy, Capacity(), breakers=kept, starts=starts)) is None
     found = read(redis_url, pool).tiers
+    assert (found["gpu"].start_seconds, found["cpu"].start_seconds) == (240.5, None)
     assert (found["gpu"].breaker, found["gpu"].attempts) == (left, Attempts(2.5, 1.25, 0.75, 0.5))
     assert (found["cpu"].breaker, found["cpu"].attempts) == (Breaker(), Attempts())
     open_for_jobs(redis_url, pool)

@@ -528,6 +528,31 @@ def test_advice_goes_by_what_fails_now_and_by_no_trial_that_was_begun_before_the
     assert limits == [None, 0]
 
 
+def test_a_new_operator_goes_on_with_the_start_time_that_the_last_one_kept() -> None:
+    (first, *_) = plans = list(plan(reading(gpu=QueueReading(3, 0, 0, start_seconds=300.0))).values())
+    assert "starts of 300 s" in first.decision.message
+    assert planning.capacity(POOL.spec, plans, TIME, NOW).tiers["gpu"].start_seconds == 300.0
+    assert planning.starts(plans) == {}, "no news"
+
+
+@pytest.mark.parametrize(
+    ("kept", "told"),
+    [(None, {"gpu": 40.0}), (37.0, {}), (43.0, {}), (30.0, {"gpu": 40.0})],
+    ids=["none", "less", "more", "far off"],
+)
+def test_a_learnt_start_time_is_kept_when_it_is_news(kept: float | None, told: dict[str, float]) -> None:
+    memory = {"gpu": Memory(start_seconds=40.0, newest_start=40.0)}
+    found = plan(reading(gpu=QueueReading(0, 0, 0, start_seconds=kept)), memory=memory)
+    assert planning.starts(list(found.values())) == told
+
+
+def test_no_job_comes_home_to_a_worker_that_has_failed_although_it_reported_a_moment_ago() -> None:
+    live = TierReplicas(2, (Replica("w0", Phase.FAILING, 0.0), Replica("w1", Phase.READY, 0.0, 1.0)))
+    reports = tuple(Presence(f"{name}.1", name, "gpu", "gpu-tasks", 1, 0, TIME, TIME) for name in ("w0", "w1"))
+    plans = list(plan(reading(gpu=QueueReading(0, 0, 0, workers=reports)), gpu=live).values())
+    assert planning.loads(plans, planning.capacity(POOL.spec, plans, TIME, NOW), TIME)["gpu"].ready == 1
+
+
 def test_a_breaker_is_kept_when_it_changes_or_its_record_grows_too_long() -> None:
     kept = [
         planning.breakers(list(plan(reading(gpu=QueueReading(0, 0, 0, attempts=seen))).values()))
