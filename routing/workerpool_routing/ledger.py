@@ -219,7 +219,7 @@ class Call:
 
 def claim(
     keys: Keyspace, task_id: str, *, attempt: int, tag: str, owner: str, tier: str, retries: int, moves_on: bool, no_result: bool,
-    name: str, scheduled: bool = False,
+    name: str, scheduled: bool = False, asked_by: str = "",
 ) -> Call:  # fmt: skip
     """Arguments of ``claim.lua``: a delivery asks to run its job.
 
@@ -235,22 +235,27 @@ def claim(
         no_result: whether an attempt found finishing is known to have stored nothing.
         name: of this request; the same again, when its answer was lost, gets the same answer.
         scheduled: whether its caller asked for a time (ETA): then its wait says nothing of what was expected.
+        asked_by: the delivery tag of the attempt that asked for this retry; empty for a message that is none, or that a release
+            before this field has published.
     """
     return Call(
         [keys.job(task_id), keys.held(owner), keys.waiting(tier), keys.unacked(tier), keys.waits(tier)],
         [task_id, attempt, tag, owner, tier, retries, LOSSES_ALLOWED, JOB_LIFE_SECONDS, int(moves_on), int(no_result),
-            name, int(scheduled)],
+            name, int(scheduled), asked_by],
     )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a job came to, as its Celery backend keeps it in the same Redis: ``seconds`` of 0 are for ever."""
+    """What a job came to, as its Celery backend keeps it in the same Redis: ``seconds`` of 0 are for ever.
+
+    ``database`` is None where it is the ledger's own: not every user may change it, nor has every Redis more than one.
+    """
 
     key: str | bytes
     value: str | bytes
     seconds: int
-    database: int
+    database: int | None = None
 
 
 def settle(
@@ -286,8 +291,8 @@ def settle(
             keys.service(tier), keys.served(tier), *spilled,
         ],
         [task_id, attempt, tag, owner, before, after, life, how, error[:ERROR_CHARACTERS],
-            "" if retries is None else retries, held_as, message, queue,
-            *([result.key, result.value, result.seconds, result.database] if result else ())],
+            "" if retries is None else retries, held_as, message, queue, JOB_LIFE_SECONDS,
+            *([result.key, result.value, result.seconds, "" if result.database is None else result.database] if result else ())],
     )  # fmt: skip
 
 

@@ -116,6 +116,17 @@ def retried_late(self: Any) -> None:
     raise ValueError("asked to fail")
 
 
+@app.task(bind=True)  # type: ignore[untyped-decorator]
+def retried_by_one(self: Any, asks: str) -> str:
+    """Wait for this worker's own gate, ask for a retry on one worker, return the name of any other."""
+    name = os.environ["WORKERPOOL_WORKER"]
+    while not app.backend.client.exists(f"gate of {name}"):
+        time.sleep(0.05)
+    if name == asks and not self.request.retries:
+        raise self.retry(countdown=0)
+    return name
+
+
 class CutOff(app.Task):  # type: ignore[name-defined,misc]
     """A task whose worker is killed as soon as its failure is stored, where the job says so."""
 
@@ -184,6 +195,21 @@ def add(n: int, fails: bool = False) -> int:
     if fails and TIER == "gpu":
         raise RuntimeError("no GPU memory")
     return n + 1
+
+
+@app.task(bind=True)  # type: ignore[untyped-decorator]
+def part(self: Any, n: int, dies: str = "") -> int:
+    """One part of a chord whose child is killed, when its result is stored, before or after it has been counted."""
+    counted = self.backend.on_chord_part_return
+
+    def die(*part: Any, **more: Any) -> None:
+        if dies == "after":
+            counted(*part, **more)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if dies:
+        self.backend.on_chord_part_return = die
+    return n
 
 
 @app.task(max_retries=0)  # type: ignore[untyped-decorator]
@@ -261,8 +287,9 @@ def unstored() -> str:
 
 
 @app.task  # type: ignore[untyped-decorator]
-def unencodable() -> object:
+def unencodable(endings: dict[str, str] | None = None) -> object:
     """A task whose result cannot be stored."""
+    end((endings or {}).get(TIER, "return"))
     return object()
 
 

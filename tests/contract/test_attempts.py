@@ -18,11 +18,12 @@ from celery.exceptions import WorkerLostError
 from redis import Redis
 from tests.contract.workers import APP, until, worker
 
+from workerpool_operator import salvage
 from workerpool_operator.broker import RedisBroker
 from workerpool_operator.local.redis_server import RedisServer
 from workerpool_operator.model import WorkerPoolSpec
 from workerpool_operator.ports import Pool
-from workerpool_routing import Reason
+from workerpool_routing import Reason, wire
 from workerpool_routing.ledger import State
 
 pytestmark = [pytest.mark.contract, pytest.mark.timeout(240)]
@@ -239,6 +240,31 @@ def test_a_job_whose_ledger_entry_is_gone_keeps_its_result(two_tiers: ModuleType
     assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "gpu"
 
 
+def test_a_result_that_comes_when_the_ledger_has_forgotten_its_job_replaces_no_success(two_tiers: ModuleType) -> None:
+    client = two_tiers.pool.connection.client
+    decision = submit(two_tiers, two_tiers.work, {"gpu": "gate"})
+    claimed(two_tiers, decision.task_id)
+    client.delete(two_tiers.pool.keys.job(decision.task_id))
+    accepted = {"task_id": decision.task_id, "status": "SUCCESS", "result": "accepted", "traceback": None, "children": []}
+    client.set(f"celery-task-meta-{decision.task_id}", two_tiers.app.backend.encode(accepted))
+    client.set("gate", "open")
+    until(lambda: not client.hlen(two_tiers.pool.keys.unacked("gpu")), "it is acknowledged")
+    client.delete("gate")
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=1) == "accepted"
+
+
+def test_a_user_who_may_not_change_the_database_stores_results_all_the_same(
+    redis_server: RedisServer, two_tiers: ModuleType, tmp_path: Path
+) -> None:
+    rights = ["on", ">secret", "~*", "&*", "+@all", "-@admin", "-@dangerous", "-select"]
+    two_tiers.pool.connection.client.execute_command("ACL", "SETUSER", "app", *rights)
+    url = f"redis://app:secret@127.0.0.1:{redis_server.port}/0"
+    with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-app", tmp_path):
+        decision = submit(two_tiers, two_tiers.work, {})
+        assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1})
+        assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "gpu"
+
+
 def test_a_redis_that_pauses_while_a_job_ends_costs_neither_job_nor_result(
     redis_server: RedisServer, two_tiers: ModuleType
 ) -> None:
@@ -302,9 +328,9 @@ async def swept(url: str) -> list[str]:
         await broker.close()
 
 
-def taken_over(url: str, task_id: str) -> list[str]:
+def taken_over(url: str, task_id: str, tier: str = "gpu") -> list[str]:
     """What is said of that job; workers of other tests may be lost too."""
-    return [sentence for sentence in asyncio.run(take_over_the_lost(url, "gpu")) if task_id in sentence]
+    return [sentence for sentence in asyncio.run(take_over_the_lost(url, tier)) if task_id in sentence]
 
 
 def claimed(jobs: ModuleType, task_id: str) -> Any:
@@ -329,15 +355,17 @@ def parked(jobs: ModuleType, name: str = "gpu-a") -> Iterator[None]:
 
 
 def test_the_job_of_a_killed_worker_is_taken_over_once_and_runs_on_the_plain_tier(
-    url: str, two_tiers: ModuleType, tmp_path: Path, short_life: float
+    url: str, two_tiers: ModuleType, tmp_path: Path, short_life: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-killed", tmp_path) as doomed:
         decision = submit(two_tiers, two_tiers.work, {"gpu": "hang"})
         assert claimed(two_tiers, decision.task_id).owner.startswith("gpu-killed.")
         os.killpg(doomed.pid, signal.SIGKILL)
-        assert not taken_over(url, decision.task_id)  # its presence has not run out
-    time.sleep(short_life + 1)
-    sentences = taken_over(url, decision.task_id)
+        with monkeypatch.context() as long_life:
+            long_life.setattr(wire, "PRESENCE_LIFE_MS", 3_600_000)
+            long_life.setattr(salvage, "UNRENEWED_SECONDS", 3_600)
+            assert not taken_over(url, decision.task_id)  # its presence has not run out
+    sentences = until(lambda: taken_over(url, decision.task_id), "it is taken over", 60)
     assert ["cpu" in sentence for sentence in sentences] == [True]
     assert not taken_over(url, decision.task_id)
     assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "cpu"
@@ -351,8 +379,7 @@ def test_a_zombie_changes_neither_the_ledger_nor_the_result(
         decision = submit(two_tiers, two_tiers.work, {}, 3)
         assert claimed(two_tiers, decision.task_id).owner.startswith("gpu-zombie.")
         os.killpg(zombie.pid, signal.SIGSTOP)
-        time.sleep(short_life + 1)
-        asyncio.run(take_over_the_lost(url, "gpu"))
+        until(lambda: taken_over(url, decision.task_id), "it is taken over", 60)
         assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "cpu"
         os.killpg(zombie.pid, signal.SIGCONT)
         until(lambda: "it was taken over" in (tmp_path / "gpu-zombie.log").read_text(), "the zombie noticed")
@@ -395,6 +422,26 @@ def test_a_zombie_that_asks_for_a_retry_leaves_the_result_as_it_is(
         client.delete("gate")
     assert two_tiers.app.AsyncResult(decision.task_id).state == "FAILURE"
     assert outcome(two_tiers, decision.task_id) == (State.FAILED, {"gpu": 1, "cpu": 1})
+
+
+def test_a_retry_that_a_zombie_asks_for_does_not_overtake_the_attempt_that_counts(
+    url: str, two_tiers: ModuleType, tmp_path: Path, short_life: float
+) -> None:
+    client, log = two_tiers.app.backend.client, tmp_path / "cpu-zombie.log"
+    with worker(url, "cpu", "cpu-jobs", "cpu-zombie", tmp_path) as zombie:
+        with parked(two_tiers, "cpu-a"):
+            decision = two_tiers.pool.submit(two_tiers.retried_by_one, ("cpu-zombie",))
+            claimed(two_tiers, decision.task_id)
+            os.killpg(zombie.pid, signal.SIGSTOP)
+            until(lambda: taken_over(url, decision.task_id, "cpu"), "it is taken over", 60)
+        until(lambda: claimed(two_tiers, decision.task_id).owner.startswith("cpu-a."), "it runs again")
+        client.set("gate of cpu-zombie", "open")
+        os.killpg(zombie.pid, signal.SIGCONT)
+        until(lambda: "it was taken over" in log.read_text(), "the zombie noticed")
+        until(lambda: "its delivery is stale" in log.read_text(), "its retry is dropped", 60)
+        client.set("gate of cpu-a", "open")
+        assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "cpu-a"
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"cpu": 2})
 
 
 def test_a_worker_that_dies_between_a_stored_failure_and_its_acknowledgement_has_failed_the_job(

@@ -30,7 +30,7 @@ from workerpool_operator.ports import Pool, Report
 from workerpool_operator.status import ConditionType, Event
 from workerpool_routing import Overloaded, Reason, ledger
 from workerpool_routing.ledger import State
-from workerpool_routing.wire import Capacity, Keyspace, Milliseconds
+from workerpool_routing.wire import ENDED_JOB_LIFE_SECONDS, Capacity, Keyspace, Milliseconds
 
 pytestmark = pytest.mark.contract
 
@@ -77,6 +77,7 @@ def test_a_job_that_expires_after_it_failed_leaves_no_suspicion(redis_url: str, 
         assert counted(client, pool.keys) == Attempts(0, 1)
         settle(pool, claim(redis_url, pool, cpu, "cpu", "w.1"), "cpu", 2, State.EXPIRED, "revoked")
         assert counted(client, pool.keys) == Attempts()
+        assert client.ttl(pool.keys.served("gpu")) > ENDED_JOB_LIFE_SECONDS, "it outlives the job"
 
 
 @pytest.mark.parametrize("since", ["before it began", "while it ran", "while the job ran elsewhere"])
@@ -115,9 +116,9 @@ def test_breaker_and_start_time_are_read_as_they_were_left_with_what_was_counted
     open_for_jobs(redis_url, pool)
     submit(pool)
     with consumer(pool, "gpu") as gpu, Redis.from_url(redis_url) as client:
-        settle(pool, claim(redis_url, pool, gpu, "gpu", "w.1"), "gpu", 1, State.FINISHING, "done")
+        settle(pool, claim(redis_url, pool, gpu, "gpu", "w.1"), "gpu", 1, State.DONE, "done")
         assert read(redis_url, pool).tiers["gpu"].attempts.succeeded == 3.5
-        assert client.ttl(pool.keys.served("gpu")) > 0, "it goes with a tier that nobody uses any more"
+        assert client.ttl(pool.keys.served("gpu")) > ENDED_JOB_LIFE_SECONDS, "it outlives the job, not a tier that nobody uses"
 
 
 def break_down(client: Any, pool: Pool) -> None:
@@ -217,6 +218,8 @@ GOOD, CONFIRMED, REFUTED = Attempts(1), Attempts(0, 1, 1), Attempts(0, 1, 0, 1)
         ("special", ["ignore"], {}, GOOD),
         ("special", ["reject"], {}, Attempts()),
         ("settled_here", [{"gpu": "raise"}], {}, Attempts()),
+        ("unencodable", [], {}, Attempts()),
+        ("unencodable", [{"gpu": "raise"}], {}, REFUTED),
         ("work", [{"gpu": "raise"}], {"accelerated": "required"}, Attempts()),
         ("work", [{}], {"accelerated": "required"}, GOOD),
     ],

@@ -151,8 +151,8 @@ def claimed(**changes: Any) -> ledger.Call:
 def test_a_claim_gives_the_script_its_arguments_in_order() -> None:
     call = claimed()
     assert call.keys == [KEYS.job("t1"), KEYS.held("w.1"), KEYS.waiting("gpu"), KEYS.unacked("gpu"), KEYS.waits("gpu")]
-    assert call.args == ["t1", 2, "tag", "w.1", "gpu", 3, ledger.LOSSES_ALLOWED, JOB_LIFE_SECONDS, 1, 0, "c1", 0]
-    assert claimed(moves_on=False, no_result=True, scheduled=True).args[-4:] == [0, 1, "c1", 1]
+    assert call.args == ["t1", 2, "tag", "w.1", "gpu", 3, ledger.LOSSES_ALLOWED, JOB_LIFE_SECONDS, 1, 0, "c1", 0, ""]
+    assert claimed(moves_on=False, no_result=True, scheduled=True, asked_by="old").args[-5:] == [0, 1, "c1", 1, "old"]
 
 
 def test_a_job_that_cannot_move_on_survives_one_loss_and_not_two() -> None:
@@ -164,8 +164,19 @@ def test_an_entry_lives_longer_while_its_job_can_still_change(after: State) -> N
     call = ledger.settle(KEYS, POLICY, "t1", attempt=2, tag="tag", owner="w.1", tier="gpu", before=State.CLAIMED, after=after)
     ended = after in (State.DONE, State.FAILED, State.EXPIRED)
     life = ENDED_JOB_LIFE_SECONDS if ended else JOB_LIFE_SECONDS
-    assert call.args == ["t1", 2, "tag", "w.1", "claimed", after, life, "", "", "", "", "", ""]
+    assert call.args == ["t1", 2, "tag", "w.1", "claimed", after, life, "", "", "", "", "", "", JOB_LIFE_SECONDS]
     assert ENDED_JOB_LIFE_SECONDS < JOB_LIFE_SECONDS
+
+
+def test_a_result_names_its_database_where_that_is_not_the_ledgers() -> None:
+    def args(result: ledger.Result) -> list[Any]:
+        call = ledger.settle(
+            KEYS, POLICY, "t1", attempt=1, tag="t", owner="w.1", tier="gpu", before=State.CLAIMED, after=State.DONE, result=result
+        )
+        return list(call.args[-4:])
+
+    assert args(ledger.Result("key", "value", 60)) == ["key", "value", 60, ""]
+    assert args(ledger.Result("key", "value", 60, 0)) == ["key", "value", 60, 0]
 
 
 def test_a_settled_job_is_struck_from_the_spills_of_every_tier() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from celery import Celery
 from celery.backends.redis import RedisBackend
+from kombu.exceptions import EncodeError
 from redis import Redis
 
 from workerpool_routing.ledger import Result
@@ -50,6 +51,17 @@ def test_a_result_that_never_expires_is_stored_for_ever() -> None:
     assert result.seconds == 0
 
 
+def test_no_database_is_named_where_it_is_that_of_the_ledger() -> None:
+    result = stored("redis://redis.test:6379/0")
+    assert result
+    assert result.database is None
+
+
+def test_what_cannot_be_encoded_is_known_before_the_attempt_ends() -> None:
+    with pytest.raises(EncodeError):
+        stored(value=object())
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -60,7 +72,6 @@ def test_a_result_that_never_expires_is_stored_for_ever() -> None:
         {"backend": f"{__name__}:OwnBackend+{BACKEND}"},
         {"backend": "rpc://"},
         {"backend": None},
-        {"value": object()},
         {"conf": {"task_ignore_result": True}},
         {"ignore_result": True},
         {"callbacks": [{"task": "next"}]},

@@ -2,7 +2,8 @@
 --
 -- KEYS: job, held:<owner>, waiting:<tier>, unacked hash, waits:<tier>. ARGV: task id, attempt, delivery tag, owner, tier, retries,
 -- losses allowed, job life, 1 when a loss moves the job on to another tier, 1 when a finishing attempt is known to have no result,
--- a name for this request, 1 when its caller asked for a time.
+-- a name for this request, 1 when its caller asked for a time, the delivery tag of the attempt that asked for this retry ('': none
+-- did, or none that says so).
 -- Returns: run | unknown | ended | stale | lost | finishing | poison | corrupt.
 local id, attempt, tag, owner, tier = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[5]
 local retries, losses_allowed, life = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
@@ -26,9 +27,11 @@ if state == 'claimed' and job[8] == ARGV[11] then return 'run' end
 if redis.call('HEXISTS', KEYS[4], tag) == 0 then return 'stale' end
 
 -- A retry that the task's author asked for overtakes the attempt that asked: it is a new delivery, but nothing was lost.
+-- One that a zombie asked for does not overtake the attempt that counts.
 local asked = tonumber(job[3] or 0)
 if retries < asked then return 'stale' end
 local retried = retries > asked
+if retried and state ~= 'admitted' and ARGV[13] ~= '' and ARGV[13] ~= job[6] then return 'stale' end
 -- A copy that comes up where the job has left, before or after its first start elsewhere.
 if not retried and string.find(' ' .. (job[9] or '') .. ' ', ' ' .. tier .. ' ', 1, true) then return 'stale' end
 -- Another delivery of the same attempt, while the one that claimed is still in flight, is a copy and no loss.

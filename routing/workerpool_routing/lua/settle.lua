@@ -3,19 +3,20 @@
 -- KEYS: job, held:<owner>, waiting:<tier>, unacked hash, unacked index, service:<tier>, served:<tier>, then every spilled:<tier>.
 -- ARGV: task id, attempt, delivery tag and owner ('' before a claim), from, to, life, how it ended, error, retries asked for,
 -- delivery tag of a message to acknowledge, whatever the ledger says, the message of that retry ('': it cannot be published again)
--- and its queue, then the result that counts from this step on: its key, value, life in seconds (0: for ever) and database; or nothing.
+-- and its queue, life of the served counts, then the result that counts from this step on: its key, value, life in seconds (0: for
+-- ever) and database ('': the ledger's own); or nothing.
 -- Returns 1 when it moved, or had moved and only the answer was lost; -1 when the ledger no longer knows the job (Redis came back
--- without it): nobody else can have it; 0 when another attempt owns the job now.
+-- without it, or it ended long ago): nothing is stored; 0 when another attempt owns the job now.
 local id, tag, owner, from, to = ARGV[1], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local function store_result()
-  if not ARGV[14] then return end
-  redis.call('SELECT', ARGV[17])
-  if ARGV[16] == '0' then
-    redis.call('SET', ARGV[14], ARGV[15])
+  if not ARGV[15] then return end
+  if ARGV[18] ~= '' then redis.call('SELECT', ARGV[18]) end
+  if ARGV[17] == '0' then
+    redis.call('SET', ARGV[15], ARGV[16])
   else
-    redis.call('SETEX', ARGV[14], ARGV[16], ARGV[15])
+    redis.call('SETEX', ARGV[15], ARGV[17], ARGV[16])
   end
-  redis.call('PUBLISH', ARGV[14], ARGV[15])
+  redis.call('PUBLISH', ARGV[15], ARGV[16])
 end
 if ARGV[11] ~= '' then
   redis.call('HDEL', KEYS[4], ARGV[11])
@@ -24,7 +25,6 @@ end
 local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'tag', 'owner', 'runs', 'claimed_at', 'task', 'suspect', 'suspect_since')
 if not job[1] then
   redis.call('SREM', KEYS[2], id)
-  store_result()
   return -1
 end
 if job[1] == to and job[2] == ARGV[2] and (job[3] or '') == tag and (job[4] or '') == owner then return 1 end
@@ -40,7 +40,7 @@ if from == 'claimed' and to ~= 'admitted' and tonumber(job[6]) then
   redis.call('HINCRBYFLOAT', KEYS[7], 'squares', seconds * seconds)
   -- A plain mean at first: a worker's first job takes longer than those that follow, and must not stand for all.
   redis.call('HSET', KEYS[7], 'mean', string.format('%.6f', mean + (seconds - mean) / math.min(jobs, 100)))
-  redis.call('EXPIRE', KEYS[7], ARGV[7])
+  redis.call('EXPIRE', KEYS[7], ARGV[14])
 end
 if to ~= 'admitted' then
   local good = to == 'done' or (to == 'finishing' and ARGV[8] == 'done')
@@ -53,7 +53,7 @@ if to ~= 'admitted' then
   if job[8] then
     redis.call('HDEL', KEYS[1], 'suspect', 'suspect_since')
     if to == 'expired' then note(job[8], job[9], 'failed', -1) else note(job[8], job[9], good and 'confirmed' or 'refuted', 1) end
-    redis.call('EXPIRE', job[8], ARGV[7])
+    redis.call('EXPIRE', job[8], ARGV[14])
   end
 end
 

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("workerpool_routing.worker")
 
 
+UNKNOWN_JOB = -1
+"""The answer of ``settle.lua`` where there is no entry of the job."""
+
+ASKED_BY = "asked_by"
+"""In a retry's ``workerpool`` header: the delivery tag of the attempt that asked for it."""
+
 LOST_EARLIER = "lost"
 """How the run ended that a later delivery of the same attempt finds on the ledger."""
 
@@ -78,10 +84,11 @@ class WorkerLife:
         scheduled: bool = False,
     ) -> Attempt | None:
         """The attempt that a message carries, None for a message that was not admitted through the pool."""
-        number = ((headers or {}).get(HEADER) or {}).get("attempt")
+        header = (headers or {}).get(HEADER) or {}
+        number = header.get("attempt")
         if not isinstance(number, int):
             return None
-        return Attempt(self, task_id, number, delivery_tag, retries, may_move, scheduled)
+        return Attempt(self, task_id, number, delivery_tag, retries, may_move, scheduled, str(header.get(ASKED_BY, "")))
 
     def job(self, task_id: str) -> Job | None:
         """The ledger's entry."""
@@ -111,6 +118,8 @@ class Attempt:
     """Whether its task lets it go to another tier when its worker is lost."""
     scheduled: bool = False
     """Whether its caller asked for a time."""
+    asked_by: str = ""
+    """The delivery tag of the attempt whose author asked for it, where it is a retry."""
 
     def claim(self, stored_result: Callable[[], str]) -> Claim:
         """Ask to run: RUN, UNKNOWN (not on the ledger: run it as plain Celery would), POISON (fail it), or any other: drop it.
@@ -143,7 +152,7 @@ class Attempt:
         moves_on = bool(self.may_move and tier and tier.accelerated and life.policy.plain_tier() and life.policy.fallback_on_loss)
         call = ledger.claim(
             life.keys, self.task_id, attempt=self.number, tag=self.tag, owner=life.owner, tier=life.tier, retries=self.retries,
-            moves_on=moves_on, no_result=no_result, name=str(uuid4()), scheduled=self.scheduled,
+            moves_on=moves_on, no_result=no_result, name=str(uuid4()), scheduled=self.scheduled, asked_by=self.asked_by,
         )  # fmt: skip
         return Claim(life.connection.run("claim", call))
 
@@ -151,9 +160,13 @@ class Attempt:
         """Enter the next state; False when another attempt counts by now."""
         return self._settle(before, after, self.tag, self.life.owner, how=how, error=error)
 
-    def finish(self, result: Result, *, after: State) -> bool:
-        """Store what the job came to and enter the next state, in one step; False when another attempt counts by now."""
-        return self._settle(State.CLAIMED, after, self.tag, self.life.owner, how="done", result=result)
+    def finish(self, result: Result, *, after: State) -> bool | None:
+        """Store what the job came to and enter the next state, in one step; False when another attempt counts by now.
+
+        None when the ledger no longer knows the job: then nothing is stored, because another attempt may have been accepted.
+        """
+        answer = self._answer(State.CLAIMED, after, self.tag, self.life.owner, how="done", result=result)
+        return None if answer == UNKNOWN_JOB else bool(answer)
 
     def retry(self, message: str, queue: str) -> bool:
         """Wait for the retry that its author has asked for; the sweep looks for its message if it went to the tier's queue.
@@ -176,12 +189,15 @@ class Attempt:
         return self._settle(State.ADMITTED, after, "", "")
 
     def _settle(self, before: State, after: State, tag: str, owner: str, **more: Any) -> bool:
+        return bool(self._answer(before, after, tag, owner, **more))
+
+    def _answer(self, before: State, after: State, tag: str, owner: str, **more: Any) -> int:
         life = self.life
         call = ledger.settle(
             life.keys, life.policy, self.task_id, attempt=self.number, tag=tag, owner=owner, tier=life.tier, before=before,
             after=after, **more,
         )  # fmt: skip
-        return bool(life.connection.run("settle", call))
+        return int(life.connection.run("settle", call))
 
     def end(self, follows: Callable[[Policy, Job], Move | None], how: str, error: str = "") -> Outcome:
         """Act on a failure or a loss as the rule says (:func:`ledger.after_failure`, :func:`ledger.after_loss`)."""

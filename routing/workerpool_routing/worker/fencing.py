@@ -19,14 +19,15 @@ from celery.backends.base import DisabledBackend
 from celery.exceptions import Ignore, Reject, Retry, WorkerShutdown, WorkerTerminate
 from celery.utils.imports import symbol_by_name
 from celery.worker.state import task_ready
+from kombu.exceptions import EncodeError
 from redis import RedisError
 
 from workerpool_routing import ledger
 from workerpool_routing.errors import JobLost, PoolUnavailable, TaskExited
 from workerpool_routing.ledger import Claim, Job, Move, State
 from workerpool_routing.message import serialise
-from workerpool_routing.wire import Policy
-from workerpool_routing.worker.attempt import Attempt, Outcome, WorkerLife
+from workerpool_routing.wire import HEADER, Policy
+from workerpool_routing.worker.attempt import ASKED_BY, Attempt, Outcome, WorkerLife
 from workerpool_routing.worker.results import beside_ledger
 from workerpool_routing.worker.transport import settled
 
@@ -64,11 +65,15 @@ def fence(task: Task, child: WorkerLife, main: WorkerLife) -> None:
     task.acks_late = True
 
 
-def note_retry(body: Any, headers: Mapping[str, Any], properties: Mapping[str, Any], routing_key: str, **_: Any) -> None:
-    """Keep the message of a retry that the author of the running task asks for: Celery is about to publish it."""
+def note_retry(body: Any, headers: dict[str, Any], properties: Mapping[str, Any], routing_key: str, **_: Any) -> None:
+    """Keep the message of a retry that the author of the running task asks for, and write into it who asks: Celery is about to
+    publish it.
+    """
     task = get_current_task()
     retries = getattr(task.request, _RETRIES, None) if isinstance(task, FencedTask) else None
     if retries is not None and headers.get("id") == task.request.id:
+        if header := headers.get(HEADER):
+            headers[HEADER] = {**header, ASKED_BY: (task.request.properties or {}).get("delivery_tag", "")}
         compression = getattr(task, "compression", None) or task.app.conf.task_compression
         encoding = {"serializer": task.serializer, "compression": compression}
         retries.append((serialise(body, headers, properties, encoding=encoding).to(routing_key), routing_key))
@@ -186,13 +191,17 @@ class FencedTask(Task):
 
     def _finish(self, attempt: Attempt, result: Any) -> bool:
         """End the attempt with its result, or be finishing until Celery has stored it; False when it counts no more."""
-        stored = beside_ledger(self, result, self.life.connection.client)
+        try:
+            stored = beside_ledger(self, result, self.life.connection.client)
+        except EncodeError:  # Celery meets it too, and stores the failure
+            return attempt.settle(State.CLAIMED, State.FINISHING, how="unencodable")
         if stored is None:
             return attempt.settle(State.CLAIMED, State.FINISHING, how="done")
         # Its part in a chord is to follow, and is caught up with by whoever gets the message if this child dies before.
         counts = attempt.finish(stored, after=State.FINISHING if self.request.chord else State.DONE)
-        self.request.ignore_result = True  # it is there
-        return counts
+        if counts:
+            self.request.ignore_result = True  # it is there
+        return counts is not False
 
     def _failed(self, attempt: Attempt, error: BaseException) -> None:
         """Return if the failure is final; else leave the job to whoever has it now."""
