@@ -90,6 +90,21 @@ def test_a_chord_of_100_with_10_failing_parts_completes_once_with_the_right_resu
     assert int(two_tiers.pool.connection.client.get(body)) == 1
 
 
+@pytest.mark.parametrize(("dies", "which"), [("before", 1), ("after", 1), ("after", 2)])
+def test_a_part_of_a_chord_whose_child_dies_before_it_is_acknowledged_counts_once(
+    two_tiers: ModuleType, dies: str, which: int
+) -> None:
+    body = f"bodies-with-a-death-{dies}-{which}"
+    header = [admit(two_tiers, two_tiers.part.s(n, dies if n == which else "")) for n in range(3)]
+    result = chord(header)(two_tiers.total.s(body).set(queue="cpu-jobs"))
+    assert result.get(timeout=40) == 3
+    for signature in header:
+        assert outcome(two_tiers, signature.options["task_id"]) == (State.DONE, {"gpu": 1})
+    behind = two_tiers.pool.submit(two_tiers.work, ({},))
+    assert outcome(two_tiers, behind.task_id) == (State.DONE, {"cpu": 1})
+    assert int(two_tiers.pool.connection.client.get(body)) == 1
+
+
 def test_a_chain_goes_on_after_a_step_that_fell_back(two_tiers: ModuleType) -> None:
     steps = admit(two_tiers, two_tiers.add.s(1, fails=True)) | two_tiers.add.s().set(queue="cpu-jobs")
     assert steps.apply_async().get(timeout=20) == 3
