@@ -29,6 +29,8 @@ def owner(control_plane: ControlPlane, tmp_path: Path) -> Iterator[subprocess.Po
         env={**os.environ, "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
         text=True,
+        # As at a terminal: in the background of a script a shell lets its children ignore Ctrl-C, and they inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with process:
         yield process
