@@ -58,7 +58,7 @@ class Stage:
 
     def bound(self, least: int, most: int) -> None:
         pool = self.dev.pool
-        tiers = [tier.model_copy(update={"replicas": _bounds(tier, least, most)}) for tier in pool.spec.tiers]
+        tiers = tuple(tier.model_copy(update={"replicas": _bounds(tier, least, most)}) for tier in pool.spec.tiers)
         spec = pool.spec.model_copy(update={"tiers": tiers})
         self.dev.reconciler.pools[pool.id] = replace(pool, spec=spec)
 
