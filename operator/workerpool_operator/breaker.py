@@ -10,7 +10,8 @@ others. Losses count like exceptions; what a drain or a shutdown gives back does
   are :data:`RATE` of them.
 * *Open*: none. What was only suspected and turns out to be the jobs' own fault ends it at once; else the pause does.
 * *Half-open*: :data:`TRIALS_AT_ONCE` job at a time, beside those that the tier still held. :data:`SUCCESSES_TO_CLOSE` good ends
-  close it; a failure opens it again, for twice as long, up to :data:`LONGEST_PAUSE_SECONDS`.
+  close it; a failure opens it again, for twice as long, up to :data:`LONGEST_PAUSE_SECONDS`, unless jobs are known to have failed
+  by their own fault of late: then one that is confirmed does, or as many undecided ones as make up :data:`_DOUBT`.
 
 All that the rule knows stands in Redis, so that the next operator goes on where the last one stopped, and two at once write the
 same.
@@ -39,9 +40,13 @@ LONGEST_PAUSE_SECONDS = 600.0
 """Each trial that fails costs a job its fallback, so the pauses grow; but no repair is noticed later than this."""
 
 TRIALS_AT_ONCE = 1
+"""How many jobs may lose their fallback before it is known whether the tier works again."""
+
 SUCCESSES_TO_CLOSE = 3
+"""One alone may have met the one good device among broken ones."""
 
 _DOUBT = 0.5
+"""So many failures of the tier keep it out: what a single undecided one counts while nothing else is known."""
 
 
 @dataclass(frozen=True, slots=True)
