@@ -21,8 +21,8 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 
-from workerpool_operator import asking, moving, salvage
-from workerpool_operator.asking import Outlook
+from workerpool_operator import dry_run, moving, salvage
+from workerpool_operator.dry_run import DryRun
 from workerpool_operator.observation import (
     NO_ATTEMPTS,
     NOTHING_KEPT,
@@ -178,10 +178,10 @@ class RedisBroker:
         except (redis.RedisError, OSError) as error:
             return Unavailable(_why(url, error))
 
-    async def outlook(self, url: str, pool: Pool) -> Outlook | Unavailable:
+    async def dry_run(self, url: str, pool: Pool) -> DryRun | Unavailable:
         """What admission would answer now; changes nothing."""
         try:
-            return await asking.ask(self._client(url), pool.keys)
+            return await dry_run.ask(self._client(url), pool.keys)
         except ValueError as error:
             return Unavailable(f"what Redis holds of the pool cannot be read: {error}")
         except (redis.RedisError, OSError) as error:

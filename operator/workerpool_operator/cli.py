@@ -234,7 +234,7 @@ def explain(pool: str | None, file: Path | None, broker_url: str | None) -> None
     The sentences are those of the status and its conditions. What became of one job: `workerpool job TASK_ID`.
     """
     from workerpool_operator import explain as asked  # the client of the API server takes a while to import
-    from workerpool_operator.explanation import render
+    from workerpool_operator.explain_view import render
 
     if (pool is None) == (file is None):
         _fail("give POOL, as namespace/name, or -f FILE with a WorkerPool and its status")
@@ -244,9 +244,9 @@ def explain(pool: str | None, file: Path | None, broker_url: str | None) -> None
             url: str | Unavailable = _address(found, broker_url)
         else:
             assert pool is not None
-            found, url = asyncio.run(asked.stored(pool))
+            found, url = asyncio.run(asked.look_up(pool))
             url = _address(found, broker_url) if broker_url else url
-        known = asyncio.run(asked.explanation(found, url))
+        known = asyncio.run(asked.gather(found, url))
     except asked.CannotExplain as error:
         _fail(str(error))
     Console().print(render(known))

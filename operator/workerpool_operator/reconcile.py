@@ -210,17 +210,17 @@ class Reconciler:
             if acts and plans:
                 replicas = {plan.tier.name: plan.drain.replicas for plan in plans}
                 await self._workers.scale(pool, replicas, frozenset[str]().union(*(plan.drain.leaving for plan in plans)))
-            status, events = conditions.assess(
+            found = conditions.Findings(
                 pool,
                 plans,
-                reading if isinstance(reading, Unavailable) else None,
-                refused,
-                seen if isinstance(seen, Unavailable) else None,
-                conflict,
-                self._status.get(pool.uid, pool.status),
                 self._clock(),
-                self._moved.get(pool.uid, ()),
+                broker=reading if isinstance(reading, Unavailable) else None,
+                refused=refused,
+                workers=seen if isinstance(seen, Unavailable) else None,
+                conflict=conflict,
+                moved=self._moved.get(pool.uid, ()),
             )
+            status, events = conditions.assess(found, self._status.get(pool.uid, pool.status))
             self._status[pool.uid] = status.dump()
             await self._reporter.report(Report(pool, status, reading, events))
 
