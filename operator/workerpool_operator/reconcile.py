@@ -243,8 +243,8 @@ class Reconciler:
         if ("carry out", pool.id) in self._underway:
             # A count may be on its way down that stands on them.
             marks = replace(marks, remove=frozenset())
-        policy, kept = planning.policy(pool.spec), (planning.breakers(plans), planning.starts(plans))
-        refused = await self._broker.publish(url, pool, policy, capacity, marks, *kept)
+        policy, checkpoints = planning.policy(pool.spec), planning.checkpoints(plans)
+        refused = await self._broker.publish(url, pool, policy, capacity, marks, checkpoints)
         # A Redis that takes no write takes no presence either: workers that live fall silent there.
         self._reaper.saw(pool, refused or reading)
         await self._reaper.reap(pool, url, reading)

@@ -18,6 +18,7 @@ from workerpool_operator.observation import (
     Breaker,
     BreakerState,
     BrokerReading,
+    Checkpoint,
     Phase,
     QueueReading,
     Replica,
@@ -413,14 +414,14 @@ def test_jobs_that_outlast_the_grace_period_are_told(served: Served, status: str
     assert ("gpu: jobs take" in condition.message and "grace period is 600 s" in condition.message) == (status == "True")
 
 
-BROKEN = QueueReading(0, 0, 0, attempts=Attempts(0, 6, 6, 0))
-ON_TRIAL = QueueReading(0, 0, 0, breaker=Breaker(BreakerState.HALF_OPEN, Milliseconds(0), 1))
-MENDED = replace(ON_TRIAL, attempts=Attempts(3))
+BROKEN = QueueReading(0, 0, 0, counted=Attempts(0, 6, 6, 0))
+ON_TRIAL = QueueReading(0, 0, 0, kept=Checkpoint(Breaker(BreakerState.HALF_OPEN, Milliseconds(0), 1)))
+MENDED = replace(ON_TRIAL, counted=Attempts(3))
 
 
 def test_a_tier_that_is_taken_out_of_routing_is_told_once_and_so_is_its_return() -> None:
     previous, told_so_far = told(plans(IDLE))[0].dump(), []
-    for queue in (BROKEN, replace(BROKEN, breaker=Breaker(BreakerState.OPEN, Milliseconds(0), 1)), ON_TRIAL, MENDED):
+    for queue in (BROKEN, replace(BROKEN, kept=Checkpoint(Breaker(BreakerState.OPEN, Milliseconds(0), 1))), ON_TRIAL, MENDED):
         outcome = told(plans(IDLE, gpu=queue), previous=previous)
         condition, previous = conditions(outcome)["TierBroken"], outcome[0].dump()
         told_so_far.append((condition.status, condition.reason, [(event.warning, event.reason) for event in outcome[1]]))
