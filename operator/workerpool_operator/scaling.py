@@ -25,7 +25,8 @@ from enum import StrEnum
 from workerpool_operator.observation import NOTHING_SERVED, Served, Unavailable
 
 START_SECONDS_UNTIL_KNOWN = 240.0
-"""Assumed start time of a worker before one has been seen to start: about what a new GPU node, an image and a model take."""
+"""Assumed start time of a worker before one has been seen to start, where the place in which it runs says no better: about what a
+new GPU node, an image and a model take."""
 
 SERVICE_SECONDS_UNTIL_KNOWN = 30.0
 """Assumed length of a job before one has been seen to end."""
@@ -168,7 +169,8 @@ class Memory:
         total, arrived, served: the counters of the last reading, None before one.
         arrivals: when jobs came, oldest first, as ``(time, jobs)`` of at most :data:`_BINS` spans and a few.
         service: the length of jobs.
-        start_seconds: how long a worker takes to start.
+        start_seconds: how long a worker takes to start, None before one has.
+        first_start: what that is taken for until then.
         newest_start: the last start that was taken into that.
         outlasts: whether a start was seen to take longer than the target.
         level: the replicas that were needed at the last pass.
@@ -182,6 +184,7 @@ class Memory:
     arrivals: tuple[tuple[float, int], ...] = ()
     service: Service = Service()
     start_seconds: float | None = None
+    first_start: float = START_SECONDS_UNTIL_KNOWN
     newest_start: float | None = None
     outlasts: bool = False
     level: int | None = None
@@ -247,7 +250,7 @@ def starts(policy: Policy, observed: Demand, decision: Decision, until: float, n
 
 def start_seconds(memory: Memory) -> float:
     """How long a worker is expected to take to start."""
-    return START_SECONDS_UNTIL_KNOWN if memory.start_seconds is None else memory.start_seconds
+    return memory.first_start if memory.start_seconds is None else memory.start_seconds
 
 
 def _learn(policy: Policy, observed: Demand, memory: Memory, now: float) -> Memory:

@@ -28,7 +28,7 @@ from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Marks, Pool
 from workerpool_operator.scaling import Memory, Reason
 from workerpool_routing import wire
-from workerpool_routing.decide import START_SECONDS, Load
+from workerpool_routing.decide import START_SECONDS, Load, assumed_seconds
 from workerpool_routing.wire import Capacity, Milliseconds, Presence, StartingSlots, TaskPolicy, TierCapacity, TierPolicy
 
 pytestmark = pytest.mark.unit
@@ -343,6 +343,11 @@ def ordered(*ages: float, phase: Phase = Phase.STARTING) -> TierReplicas:
     return TierReplicas(len(ages), tuple(Replica(f"w{n}", phase, NOW - age) for n, age in enumerate(ages)))
 
 
+def quick(seen: TierReplicas) -> TierReplicas:
+    """The same where a start is said to take 4 s."""
+    return replace(seen, first_start=4.0)
+
+
 def ready_in(seen: TierReplicas, learnt: float | None, *present: Presence, waiting: int = 8) -> list[tuple[int, float]]:
     """What capacity says of the accelerated slots that are on their way: how many, in how many seconds."""
     queue = QueueReading(waiting, 0, 0, present)
@@ -362,6 +367,11 @@ def ready_in(seen: TierReplicas, learnt: float | None, *present: Presence, waiti
         pytest.param(ordered(9_999.0, phase=Phase.READY), 40.0, [(1, 5.0), (7, 40.0)], id="ready, and not heard of yet"),
         pytest.param(ordered(20.0), None, [(1, 10.0), (7, START_SECONDS)], id="the first start that is seen"),
         pytest.param(ordered(80.0, 60.0), None, [(1, 10.0), (1, 20.0), (6, 80.0)], id="a first start that takes long"),
+        pytest.param(quick(replicas(0)), None, [(8, 4.0)], id="nothing seen, and starts are quick there"),
+        pytest.param(quick(ordered(2.0)), None, [(1, 2.0), (7, 4.0)], id="the first start that is seen there"),
+        pytest.param(quick(ordered(8.0)), None, [(1, 1.0), (7, 8.0)], id="a first start that is not quick at all"),
+        pytest.param(quick(replicas(0)), 40.0, [(8, 40.0)], id="the tier's own starts are known better"),
+        pytest.param(replace(replicas(0), first_start=240.0), None, [(8, START_SECONDS)], id="nothing is refused for a guess"),
     ],
 )
 def test_capacity_says_when_the_slots_that_are_on_their_way_are_ready(
@@ -409,7 +419,7 @@ def test_a_load_is_what_admission_measures_with_that_capacity() -> None:
     plans = list(plan(reading(gpu=seen), gpu=replicas(1, Phase.READY)).values())
     held = Capacity({"gpu": TierCapacity((StartingSlots(2, Milliseconds(TIME + 4_000)),), 3, 9.0, 60.0), "cpu": TierCapacity()})
     assert planning.loads(plans, held, TIME) == {
-        "gpu": Load(4, 1, 1, ((2, 4.0),), 0, 2.5, 3, 9.0, 60.0), "cpu": Load(0, 0, 0),
+        "gpu": Load(4, 1, 1, ((2, 4.0),), 0, 2.5, 3, 9.0, 60.0, assumed=assumed_seconds(accelerated=True)), "cpu": Load(0, 0, 0),
     }  # fmt: skip
 
 
@@ -544,6 +554,12 @@ def test_a_learnt_start_time_is_kept_when_it_is_news(kept: float | None, told: d
     memory = {"gpu": Memory(start_seconds=40.0, newest_start=40.0)}
     found = plan(reading(gpu=QueueReading(0, 0, 0, start_seconds=kept)), memory=memory)
     assert planning.starts(list(found.values())) == told
+
+
+def test_what_is_only_said_of_starts_sizes_the_tier_and_is_not_kept_as_learnt() -> None:
+    plans = list(plan(reading(gpu=QueueReading(3, 0, 0)), gpu=quick(replicas(0))).values())
+    assert "starts of 4 s" in plans[0].decision.message
+    assert planning.starts(plans) == {}
 
 
 def test_no_job_comes_home_to_a_worker_that_has_failed_although_it_reported_a_moment_ago() -> None:
