@@ -10,7 +10,17 @@ from statistics import fmean
 
 from workerpool_operator import breaker, drain, scaling
 from workerpool_operator.model import Mode, Tier, WorkerPoolSpec
-from workerpool_operator.observation import NEVER_OPENED, BrokerReading, Phase, QueueReading, Replica, TierReplicas, Unavailable
+from workerpool_operator.observation import (
+    NEVER_OPENED,
+    NO_ATTEMPTS,
+    BrokerReading,
+    Checkpoint,
+    Phase,
+    QueueReading,
+    Replica,
+    TierReplicas,
+    Unavailable,
+)
 from workerpool_operator.ports import Marks, Pool
 from workerpool_routing.decide import START_SECONDS, Load
 from workerpool_routing.wire import Capacity, Milliseconds, Policy, StartingSlots, TaskPolicy, TierCapacity, TierPolicy
@@ -191,7 +201,7 @@ def _recalled(memory: Memory, queue: QueueReading | None) -> Memory:
     """With what an operator before this one has learnt, until this one has seen for itself."""
     if memory.scaling.start_seconds is not None or queue is None:
         return memory
-    return replace(memory, scaling=replace(memory.scaling, start_seconds=queue.start_seconds))
+    return replace(memory, scaling=replace(memory.scaling, start_seconds=queue.kept.start_seconds))
 
 
 def _routing(pool: Pool, tier: Tier, queue: QueueReading | None, reading: BrokerReading | Unavailable) -> breaker.Decision | None:
@@ -199,7 +209,7 @@ def _routing(pool: Pool, tier: Tier, queue: QueueReading | None, reading: Broker
     if isinstance(reading, Unavailable) or queue is None or pool.spec.mode is Mode.PAUSED or not (tier.accelerated and elsewhere):
         return None
     # Nothing is limited in this mode, and nothing is kept of what it would come to.
-    stored = NEVER_OPENED if pool.spec.mode is Mode.ADVISORY else queue.breaker
+    stored = NEVER_OPENED if pool.spec.mode is Mode.ADVISORY else queue.kept.breaker
     return breaker.decide(stored, queue.attempts, queue.in_flight, reading.time)
 
 
@@ -310,26 +320,21 @@ def _load(queue: QueueReading, failed: frozenset[str], capacity: TierCapacity, t
     return Load(queue.waiting, queue.in_flight, ready, service=service).having(capacity, time)
 
 
-def breakers(plans: list[TierPlan]) -> Mapping[str, breaker.Decision]:
-    """What the next pass has to find of the breakers, where that is not what this one has found."""
-    found = {plan.tier.name: (plan.breaker, plan.queue) for plan in plans}
-    return {
-        name: decided
-        for name, (decided, queue) in found.items()
-        if decided and queue and (decided.breaker, decided.attempts) != (queue.breaker, queue.attempts)
-    }
+def checkpoints(plans: list[TierPlan]) -> Mapping[str, Checkpoint]:
+    """What the next pass, or the next operator, has to find of the tiers, where that is not what this one has found."""
+    kept = {plan.tier.name: (_checkpoint(plan, plan.queue), plan.queue.kept) for plan in plans if plan.queue}
+    return {name: now for name, (now, before) in kept.items() if now != before}
 
 
-def starts(plans: list[TierPlan]) -> Mapping[str, float]:
-    """What the next operator has to find of the start times, where that is clearly not what was found."""
-    learnt = {plan.tier.name: (plan.decision.memory.start_seconds, plan.queue) for plan in plans}
-    return {
-        name: seconds
-        for name, (seconds, queue) in learnt.items()
-        if seconds is not None
-        and queue
-        and (queue.start_seconds is None or abs(seconds - queue.start_seconds) > _NEWS * queue.start_seconds)
-    }
+def _checkpoint(plan: TierPlan, queue: QueueReading) -> Checkpoint:
+    kept, decided, start = queue.kept, plan.breaker, plan.decision.memory.start_seconds
+    if decided and (decided.breaker, decided.attempts) != (kept.breaker, queue.attempts):
+        # Where attempts begin to count at another time, nothing of them is counted yet.
+        counted = queue.counted if decided.breaker.since == kept.breaker.since else NO_ATTEMPTS
+        kept = replace(kept, breaker=decided.breaker, baseline=counted - decided.attempts)
+    if start is not None and (kept.start_seconds is None or abs(start - kept.start_seconds) > _NEWS * kept.start_seconds):
+        kept = replace(kept, start_seconds=start)
+    return kept
 
 
 def marks(plans: list[TierPlan], marked: frozenset[str]) -> Marks:
