@@ -158,10 +158,10 @@ def test_a_tier_without_workers_is_told_how_long_the_last_start_of_another_took(
         async with driving(two, tmp_path) as driver:
             assert {tier.first_start for tier in (await driver.workers.observe(two)).values()} == {FIRST_START_SECONDS}
             await driver.workers.scale(two, {"cpu": 1, "gpu": 0}, frozenset())
-            await driver.until([Phase.READY])
-            seen = await driver.workers.observe(two)
-            assert seen["gpu"].first_start == seen["cpu"].start_seconds
-            assert seen["gpu"].start_seconds is None
+            (ready,) = await driver.until([Phase.READY])
+            assert ready.ready_at
+            first = (await driver.workers.observe(two))["gpu"].first_start
+            assert first == ready.ready_at - ready.ordered_at
 
     asyncio.run(scenario())
 

@@ -12,7 +12,7 @@ from workerpool_operator.local.guardian import Guardian
 from workerpool_operator.local.launch import launch, unsupported
 from workerpool_operator.local.process import LocalWorker
 from workerpool_operator.model import Tier
-from workerpool_operator.observation import Phase, TierReplicas, start_seconds
+from workerpool_operator.observation import Phase, TierReplicas, newest
 from workerpool_operator.ports import Pool
 
 FIRST_START_SECONDS = 3.0
@@ -43,7 +43,8 @@ class LocalWorkers:
         All tiers start the same app on the same machine, so that the start of one says what that of another will take.
         """
         seen = {tier.name: tuple(worker.replica for worker in self._of(pool, tier)) for tier in pool.spec.tiers}
-        first = start_seconds(chain.from_iterable(seen.values())) or FIRST_START_SECONDS
+        ready_at, last = newest(chain.from_iterable(seen.values())) or (0.0, None)
+        first = ready_at - last.ordered_at if last else FIRST_START_SECONDS
         return {
             tier: TierReplicas(sum(r.phase is not Phase.STOPPING for r in replicas), replicas, first_start=first)
             for tier, replicas in seen.items()
