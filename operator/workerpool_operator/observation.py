@@ -243,7 +243,7 @@ class TierReplicas:
         return max(0, self.desired - stuck)
 
     @property
-    def start_seconds(self) -> float | None:
-        """From order to ready, of the worker that became ready last; None when none has."""
-        ready = [(r.ready_at, r.ready_at - r.ordered_at) for r in self.replicas if r.ready_at is not None]
-        return max(ready)[1] if ready else None
+    def newest(self) -> tuple[float, Replica] | None:
+        """When a worker became ready last, and which; None when none has."""
+        ready = [(replica.ready_at, replica) for replica in self.replicas if replica.ready_at is not None]
+        return max(ready, key=lambda one: (one[0], -one[1].ordered_at), default=None)

@@ -130,8 +130,11 @@ def test_the_rule_is_told_what_starts_what_is_stuck_and_what_was_served() -> Non
             Replica("d", Phase.FAILING, ordered_at=70.0),
         ),
     )
-    told = planning.demand(QueueReading(3, 1, 2, served=Served(7, 70.0, 900.0)), live, 11, 100.0)
-    assert told == scaling.Demand(3, 1, 2, 6, 30.0, 1, (90.0, 100.0, 100.0), 2, 11, Served(7, 70.0, 900.0))
+    stuck = {"a": 15.0, "b": 95.0}
+    told = planning.demand(QueueReading(3, 1, 2, served=Served(7, 70.0, 900.0)), live, 11, stuck, 100.0)
+    assert told == scaling.Demand(
+        3, 1, 2, 6, 30.0, 1, (95.0, 100.0, 100.0), 2, 11, Served(7, 70.0, 900.0), held_up=5.0, ready_at=40.0
+    )
 
 
 def test_what_was_ever_sent_to_a_tier_is_the_sum_of_its_routes_but_for_what_moved_while_it_waited() -> None:
@@ -210,7 +213,7 @@ def test_no_job_orders_two_slots(state: tuple[BrokerReading, dict[str, TierRepli
 @settings(max_examples=300, deadline=None)
 @given(pools())
 def test_no_job_orders_none(state: tuple[BrokerReading, dict[str, TierReplicas]]) -> None:
-    """Where it waits it starts within the target, by the lengths of jobs that are known, or that tier is at its maximum or has stuck workers."""
+    """Where it waits it starts within the target, as jobs are known, or that tier is at its maximum or has stuck workers."""
     seen, live = state
     new = raised(seen, live)
     late = {}
@@ -377,6 +380,27 @@ def test_a_start_that_takes_longer_than_any_before_is_expected_to_go_on_taking_l
     assert ready_in(ordered(400.0), 40.0)[0] == (1, 20.0), "an eighth of four times the start time, as scaling believes then"
 
 
+def test_a_worker_that_could_not_come_up_takes_its_whole_start_time_from_then_on_and_teaches_no_longer_one() -> None:
+    memory = {"gpu": planning.Memory(Memory(start_seconds=40.0, level=0))}
+    seen = reading(gpu=QueueReading(1, 0, 0, kept=Checkpoint(start_seconds=40.0)))
+
+    def after(now: float, replica: Replica) -> TierPlan:
+        found, _ = planning.plan(POOL, seen, {"gpu": TierReplicas(1, (replica,)), "cpu": replicas(1)}, memory, now)
+        memory["gpu"] = found.memory
+        return found
+
+    def ready_at(now: float, found: TierPlan) -> list[Milliseconds]:
+        return [group.ready_at for group in planning.capacity(POOL.spec, [found], TIME, now).tiers["gpu"].starting][:1]
+
+    assert ready_at(600.0, after(600.0, Replica("w", Phase.UNSCHEDULABLE, 0.0))) == []
+    assert ready_at(601.0, after(601.0, Replica("w", Phase.STARTING, 0.0))) == [TIME + 39_000]
+    assert ready_at(620.0, after(620.0, Replica("w", Phase.STARTING, 0.0))) == [TIME + 20_000]
+    found = after(640.0, Replica("w", Phase.READY, 0.0, 640.0))
+    assert found.decision.memory.start_seconds == 40.0
+    assert planning.checkpoints([found]) == {}, "the next operator finds no other either"
+    assert after(700.0, Replica("another", Phase.STARTING, 700.0)).stuck == {}, "nothing is kept of workers that are gone"
+
+
 def test_a_worker_that_was_to_leave_and_is_needed_again_is_back_in_a_moment() -> None:
     leaving = replace(worker("w0", slots=0), draining=True)
     assert ready_in(ordered(9_999.0), 40.0, leaving) == [(1, 5.0), (7, 40.0)]
@@ -419,7 +443,7 @@ def test_a_load_is_what_admission_measures_with_that_capacity() -> None:
 def test_a_pod_that_drains_and_is_un_ready_for_it_is_not_one_that_takes_long_to_start() -> None:
     drains = replace(worker("w1", slots=0, busy=1), draining=True)
     live = replicas(3, Phase.READY, Phase.STARTING, Phase.STARTING)
-    told = planning.demand(QueueReading(0, 2, 0, workers=(worker("w0", busy=1), drains)), live, 0, 9_000.0)
+    told = planning.demand(QueueReading(0, 2, 0, workers=(worker("w0", busy=1), drains)), live, 0, {}, 9_000.0)
     assert (told.ready, told.starting) == (2, (0.0,))
 
 
@@ -461,7 +485,7 @@ def test_what_is_starting_is_what_is_ordered_and_neither_ready_nor_stuck() -> No
     assert replicas(0, Phase.READY, Phase.FAILING).starting == 0
 
 
-def test_the_start_time_is_that_of_the_worker_that_became_ready_last() -> None:
+def test_the_newest_worker_is_the_one_that_became_ready_last() -> None:
     seen = TierReplicas(
         4,
         (
@@ -471,8 +495,8 @@ def test_the_start_time_is_that_of_the_worker_that_became_ready_last() -> None:
             Replica("new", Phase.STARTING, ordered_at=200.0),
         ),
     )
-    assert seen.start_seconds == 40.0
-    assert replicas(1, Phase.STARTING).start_seconds is None
+    assert seen.newest == (130.0, seen.replicas[1])
+    assert replicas(1, Phase.STARTING).newest is None
 
 
 def test_decisions_of_a_plan_remember_for_the_next_pass() -> None:
