@@ -22,11 +22,14 @@ class Unavailable:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The jobs that a tier has ended since its Redis began: how many, their seconds on a slot, and the squares of these."""
+    """The jobs that a tier has ended since its Redis began: how many, their seconds on a slot, the squares of these, and the mean
+    seconds of the latest; None before one has ended.
+    """
 
     jobs: int = 0
     seconds: float = 0.0
     squares: float = 0.0
+    mean: float | None = None
 
 
 NOTHING_SERVED = Served()

@@ -164,8 +164,23 @@ class Service:
         most = _OUTLIER * self.mean * jobs
         if seconds > most:
             squares, seconds = squares * (most / seconds) ** 2, most
-        kept = (1 - 1 / _MEMORY_JOBS) ** jobs
-        return Service(self.weight * kept + jobs, self.seconds * kept + seconds, self.squares * kept + squares)
+        return _joined(self, jobs, seconds, squares)
+
+    @staticmethod
+    def recalled(served: Served) -> Service:
+        """As far as the counters tell somebody who has not seen them grow: with the mean of the latest, and the spread of all."""
+        if not served.jobs:
+            return Service()
+        overall = served.seconds / served.jobs
+        mean = overall if served.mean is None else served.mean
+        spread = served.squares / served.jobs / overall**2 if overall else 1.0
+        jobs = min(float(served.jobs), _MEMORY_JOBS)
+        return _joined(Service(), jobs, jobs * mean, jobs * spread * mean**2)
+
+
+def _joined(known: Service, jobs: float, seconds: float, squares: float) -> Service:
+    kept = (1 - 1 / _MEMORY_JOBS) ** jobs
+    return Service(known.weight * kept + jobs, known.seconds * kept + seconds, known.squares * kept + squares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +295,8 @@ def _learn(policy: Policy, observed: Demand, memory: Memory, now: float) -> Memo
     jobs = served.jobs - before.jobs
     if memory.total is not None and jobs > 0:
         service = service.after(jobs, served.seconds - before.seconds, served.squares - before.squares)
+    elif memory.total is None and service == Service():
+        service = Service.recalled(served)
     span = max(policy.target_wait, start)
     arrivals = memory.arrivals
     if memory.total is not None:

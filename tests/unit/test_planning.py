@@ -149,12 +149,12 @@ def test_a_single_job_that_spilled_on_an_empty_pool_orders_one_slot() -> None:
         assert {name: plan.decision.needed for name, plan in plans.items()} == {"gpu": 0, "cpu": 1}
 
 
-@pytest.mark.parametrize(("waiting", "replicas_of_gpu"), [(320, 4), (326, 6), (900, 8)])
+@pytest.mark.parametrize(("waiting", "replicas_of_gpu"), [(321, 4), (327, 6), (900, 8)])
 def test_a_spilled_job_that_is_not_started_in_time_where_it_waits_calls_for_the_tier_that_it_wanted(
     waiting: int, replicas_of_gpu: int
 ) -> None:
-    """160 slots start 320 jobs of 30 s within the target of 60 s; the 160 that run take the work of 4 slots of the other tier."""
-    seen = reading(gpu=served(0, 0, waiting), cpu=served(waiting, 160, 0, seconds=200.0))
+    """160 slots start 321 jobs of 29.9 s within the target of 60 s; the 160 that run take the work of 4 slots of the other."""
+    seen = reading(gpu=served(0, 0, waiting, seconds=0.75), cpu=served(waiting, 160, 0, seconds=29.9))
     plans = plan(seen, gpu=replicas(0), cpu=replicas(40, *[Phase.READY] * 40), memory={"gpu": Memory(start_seconds=20.0)})
     assert {name: plan.decision.replicas for name, plan in plans.items()} == {"gpu": replicas_of_gpu, "cpu": 40}
     assert plans["gpu"].decision.message.startswith(f"0 waiting + 0 in flight + {waiting} spilled (")
@@ -213,7 +213,7 @@ def test_no_job_orders_two_slots(state: tuple[BrokerReading, dict[str, TierRepli
 @settings(max_examples=300, deadline=None)
 @given(pools())
 def test_no_job_orders_none(state: tuple[BrokerReading, dict[str, TierReplicas]]) -> None:
-    """Where it waits it starts within the target, jobs taking 30 s, or that tier is at its maximum or has stuck workers."""
+    """Where it waits it starts within the target, as jobs are known, or that tier is at its maximum or has stuck workers."""
     seen, live = state
     new = raised(seen, live)
     late = {}
@@ -221,7 +221,8 @@ def test_no_job_orders_none(state: tuple[BrokerReading, dict[str, TierReplicas]]
         ready, slots = live[name].count(Phase.READY), tier.concurrency
         coming = live[name].starting + new[name] // slots
         free = max(0, ready * slots - seen.tiers[name].in_flight)
-        starts = free + slots * (coming + (60.0 * ready + 40.0 * coming) / 30.0)
+        seconds = scaling.Service.recalled(seen.tiers[name].served).mean
+        starts = free + slots * (coming + (60.0 * ready + 40.0 * coming) / seconds)
         bound = live[name].desired + new[name] // slots >= tier.replicas.max or live[name].desired > ready + live[name].starting
         late[name] = 0.0 if bound else seen.tiers[name].waiting - starts
     assert max(late.values()) <= 1e-6

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workerpool_operator.observation import Unavailable
+from workerpool_operator.observation import NOTHING_SERVED, Served, Unavailable
 from workerpool_operator.scaling import (
     HANG_FACTOR,
     MIN_LINGER_SECONDS,
@@ -226,6 +226,34 @@ def served(*seconds: float) -> Service:
     for length in seconds:
         service = service.after(1, length, length**2)
     return service
+
+
+@pytest.mark.parametrize("length", [2.0, 30.0, 120.0])
+@pytest.mark.parametrize("ended", [4, 5_000])
+def test_a_new_operator_orders_what_the_one_before_it_would_have(length: float, ended: int) -> None:
+    spread = length * math.sqrt(0.5)
+    learnt = served(*[length - spread, length + spread] * (ended // 2))
+    counters = Served(ended, ended * length, 1.5 * ended * length**2, mean=length)
+    before = Memory(total=41, arrived=41, served=counters, service=learnt, start_seconds=5.0)
+    backlog = Demand(40, 1, 0, 1, ready=1, arrived=41, served=counters)
+    old, new = (decide(Policy(0, 100), backlog, memory, 0.0) for memory in (before, Memory(start_seconds=5.0)))
+    assert new.replicas == pytest.approx(old.replicas, rel=0.1)
+    assert new.memory.service.mean == pytest.approx(learnt.mean, rel=0.1)
+
+
+def test_what_a_new_operator_recalls_is_the_latest_mean_and_it_learns_on() -> None:
+    changed = Service.recalled(Served(1_000_000, 1_000_000 * 100.0, 1_000_000 * 2 * 100.0**2, mean=10.0))
+    assert changed.mean == pytest.approx(10.0, rel=0.1)
+    assert changed.variation == pytest.approx(1.0, rel=0.5)
+    assert changed.after(256, 256 * 30.0, 256 * 900.0).mean > 20, "it is no heavier than the jobs that it would have seen"
+    assert Service.recalled(Served(5, 0.0, 0.0, mean=0.0)).mean < SERVICE_SECONDS_UNTIL_KNOWN, "jobs that took no time at all"
+    assert Service.recalled(NOTHING_SERVED) == Service()
+
+
+def test_an_operator_that_has_learnt_recalls_nothing_after_an_outage() -> None:
+    learnt = decide(Policy(0, 10), Unread(1, OUTAGE), known(45.0), 1.0).memory
+    seen = Demand(0, 0, 0, 1, ready=1, served=Served(1_000, 1_000.0, 1_000.0, mean=1.0))
+    assert decide(Policy(0, 10), seen, learnt, 2.0).memory.service == known(45.0).service
 
 
 @pytest.mark.parametrize("wrong", [0.5, 1.5])
