@@ -17,11 +17,12 @@ from workerpool_operator.observation import (
     Checkpoint,
     Phase,
     QueueReading,
+    Replica,
     TierReplicas,
     Unavailable,
 )
 from workerpool_operator.ports import Marks, Pool
-from workerpool_routing.decide import START_SECONDS, Load
+from workerpool_routing.decide import START_SECONDS, Load, assumed_seconds
 from workerpool_routing.wire import Capacity, Milliseconds, Policy, StartingSlots, TaskPolicy, TierCapacity, TierPolicy
 
 GROUPS = 8
@@ -33,6 +34,9 @@ OVERDUE = 0.125
 _NEWS = 0.1
 """By what part a start time has to differ from the one that is kept to be kept anew."""
 
+_STUCK = frozenset({Phase.UNSCHEDULABLE, Phase.FAILING})
+"""The phases of a worker that is ordered and cannot come up for now: no start is under way, and none takes so long."""
+
 _PAUSED = "mode: Paused: nothing is decided, the count is what was seen"
 
 
@@ -42,6 +46,7 @@ class TierPlan:
 
     ``drain`` says how it comes to what it should have without cutting off a job, ``breaker`` whether it takes part in routing;
     None where there is nothing to decide: a plain tier, one whose jobs have nowhere else to go, a pool that is paused or unread.
+    ``stuck`` says when each worker that could not come up was last seen so.
     """
 
     tier: Tier
@@ -50,6 +55,12 @@ class TierPlan:
     decision: scaling.Decision
     drain: drain.Drain
     breaker: breaker.Decision | None = None
+    stuck: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def memory(self) -> Memory:
+        """What the next pass has to know of this one."""
+        return Memory(self.decision.memory, self.drain.memory, self.stuck)
 
     @property
     def spilled(self) -> int | None:
@@ -59,10 +70,11 @@ class TierPlan:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What is remembered of one tier from pass to pass."""
+    """What is remembered of one tier from pass to pass; ``stuck`` as in :class:`TierPlan`."""
 
     scaling: scaling.Memory = field(default_factory=scaling.Memory)
     drain: drain.Memory = field(default_factory=drain.Memory)
+    stuck: Mapping[str, float] = field(default_factory=dict)
 
 
 def plan(
@@ -87,16 +99,17 @@ def plan(
     plain, accelerated = ([t for t in pool.spec.tiers if t.accelerated is kind] for kind in (False, True))
     for tier in (*plain, *reversed(accelerated)):
         live, queue = workers[tier.name], None if isinstance(reading, Unavailable) else _bounded(reading, tier)
-        known = _recalled(memory.get(tier.name, Memory()), queue)
+        known = _informed(memory.get(tier.name, Memory()), live, queue)
         bounds = scaling.Policy(tier.replicas.min, tier.replicas.max, tier.concurrency, pool.spec.scaling.target_wait_seconds)
         routing = _routing(pool, tier, queue, reading)
+        stuck = _stuck(live, known.stuck, now)
         observed: scaling.Demand | scaling.Unread
         if queue is None or isinstance(reading, Unavailable):
             assert isinstance(reading, Unavailable)
             # The minimum needs no reading: a Deployment that is not there is created with it.
             observed = scaling.Unread(max(live.desired, tier.replicas.min), reading)
         else:
-            own = demand(_servable(queue, routing), live, reading.arrived(tier.name), now)
+            own = demand(_servable(queue, routing), live, reading.arrived(tier.name), stuck, now)
             observed = _joint(own, bounds, known.scaling, decided, now)
         decision = scaling.decide(bounds, observed, known.scaling, now)
         if live.rival:
@@ -110,7 +123,7 @@ def plan(
             leaves = drain.decide(decision.replicas, live, queue, reading.marked, reading.time, known.drain, now)
         if isinstance(observed, scaling.Demand):
             decided.append(_Decided(bounds, observed, decision))
-        plans[tier.name] = TierPlan(tier, queue, live, decision, leaves, routing)
+        plans[tier.name] = TierPlan(tier, queue, live, decision, leaves, routing, stuck)
     return [plans[tier.name] for tier in pool.spec.tiers]
 
 
@@ -144,34 +157,55 @@ def _joint(
     return replace(own, settled=settled, carried=max(carried, kept))
 
 
-def demand(queue: QueueReading, live: TierReplicas, arrived: int, now: float) -> scaling.Demand:
-    """What the rule is told of one tier."""
+def _stuck(live: TierReplicas, before: Mapping[str, float], now: float) -> Mapping[str, float]:
+    """When each of the workers that could not come up was last seen so."""
+    return {
+        replica.worker: now if replica.phase in _STUCK else before[replica.worker]
+        for replica in live.replicas
+        if replica.phase in _STUCK or replica.worker in before
+    }
+
+
+def _begun(replica: Replica, stuck: Mapping[str, float]) -> float:
+    """Since when a worker can come up: its order, or when it was last seen unable to."""
+    return max(replica.ordered_at, stuck.get(replica.worker, replica.ordered_at))
+
+
+def demand(queue: QueueReading, live: TierReplicas, arrived: int, stuck: Mapping[str, float], now: float) -> scaling.Demand:
+    """What the rule is told of one tier; ``stuck`` as in :class:`TierPlan`."""
     # A pod that drains may be un-Ready for it: it is not on its way but back as soon as its mark is taken away.
     draining = {report.worker for report in queue.workers if report.draining}
     starts = [replica for replica in live.replicas if replica.phase is Phase.STARTING]
     back = sum(replica.worker in draining for replica in starts)
     count = max(0, live.starting - back)
-    starting = [replica.ordered_at for replica in starts if replica.worker not in draining][:count] if count else []
+    starting = [_begun(replica, stuck) for replica in starts if replica.worker not in draining][:count] if count else []
+    ready_at, newest = live.newest or (0.0, None)
     return scaling.Demand(
         waiting=queue.waiting,
         in_flight=queue.in_flight,
         spilled=queue.spilled,
         replicas=live.desired,
-        start_seconds=live.start_seconds,
+        start_seconds=ready_at - newest.ordered_at if newest else None,
         ready=live.count(Phase.READY) + back,
         # What was ordered so lately that no worker is to be seen yet is ordered now.
         starting=(*starting, *[now] * (count - len(starting))),
-        stuck=live.count(Phase.UNSCHEDULABLE) + live.count(Phase.FAILING),
+        stuck=sum(replica.phase in _STUCK for replica in live.replicas),
         arrived=arrived,
         served=queue.served,
+        held_up=_begun(newest, stuck) - newest.ordered_at if newest else 0.0,
+        ready_at=ready_at,
     )
 
 
-def _recalled(memory: Memory, queue: QueueReading | None) -> Memory:
-    """With what an operator before this one has learnt, until this one has seen for itself."""
-    if memory.scaling.start_seconds is not None or queue is None:
+def _informed(memory: Memory, live: TierReplicas, queue: QueueReading | None) -> Memory:
+    """With what else is known of starts until one of the tier has been seen: what an operator before this one has learnt, or what
+    the place says in which its workers run.
+    """
+    known = memory.scaling
+    if known.start_seconds is not None:
         return memory
-    return replace(memory, scaling=replace(memory.scaling, start_seconds=queue.kept.start_seconds))
+    before = queue.kept.start_seconds if queue else None
+    return replace(memory, scaling=replace(known, start_seconds=before, first_start=live.first_start or known.first_start))
 
 
 def _routing(pool: Pool, tier: Tier, queue: QueueReading | None, reading: BrokerReading | Unavailable) -> breaker.Decision | None:
@@ -228,7 +262,7 @@ def capacity(spec: WorkerPoolSpec, plans: list[TierPlan], time: Milliseconds, no
 
 def _capacity(plan: TierPlan, target: float, time: Milliseconds, now: float) -> TierCapacity:
     slots = plan.tier.concurrency
-    stuck = plan.workers.count(Phase.UNSCHEDULABLE) + plan.workers.count(Phase.FAILING)
+    stuck = sum(replica.phase in _STUCK for replica in plan.workers.replicas)
     start, ready_in = _starts(plan, stuck, now)
     return TierCapacity(
         starting=tuple(
@@ -254,12 +288,14 @@ def _starts(plan: TierPlan, stuck: int, now: float) -> tuple[float, list[float]]
         for replica in plan.workers.replicas
         if replica.phase in (Phase.STARTING, Phase.READY) and not takes_jobs.get(replica.worker)
     ]
-    start = plan.decision.memory.start_seconds
-    if start is None:
-        unseen = [now - r.ordered_at for r in coming if r.phase is Phase.STARTING and r.worker not in takes_jobs]
-        start = max([START_SECONDS, *unseen])
+    start = scaling.start_seconds(plan.decision.memory)
+    if plan.decision.memory.start_seconds is None:
+        starting = [r for r in coming if r.phase is Phase.STARTING and r.worker not in takes_jobs]
+        assumed = min(START_SECONDS, plan.decision.memory.first_start)
+        start = max([assumed, *(now - _begun(replica, plan.stuck) for replica in starting)])
     count = max(0, plan.decision.replicas - sum(takes_jobs.values()) - stuck)
-    ready_in = sorted(min(max(start - (now - replica.ordered_at), start * OVERDUE), start) for replica in coming)[:count]
+    lasted = [now - _begun(replica, plan.stuck) for replica in coming]
+    ready_in = sorted(min(max(start - seconds, start * OVERDUE), start) for seconds in lasted)[:count]
     # Where one is stuck, those that are not to be seen yet would be too.
     return start, ready_in if stuck else ready_in + [start] * (count - len(ready_in))
 
@@ -276,17 +312,15 @@ def loads(plans: list[TierPlan], capacity: Capacity, time: Milliseconds) -> Mapp
     """Every tier as admission measures it at the time of the reading, ``service`` being the mean over all its jobs; none where a
     queue was not read. Slots of a worker that is known to have failed do not count, although its presence is not over yet.
     """
-    return {
-        plan.tier.name: _load(plan.queue, plan.workers.names(Phase.FAILING), capacity.tiers[plan.tier.name], time)
-        for plan in plans
-        if plan.queue
-    }
+    return {plan.tier.name: _load(plan, plan.queue, capacity.tiers[plan.tier.name], time) for plan in plans if plan.queue}
 
 
-def _load(queue: QueueReading, failed: frozenset[str], capacity: TierCapacity, time: Milliseconds) -> Load:
+def _load(plan: TierPlan, queue: QueueReading, capacity: TierCapacity, time: Milliseconds) -> Load:
+    failed = plan.workers.names(Phase.FAILING)
     ready = sum(report.slots for report in queue.workers if report.worker not in failed)
     service = queue.served.seconds / queue.served.jobs if queue.served.jobs else None
-    return Load(queue.waiting, queue.in_flight, ready, service=service).having(capacity, time)
+    assumed = assumed_seconds(accelerated=plan.tier.accelerated)
+    return Load(queue.waiting, queue.in_flight, ready, service=service, assumed=assumed).having(capacity, time)
 
 
 def checkpoints(plans: list[TierPlan]) -> Mapping[str, Checkpoint]:

@@ -228,7 +228,7 @@ class Reconciler:
 
     def _decide(self, pool: Pool, reading: BrokerReading | Unavailable, seen: Mapping[str, TierReplicas]) -> list[TierPlan]:
         plans = planning.plan(pool, reading, seen, self._memory.get(pool.uid, {}), self._clock())
-        self._memory[pool.uid] = {plan.tier.name: planning.Memory(plan.decision.memory, plan.drain.memory) for plan in plans}
+        self._memory[pool.uid] = {plan.tier.name: plan.memory for plan in plans}
         return plans
 
     async def _tell(

@@ -30,7 +30,7 @@ from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Marks, Pool
 from workerpool_operator.scaling import Memory, Reason
 from workerpool_routing import wire
-from workerpool_routing.decide import START_SECONDS, Load
+from workerpool_routing.decide import START_SECONDS, Load, assumed_seconds
 from workerpool_routing.wire import Capacity, Milliseconds, Presence, StartingSlots, TaskPolicy, TierCapacity, TierPolicy
 
 pytestmark = pytest.mark.unit
@@ -130,8 +130,11 @@ def test_the_rule_is_told_what_starts_what_is_stuck_and_what_was_served() -> Non
             Replica("d", Phase.FAILING, ordered_at=70.0),
         ),
     )
-    told = planning.demand(QueueReading(3, 1, 2, served=Served(7, 70.0, 900.0)), live, 11, 100.0)
-    assert told == scaling.Demand(3, 1, 2, 6, 30.0, 1, (90.0, 100.0, 100.0), 2, 11, Served(7, 70.0, 900.0))
+    stuck = {"a": 15.0, "b": 95.0}
+    told = planning.demand(QueueReading(3, 1, 2, served=Served(7, 70.0, 900.0)), live, 11, stuck, 100.0)
+    assert told == scaling.Demand(
+        3, 1, 2, 6, 30.0, 1, (95.0, 100.0, 100.0), 2, 11, Served(7, 70.0, 900.0), held_up=5.0, ready_at=40.0
+    )
 
 
 def test_what_was_ever_sent_to_a_tier_is_the_sum_of_its_routes_but_for_what_moved_while_it_waited() -> None:
@@ -146,12 +149,12 @@ def test_a_single_job_that_spilled_on_an_empty_pool_orders_one_slot() -> None:
         assert {name: plan.decision.needed for name, plan in plans.items()} == {"gpu": 0, "cpu": 1}
 
 
-@pytest.mark.parametrize(("waiting", "replicas_of_gpu"), [(320, 4), (326, 6), (900, 8)])
+@pytest.mark.parametrize(("waiting", "replicas_of_gpu"), [(321, 4), (327, 6), (900, 8)])
 def test_a_spilled_job_that_is_not_started_in_time_where_it_waits_calls_for_the_tier_that_it_wanted(
     waiting: int, replicas_of_gpu: int
 ) -> None:
-    """160 slots start 320 jobs of 30 s within the target of 60 s; the 160 that run take the work of 4 slots of the other tier."""
-    seen = reading(gpu=served(0, 0, waiting), cpu=served(waiting, 160, 0, seconds=200.0))
+    """160 slots start 321 jobs of 29.9 s within the target of 60 s; the 160 that run take the work of 4 slots of the other."""
+    seen = reading(gpu=served(0, 0, waiting, seconds=0.75), cpu=served(waiting, 160, 0, seconds=29.9))
     plans = plan(seen, gpu=replicas(0), cpu=replicas(40, *[Phase.READY] * 40), memory={"gpu": Memory(start_seconds=20.0)})
     assert {name: plan.decision.replicas for name, plan in plans.items()} == {"gpu": replicas_of_gpu, "cpu": 40}
     assert plans["gpu"].decision.message.startswith(f"0 waiting + 0 in flight + {waiting} spilled (")
@@ -210,7 +213,7 @@ def test_no_job_orders_two_slots(state: tuple[BrokerReading, dict[str, TierRepli
 @settings(max_examples=300, deadline=None)
 @given(pools())
 def test_no_job_orders_none(state: tuple[BrokerReading, dict[str, TierReplicas]]) -> None:
-    """Where it waits it starts within the target, jobs taking 30 s, or that tier is at its maximum or has stuck workers."""
+    """Where it waits it starts within the target, as jobs are known, or that tier is at its maximum or has stuck workers."""
     seen, live = state
     new = raised(seen, live)
     late = {}
@@ -218,7 +221,8 @@ def test_no_job_orders_none(state: tuple[BrokerReading, dict[str, TierReplicas]]
         ready, slots = live[name].count(Phase.READY), tier.concurrency
         coming = live[name].starting + new[name] // slots
         free = max(0, ready * slots - seen.tiers[name].in_flight)
-        starts = free + slots * (coming + (60.0 * ready + 40.0 * coming) / 30.0)
+        seconds = scaling.Service.recalled(seen.tiers[name].served).mean
+        starts = free + slots * (coming + (60.0 * ready + 40.0 * coming) / seconds)
         bound = live[name].desired + new[name] // slots >= tier.replicas.max or live[name].desired > ready + live[name].starting
         late[name] = 0.0 if bound else seen.tiers[name].waiting - starts
     assert max(late.values()) <= 1e-6
@@ -345,6 +349,11 @@ def ordered(*ages: float, phase: Phase = Phase.STARTING) -> TierReplicas:
     return TierReplicas(len(ages), tuple(Replica(f"w{n}", phase, NOW - age) for n, age in enumerate(ages)))
 
 
+def quick(seen: TierReplicas) -> TierReplicas:
+    """The same where a start is said to take 4 s."""
+    return replace(seen, first_start=4.0)
+
+
 def ready_in(seen: TierReplicas, learnt: float | None, *present: Presence, waiting: int = 8) -> list[tuple[int, float]]:
     """What capacity says of the accelerated slots that are on their way: how many, in how many seconds."""
     queue = QueueReading(waiting, 0, 0, present)
@@ -364,6 +373,11 @@ def ready_in(seen: TierReplicas, learnt: float | None, *present: Presence, waiti
         pytest.param(ordered(9_999.0, phase=Phase.READY), 40.0, [(1, 5.0), (7, 40.0)], id="ready, and not heard of yet"),
         pytest.param(ordered(20.0), None, [(1, 10.0), (7, START_SECONDS)], id="the first start that is seen"),
         pytest.param(ordered(80.0, 60.0), None, [(1, 10.0), (1, 20.0), (6, 80.0)], id="a first start that takes long"),
+        pytest.param(quick(replicas(0)), None, [(8, 4.0)], id="nothing seen, and starts are quick there"),
+        pytest.param(quick(ordered(2.0)), None, [(1, 2.0), (7, 4.0)], id="the first start that is seen there"),
+        pytest.param(quick(ordered(8.0)), None, [(1, 1.0), (7, 8.0)], id="a first start that is not quick at all"),
+        pytest.param(quick(replicas(0)), 40.0, [(8, 40.0)], id="the tier's own starts are known better"),
+        pytest.param(replace(replicas(0), first_start=240.0), None, [(8, START_SECONDS)], id="nothing is refused for a guess"),
     ],
 )
 def test_capacity_says_when_the_slots_that_are_on_their_way_are_ready(
@@ -374,6 +388,27 @@ def test_capacity_says_when_the_slots_that_are_on_their_way_are_ready(
 
 def test_a_start_that_takes_longer_than_any_before_is_expected_to_go_on_taking_longer() -> None:
     assert ready_in(ordered(400.0), 40.0)[0] == (1, 20.0), "an eighth of four times the start time, as scaling believes then"
+
+
+def test_a_worker_that_could_not_come_up_takes_its_whole_start_time_from_then_on_and_teaches_no_longer_one() -> None:
+    memory = {"gpu": planning.Memory(Memory(start_seconds=40.0, level=0))}
+    seen = reading(gpu=QueueReading(1, 0, 0, kept=Checkpoint(start_seconds=40.0)))
+
+    def after(now: float, replica: Replica) -> TierPlan:
+        found, _ = planning.plan(POOL, seen, {"gpu": TierReplicas(1, (replica,)), "cpu": replicas(1)}, memory, now)
+        memory["gpu"] = found.memory
+        return found
+
+    def ready_at(now: float, found: TierPlan) -> list[Milliseconds]:
+        return [group.ready_at for group in planning.capacity(POOL.spec, [found], TIME, now).tiers["gpu"].starting][:1]
+
+    assert ready_at(600.0, after(600.0, Replica("w", Phase.UNSCHEDULABLE, 0.0))) == []
+    assert ready_at(601.0, after(601.0, Replica("w", Phase.STARTING, 0.0))) == [TIME + 39_000]
+    assert ready_at(620.0, after(620.0, Replica("w", Phase.STARTING, 0.0))) == [TIME + 20_000]
+    found = after(640.0, Replica("w", Phase.READY, 0.0, 640.0))
+    assert found.decision.memory.start_seconds == 40.0
+    assert planning.checkpoints([found]) == {}, "the next operator finds no other either"
+    assert after(700.0, Replica("another", Phase.STARTING, 700.0)).stuck == {}, "nothing is kept of workers that are gone"
 
 
 def test_a_worker_that_was_to_leave_and_is_needed_again_is_back_in_a_moment() -> None:
@@ -411,14 +446,14 @@ def test_a_load_is_what_admission_measures_with_that_capacity() -> None:
     plans = list(plan(reading(gpu=seen), gpu=replicas(1, Phase.READY)).values())
     held = Capacity({"gpu": TierCapacity((StartingSlots(2, Milliseconds(TIME + 4_000)),), 3, 9.0, 60.0), "cpu": TierCapacity()})
     assert planning.loads(plans, held, TIME) == {
-        "gpu": Load(4, 1, 1, ((2, 4.0),), 0, 2.5, 3, 9.0, 60.0), "cpu": Load(0, 0, 0),
+        "gpu": Load(4, 1, 1, ((2, 4.0),), 0, 2.5, 3, 9.0, 60.0, assumed=assumed_seconds(accelerated=True)), "cpu": Load(0, 0, 0),
     }  # fmt: skip
 
 
 def test_a_pod_that_drains_and_is_un_ready_for_it_is_not_one_that_takes_long_to_start() -> None:
     drains = replace(worker("w1", slots=0, busy=1), draining=True)
     live = replicas(3, Phase.READY, Phase.STARTING, Phase.STARTING)
-    told = planning.demand(QueueReading(0, 2, 0, workers=(worker("w0", busy=1), drains)), live, 0, 9_000.0)
+    told = planning.demand(QueueReading(0, 2, 0, workers=(worker("w0", busy=1), drains)), live, 0, {}, 9_000.0)
     assert (told.ready, told.starting) == (2, (0.0,))
 
 
@@ -460,7 +495,7 @@ def test_what_is_starting_is_what_is_ordered_and_neither_ready_nor_stuck() -> No
     assert replicas(0, Phase.READY, Phase.FAILING).starting == 0
 
 
-def test_the_start_time_is_that_of_the_worker_that_became_ready_last() -> None:
+def test_the_newest_worker_is_the_one_that_became_ready_last() -> None:
     seen = TierReplicas(
         4,
         (
@@ -470,8 +505,8 @@ def test_the_start_time_is_that_of_the_worker_that_became_ready_last() -> None:
             Replica("new", Phase.STARTING, ordered_at=200.0),
         ),
     )
-    assert seen.start_seconds == 40.0
-    assert replicas(1, Phase.STARTING).start_seconds is None
+    assert seen.newest == (130.0, seen.replicas[1])
+    assert replicas(1, Phase.STARTING).newest is None
 
 
 def test_decisions_of_a_plan_remember_for_the_next_pass() -> None:
@@ -546,6 +581,12 @@ def test_a_learnt_start_time_is_kept_when_it_is_news(kept: float | None, told: d
     memory = {"gpu": Memory(start_seconds=40.0, newest_start=40.0)}
     found = plan(reading(gpu=QueueReading(0, 0, 0, kept=Checkpoint(start_seconds=kept))), memory=memory)
     assert {name: kept.start_seconds for name, kept in planning.checkpoints(list(found.values())).items()} == told
+
+
+def test_what_is_only_said_of_starts_sizes_the_tier_and_is_not_kept_as_learnt() -> None:
+    plans = list(plan(reading(gpu=QueueReading(3, 0, 0)), gpu=quick(replicas(0))).values())
+    assert "starts of 4 s" in plans[0].decision.message
+    assert planning.checkpoints(plans) == {}
 
 
 def test_no_job_comes_home_to_a_worker_that_has_failed_although_it_reported_a_moment_ago() -> None:
