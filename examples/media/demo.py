@@ -59,13 +59,18 @@ PATIENCE_SECONDS = 5.0
 """How long the API waits for Redis: every upload has to be accepted, on a slow machine too."""
 
 INTRODUCTION = """\
-A private Redis, the sample API and the sample pool, all on this machine; numpy stands in for the GPUs. {jobs} pictures and
-recordings are uploaded, then one more every second while three things happen:
-  1 drain     the GPU tier is limited to one worker; any other finishes its job and leaves
-  2 outage    every GPU worker is killed, one of them in the middle of a job, and so is each that starts
+A private Redis, the sample API and the sample pool, all on this machine;
+numpy stands in for the GPUs. {jobs} pictures and recordings are uploaded, then
+one more every second, while three things happen:
+
+  1 drain     the GPU tier is limited to one worker: any other one finishes its
+              job and leaves
+  2 outage    every GPU worker is killed, one of them in the middle of a job
   3 way back  GPU workers may start again
-In the view below ● is a ready worker, ○ one that starts, ▇ a waiting job; "→ cpu 9 QueueTooLong" are 9 jobs sent to cpu for
-that reason. At the end every job is counted.
+
+In the view ● is a ready worker, ○ a starting one and ▇ a waiting job;
+"→ cpu 9 QueueTooLong" means that 9 jobs were sent to cpu for that reason.
+At the end every job is counted.
 """
 ONE_MORE_EVERY_SECONDS = 1.0
 FOLLOW_EVERY_SECONDS = 0.5
@@ -228,13 +233,13 @@ def show(console: Console, summary: Mapping[str, Any], recorder: Recorder) -> No
     outage, jobs = summary["outage"], summary["jobs"]
     for name, words in {
         "jobs": ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in jobs.items()),
-        "routing": f"{summary['spilled']} jobs that asked for a GPU were sent to a CPU; "
+        "routing": f"jobs that asked for a GPU and were sent to a CPU: {summary['spilled']}; "
         f"deciding and queueing took {summary['decision_ms_p50']} ms (median)",
-        "fallback": f"{summary['fell_back']} jobs lost their GPU worker and ran once more on a CPU",
-        "drain": ", ".join(f"{count} {tier} workers" for tier, count in summary["drained"].items())
-        + " took nothing new before they left",
-        "outage": f"{outage['seconds']} s without a GPU: {outage['moved']} waiting jobs moved to a CPU, "
-        f"{outage['spilled']} new ones were sent to one",
+        "fallback": f"jobs that lost their GPU worker and ran once more on a CPU: {summary['fell_back']}",
+        "drain": "workers that took nothing new before they left: "
+        + ", ".join(f"{tier} {count}" for tier, count in summary["drained"].items()),
+        "outage": f"{outage['seconds']} s without a GPU; waiting jobs that moved to a CPU: {outage['moved']}, "
+        f"new jobs sent to one: {outage['spilled']}",
         "way back": f"the next job started on a GPU {outage['back_after']} s after the outage",
         "time": f"{summary['seconds']} s in all",
     }.items():

@@ -60,7 +60,7 @@ class Moved:
     @property
     def message(self) -> str:
         """In a sentence."""
-        return f"{self.jobs} waiting jobs have gone {self.last.message}"
+        return f"{self.jobs} of the waiting jobs moved {self.last.message}"
 
 
 def told(moved: Sequence[Moved], now: float) -> list[Moved]:

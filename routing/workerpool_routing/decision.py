@@ -27,16 +27,10 @@ class Decision:
         tier: None while nothing is known of the pool.
         queue: where its message waits.
         reason: from the closed list.
-<<<<<<< HEAD
         message: the reason in a sentence, with the numbers behind it.
-        expected_wait: seconds until it starts, as an estimate that counts a job of unknown length as one second; None while no
-            worker is ready or starting.
-=======
-        message: the reason in a sentence, with the numbers that it stands on.
-        expected_wait: seconds until it starts, as far as is known: until a job has ended on a tier each counts as one second
-            there, a quarter of one where it is accelerated, and until a worker has started a start as 30 s, or under
-            ``workerpool dev`` as long as another took; None while no worker is there or on its way.
->>>>>>> main
+        expected_wait: estimated seconds until it starts; None while no worker is ready or starting. Before a job has ended on a
+            tier, each counts as one second there (a quarter of one on an accelerated tier). Before a worker has started, a start
+            counts as 30 s (under ``workerpool dev``: as long as another one took).
     """
 
     task_id: str | None
