@@ -189,7 +189,7 @@ def test_the_fence_holds_in_other_pools(url: str, two_tiers: ModuleType, tmp_pat
 @pytest.mark.parametrize("pool", ["prefork", "solo", "threads"])
 def test_a_slot_that_is_free_takes_the_next_job_at_once(url: str, two_tiers: ModuleType, tmp_path: Path, pool: str) -> None:
     with parked(two_tiers), worker(url, "gpu", "gpu-jobs", f"gpu-{pool}", tmp_path, "-P", pool, "-c", "1"):
-        options = {"args": ({}, 0.1), "accelerated": "required"}
+        options: dict[str, Any] = {"args": ({}, 0.1), "accelerated": "required"}
         jobs = [two_tiers.pool.submit(two_tiers.work, **options).task_id for _ in range(12)]
         until(lambda: all(two_tiers.pool.job(task_id).state.ended for task_id in jobs), "all have ended")
         runs = sorted((two_tiers.pool.job(task_id).runs[0] for task_id in jobs), key=lambda run: run.began)
