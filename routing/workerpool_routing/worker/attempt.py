@@ -33,6 +33,10 @@ LOST_EARLIER = "lost"
 """How a run ended, in the ledger's word, if a later delivery of the same attempt finds it unfinished."""
 
 
+def _turn() -> None:
+    """One turn of a loop that waits."""
+
+
 class Outcome(Enum):
     """What became of an attempt that failed or was lost."""
 
@@ -53,14 +57,14 @@ class WorkerLife:
         tier: the tier that this worker belongs to.
         owner: its name on the ledger.
         connection: to the ledger. A child process waits for Redis; the main process must not, to go on consuming and reporting.
-        timer: that of Celery's consumer, once the worker is ready; for :meth:`call_later`.
+        consumer: Celery's, once the worker is ready: its loop is where the main process asks again, and looks for work.
     """
 
     pool: WorkerPool
     tier: str
     owner: str
     connection: Connection
-    timer: Any = None
+    consumer: Any = None
 
     @cached_property
     def keys(self) -> Keyspace:
@@ -99,7 +103,13 @@ class WorkerLife:
 
     def call_later(self, seconds: float, function: Callable[[], object]) -> None:
         """Run something in the main process after so many seconds."""
-        self.timer.call_after(seconds, function)
+        self.consumer.timer.call_after(seconds, function)
+
+    def look_for_work(self) -> None:
+        """Wake the main process's loop because a slot is free; after a thread of the pool has freed one it would look a second
+        later.
+        """
+        self.consumer.call_soon(_turn)
 
     def set_aside(self, task_id: str, *, reason: str, message: str, tag: str = "") -> None:
         """Move a message that cannot be read to a key of its own, with the reason, and count it."""

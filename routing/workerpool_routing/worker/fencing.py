@@ -315,6 +315,7 @@ class FencedRequest:
         self.acknowledged = True
         settled(self._message)
         self._settle_soon(partial(attempt.acknowledge, self._outcome))
+        self.life.look_for_work()
 
     def reject(self, requeue: bool = False) -> None:
         """End the job of a failure that Celery will not acknowledge (``task_acks_on_failure=False``) all the same."""
