@@ -208,6 +208,7 @@ def test_a_leader_that_was_paused_for_longer_than_its_lease_wakes_up_and_writes_
     assert [request for request in old.proxy.since(woken) if request.method != "GET"] == []
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_at_rest_two_operators_write_nothing_but_the_lease_and_ask_little(ml: Namespace, start: Callable[[], Replica]) -> None:
     leader, standby = ml.operator, second(ml, start)

@@ -107,6 +107,7 @@ def test_a_deployment_edited_or_deleted_by_hand_is_repaired(ml: Namespace) -> No
     ml.settled()
 
 
+@pytest.mark.long
 def test_at_rest_and_across_a_kill_nothing_is_written(ml: Namespace, operator: Operator) -> None:
     ml.create_pool()
     ml.publish("gpu", 2)

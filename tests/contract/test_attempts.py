@@ -372,6 +372,7 @@ def test_the_job_of_a_killed_worker_is_taken_over_once_and_runs_on_the_plain_tie
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
 
 
+@pytest.mark.long
 def test_a_zombie_changes_neither_the_ledger_nor_the_result(
     url: str, two_tiers: ModuleType, tmp_path: Path, short_life: float
 ) -> None:

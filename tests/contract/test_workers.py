@@ -262,7 +262,9 @@ def test_a_worker_that_is_told_to_stop_finishes_and_leaves_at_once(url: str, two
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1})
 
 
+@pytest.mark.long
 def test_messages_with_a_future_eta_are_held_and_are_neither_in_flight_nor_busy(far_off: ModuleType) -> None:
+    """What it begins takes as long as the rest of this file."""
     client, keys = far_off.pool.connection.client, far_off.pool.keys
     until(lambda: client.hlen(keys.unacked("eta")) == FAR_OFF + 1, "all are held, and the long job")
     until(lambda: int(client.get(keys.scheduled("eta")) or 0) == FAR_OFF, "all are counted as scheduled")
