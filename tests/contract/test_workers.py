@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -183,6 +184,17 @@ def test_the_fence_holds_in_other_pools(url: str, two_tiers: ModuleType, tmp_pat
             assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == tier
             assert two_tiers.pool.job(decision.task_id).runs[0].owner.startswith(f"gpu-{pool}.")
             assert outcome(two_tiers, decision.task_id)[1] == ({"gpu": 1} if tier == "gpu" else {"gpu": 1, "cpu": 1})
+
+
+@pytest.mark.parametrize("pool", ["prefork", "solo", "threads"])
+def test_a_slot_that_is_free_takes_the_next_job_at_once(url: str, two_tiers: ModuleType, tmp_path: Path, pool: str) -> None:
+    with parked(two_tiers), worker(url, "gpu", "gpu-jobs", f"gpu-{pool}", tmp_path, "-P", pool, "-c", "1"):
+        options: dict[str, Any] = {"args": ({}, 0.1), "accelerated": "required"}
+        jobs = [two_tiers.pool.submit(two_tiers.work, **options).task_id for _ in range(12)]
+        until(lambda: all(two_tiers.pool.job(task_id).state.ended for task_id in jobs), "all have ended")
+        runs = sorted((two_tiers.pool.job(task_id).runs[0] for task_id in jobs), key=lambda run: run.began)
+    pauses = sorted(after.began - before.ended for before, after in pairwise(runs))
+    assert pauses[len(pauses) // 4] < 500, f"milliseconds; a loop that is not told of a free slot looks once a second: {pauses}"
 
 
 def test_the_fence_holds_over_many_children_that_are_replaced(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
