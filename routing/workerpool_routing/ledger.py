@@ -20,7 +20,6 @@ from importlib.resources import files
 from workerpool_routing.decide import Reason
 from workerpool_routing.wire import (
     ENDED_JOB_LIFE_SECONDS,
-    HEADER,
     JOB_LIFE_SECONDS,
     MESSAGE_LIMIT_BYTES,
     SCHEMA_VERSION,
@@ -29,7 +28,9 @@ from workerpool_routing.wire import (
     Policy,
     TierPolicy,
     VersionMismatch,
+    carried,
     priority_of,
+    retries_of,
     rewrite,
     wake_channel,
 )
@@ -408,10 +409,10 @@ def requeue(keys: Keyspace, tier: str, *, tag: str, raw: str, delivery_tag: str)
     properties = {**message["properties"], "delivery_tag": delivery_tag}
     renewed = {**message, "properties": properties, "headers": {**(message.get("headers") or {}), "redelivered": True}}
     list_name, headers = keys.queue_list(queue, priority_of(message)), message.get("headers") or {}
-    task_id, attempt = str(headers.get("id")), (headers.get(HEADER) or {}).get("attempt", "")
+    task_id, attempt = str(headers.get("id")), carried(headers).get("attempt", "")
     return Call(
         [keys.unacked(tier), keys.unacked_index(tier), list_name, keys.job(task_id), keys.waiting(tier)],
-        [tag, json.dumps(renewed), queue, task_id, attempt, tier, int(headers.get("retries") or 0)],
+        [tag, json.dumps(renewed), queue, task_id, attempt, tier, retries_of(headers.get("retries"))],
     )
 
 

@@ -415,11 +415,25 @@ def rewrite(message: Mapping[str, Any], *, queue: str, attempt: int, delivery_ta
         delivery_tag: minted by the caller; a late acknowledgement of the old delivery then touches nothing.
     """
     headers = dict(message.get("headers") or {})
-    headers[HEADER] = {**(headers.get(HEADER) or {}), "attempt": attempt}
+    headers[HEADER] = {**carried(headers), "attempt": attempt}
     properties = dict(message["properties"])
     properties["delivery_tag"] = delivery_tag
     properties["delivery_info"] = {**properties.get("delivery_info", {}), "exchange": "", "routing_key": queue}
     return {**message, "headers": headers, "properties": properties}
+
+
+def carried(headers: object) -> Mapping[str, Any]:
+    """What the :data:`HEADER` among a message's headers says; nothing where a caller put there what is no object."""
+    own = headers.get(HEADER) if isinstance(headers, Mapping) else None
+    return own if isinstance(own, Mapping) else {}
+
+
+def retries_of(said: object) -> int:
+    """What a message says of its retries, 0 where that is no number."""
+    try:
+        return int(said)  # type: ignore[call-overload,no-any-return]
+    except (OverflowError, TypeError, ValueError):
+        return 0
 
 
 def priority_of(message: Mapping[str, Any]) -> int:

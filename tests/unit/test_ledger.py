@@ -247,6 +247,14 @@ def test_a_worker_that_leaves_is_struck_from_presence_slots_and_claims() -> None
     assert (call.keys, call.args) == ([KEYS.presence("gpu"), KEYS.slots("gpu"), KEYS.held("w.1"), KEYS.scheduled("gpu")], ["w.1"])
 
 
+def test_a_message_whose_headers_hold_words_is_put_back_all_the_same() -> None:
+    message, *rest = json.loads(RAW)
+    worded = {**message, "headers": {**message["headers"], "workerpool": "required", "retries": "x"}}
+    call = ledger.requeue(KEYS, "gpu", tag="a", raw=json.dumps([worded, *rest]), delivery_tag="fresh")
+    assert json.loads(str(call.args[1]))["headers"]["workerpool"] == "required"
+    assert call.args[4:] == ["", "gpu", 0]
+
+
 def test_the_claim_script_answers_in_the_words_of_the_library() -> None:
     assert set(re.findall(r"return '(\w+)'", ledger.script("claim"))) == set(Claim)
 

@@ -14,7 +14,7 @@ from workerpool_routing import ledger
 from workerpool_routing.connection import Connection, unavailable_when_down
 from workerpool_routing.ledger import Claim, Job, Move, Result, State
 from workerpool_routing.policy import PolicySource
-from workerpool_routing.wire import HEADER, MESSAGE_LIMIT_BYTES, Keyspace, Policy
+from workerpool_routing.wire import MESSAGE_LIMIT_BYTES, Keyspace, Policy, carried, retries_of
 from workerpool_routing.worker.transport import give_back
 
 if TYPE_CHECKING:
@@ -84,17 +84,18 @@ class WorkerLife:
         task_id: str,
         headers: Mapping[str, Any] | None,
         delivery_tag: str,
-        retries: int,
+        retries: object,
         *,
         may_move: bool = True,
         scheduled: bool = False,
     ) -> Attempt | None:
         """The attempt that a message carries; None for a message that was not admitted by the pool."""
-        header = (headers or {}).get(HEADER) or {}
+        header = carried(headers)
         number = header.get("attempt")
         if not isinstance(number, int):
             return None
-        return Attempt(self, task_id, number, delivery_tag, retries, may_move, scheduled, str(header.get(ASKED_BY, "")))
+        asked_by = str(header.get(ASKED_BY, ""))
+        return Attempt(self, task_id, number, delivery_tag, retries_of(retries), may_move, scheduled, asked_by)
 
     def job(self, task_id: str) -> Job | None:
         """A job's ledger entry; None if it has none."""

@@ -32,7 +32,7 @@ from workerpool_routing import ledger
 from workerpool_routing.errors import JobLost, PoolUnavailable, TaskExited
 from workerpool_routing.ledger import Claim, Job, Move, State
 from workerpool_routing.message import serialise
-from workerpool_routing.wire import HEADER, Policy
+from workerpool_routing.wire import HEADER, Policy, carried
 from workerpool_routing.worker.attempt import ASKED_BY, Attempt, Outcome, WorkerLife
 from workerpool_routing.worker.results import beside_ledger
 from workerpool_routing.worker.transport import settled
@@ -79,7 +79,7 @@ def note_retry(body: Any, headers: dict[str, Any], properties: Mapping[str, Any]
     task = get_current_task()
     retries = getattr(task.request, _RETRIES, None) if isinstance(task, FencedTask) else None
     if retries is not None and headers.get("id") == task.request.id:
-        if header := headers.get(HEADER):
+        if header := carried(headers):
             headers[HEADER] = {**header, ASKED_BY: (task.request.properties or {}).get("delivery_tag", "")}
         compression = getattr(task, "compression", None) or task.app.conf.task_compression
         encoding = {"serializer": task.serializer, "compression": compression}
@@ -89,7 +89,7 @@ def note_retry(body: Any, headers: dict[str, Any], properties: Mapping[str, Any]
 def settle_unknown(life: WorkerLife, message: Any, task: str) -> None:
     """End a job whose task this worker does not know: Celery has stored the failure."""
     headers = message.headers or {}
-    attempt = life.attempt(headers.get("id", ""), headers, message.delivery_tag, int(headers.get("retries") or 0))
+    attempt = life.attempt(headers.get("id", ""), headers, message.delivery_tag, headers.get("retries"))
     if attempt and attempt.settle_unclaimed(State.FAILED):
         logger.error("failed task_id=%s: task %s is not known on tier %s", attempt.task_id, task, life.tier)
 
@@ -258,7 +258,7 @@ class FencedTask(Task):
             return None
         tag = (request.properties or {}).get("delivery_tag", "")
         return self.life.attempt(
-            request.id, request.headers, tag, request.retries or 0, may_move=self.fallback_on_loss, scheduled=bool(request.eta)
+            request.id, request.headers, tag, request.retries, may_move=self.fallback_on_loss, scheduled=bool(request.eta)
         )
 
 
@@ -390,10 +390,10 @@ class FencedRequest:
 
     def _attempt(self) -> Attempt | None:
         message = self._message
-        retries = int(message.headers.get("retries") or 0)
+        headers, tag = message.headers, message.delivery_tag
         may_move = getattr(self.task, "fallback_on_loss", True)
-        scheduled = bool(message.headers.get("eta"))
-        return self.life.attempt(self.id, message.headers, message.delivery_tag, retries, may_move=may_move, scheduled=scheduled)
+        scheduled = bool(headers.get("eta"))
+        return self.life.attempt(self.id, headers, tag, headers.get("retries"), may_move=may_move, scheduled=scheduled)
 
     if TYPE_CHECKING:  # what Celery's Request brings
         id: str
