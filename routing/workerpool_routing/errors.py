@@ -43,4 +43,4 @@ class JobLost(WorkerPoolError):
 
 
 class TaskExited(WorkerPoolError):
-    """The task's code called ``sys.exit``, which is a failure like any other."""
+    """The task's code called ``sys.exit``, or raised another error that is no :class:`Exception`: a failure like any other."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -33,10 +34,25 @@ given = None if os.environ.get("JOBS_WITHOUT_TIERS") else [*tiers, *further]
 pool = WorkerPool("test/jobs", app, tiers=given, timeout=5)
 
 
+class Unprintable(Exception):
+    """An error whose author's ``repr`` raises, or is no text that can be encoded."""
+
+    def __repr__(self) -> str:
+        if self.args == ("repr raises",):
+            raise RuntimeError("no repr")
+        return "caf\udce9.wav"
+
+
 def end(how: str) -> None:
     """End in some way other than returning."""
-    if how == "raise":
+    while how.startswith("gate") and not app.backend.client.get("gate"):
+        time.sleep(0.05)
+    if how in ("raise", "gate, raise"):
         raise ValueError("asked to fail")
+    if how == "cancel":
+        raise asyncio.CancelledError
+    if how.startswith("repr"):
+        raise Unprintable(how)
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "exit":
@@ -45,8 +61,6 @@ def end(how: str) -> None:
         time.sleep(60)
     if how == "driver" and app.backend.client.exists("driver is broken"):
         raise OSError("no such device")
-    while how == "gate" and not app.backend.client.get("gate"):
-        time.sleep(0.05)
 
 
 @app.task  # type: ignore[untyped-decorator]

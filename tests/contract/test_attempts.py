@@ -66,6 +66,16 @@ def test_an_accelerated_attempt_that_ends_badly_runs_once_more_on_the_plain_tier
     assert job.reason is (Reason.ATTEMPT_LOST if ending == "kill" else Reason.ATTEMPT_FAILED)
 
 
+@pytest.mark.parametrize("ending", ["cancel", "repr raises", "repr is no text"])
+def test_an_error_of_any_kind_is_a_failure(two_tiers: ModuleType, ending: str) -> None:
+    decision = submit(two_tiers, two_tiers.work, {"gpu": ending})
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "cpu"
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
+    decision = submit(two_tiers, two_tiers.work, {"gpu": ending, "cpu": ending})
+    assert outcome(two_tiers, decision.task_id) == (State.FAILED, {"gpu": 1, "cpu": 1})
+    until(lambda: two_tiers.app.AsyncResult(decision.task_id).state == "FAILURE", "Celery says so too")
+
+
 @pytest.mark.parametrize("task", ["hard_limited", "soft_limited"])
 def test_an_accelerated_attempt_over_its_time_limit_runs_once_more_on_the_plain_tier(two_tiers: ModuleType, task: str) -> None:
     decision = submit(two_tiers, getattr(two_tiers, task), {"gpu": "hang"})

@@ -221,7 +221,9 @@ class Attempt:
     def end(self, follows: Callable[[Policy, Job], Move | None], how: str, error: str = "") -> Outcome:
         """Act on a failure or a loss as the rule says (:func:`ledger.after_failure`, :func:`ledger.after_loss`)."""
         job = self.life.job(self.task_id)
-        if job is None or job.attempt != self.number or job.state.ended:
+        if job is None:  # as at a claim, it is plain Celery's then
+            return Outcome.FINAL
+        if job.attempt != self.number or job.state.ended:
             return Outcome.NOT_OURS
         if job.state is State.ADMITTED:
             return Outcome.RELEASED

@@ -26,6 +26,7 @@ from celery.exceptions import Ignore, Reject, Retry, WorkerShutdown, WorkerTermi
 from celery.utils.imports import symbol_by_name
 from celery.worker.state import task_ready
 from kombu.exceptions import EncodeError
+from kombu.utils.encoding import safe_repr
 from redis import RedisError
 
 from workerpool_routing import ledger
@@ -163,12 +164,12 @@ class FencedTask(Task):
         except Exception as error:
             self._failed(attempt, error)
             raise
-        except SystemExit as error:
-            if _by_signal(error):  # terminated by the main process, which knows why
+        except BaseException as error:
+            if isinstance(error, SystemExit) and _by_signal(error):  # terminated by the main process, which knows why
                 raise
             self._failed(attempt, error)
-            # SystemExit itself would end the child, or a whole worker that runs its tasks itself.
-            raise TaskExited(f"{self.name} asked to exit: {error!r}") from error
+            # As it is, it would end the child, or a whole worker that runs its tasks itself.
+            raise TaskExited(f"{self.name} ended with {_text(error)}") from error
         with self._asking(attempt):
             counts = self._finish(attempt, result)
         if not counts:
@@ -213,12 +214,12 @@ class FencedTask(Task):
     def _failed(self, attempt: Attempt, error: BaseException) -> None:
         """Return if the failure is final; otherwise raise what makes Celery leave the job to the next attempt."""
         with self._asking(attempt):
-            outcome = attempt.end(self.rule_after(error), "failed", repr(error))
+            outcome = attempt.end(self.rule_after(error), "failed", _text(error))
         if outcome is Outcome.FINAL:
             return
         if outcome is Outcome.RELEASED:
-            raise Reject(str(error), requeue=True) from error
-        raise self._dropped(attempt, f"it raised {error!r}: {outcome.value}") from error
+            raise Reject(_text(error), requeue=True) from error
+        raise self._dropped(attempt, f"it raised {_text(error)}: {outcome.value}") from error
 
     def rule_after(self, error: BaseException) -> Callable[[Policy, Job], Move | None]:
         """What follows this error: the pool's rule, or the task's own."""
@@ -260,6 +261,11 @@ class FencedTask(Task):
         return self.life.attempt(
             request.id, request.headers, tag, request.retries, may_move=self.fallback_on_loss, scheduled=bool(request.eta)
         )
+
+
+def _text(error: BaseException) -> str:
+    """Its repr as Redis can keep it, whatever the author of its class has made of that."""
+    return str(safe_repr(error)).encode(errors="backslashreplace").decode()
 
 
 def _by_signal(error: SystemExit) -> bool:
