@@ -250,6 +250,28 @@ def test_a_job_whose_ledger_entry_is_gone_keeps_its_result(two_tiers: ModuleType
     assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "gpu"
 
 
+def test_a_failure_of_a_job_whose_ledger_entry_is_gone_is_stored(two_tiers: ModuleType) -> None:
+    client = two_tiers.pool.connection.client
+    decision = submit(two_tiers, two_tiers.work, {"gpu": "gate, raise"})
+    claimed(two_tiers, decision.task_id)
+    client.delete(two_tiers.pool.keys.job(decision.task_id))
+    client.set("gate", "open")
+    with pytest.raises(ValueError, match="asked to fail"):
+        two_tiers.app.AsyncResult(decision.task_id).get(timeout=20)
+    client.delete("gate")
+
+
+def test_a_failure_of_a_job_whose_ledger_entry_cannot_be_read_ends_it(two_tiers: ModuleType) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    decision = submit(two_tiers, two_tiers.work, {"gpu": "gate, raise"})
+    claimed(two_tiers, decision.task_id)
+    client.hset(keys.job(decision.task_id), "reason", "nonsense")
+    client.set("gate", "open")
+    until(lambda: client.hget(keys.job(decision.task_id), "state") == State.FAILED, "it has failed")
+    client.delete("gate")
+    assert two_tiers.app.AsyncResult(decision.task_id).state == "FAILURE"
+
+
 def test_a_result_that_comes_when_the_ledger_has_forgotten_its_job_replaces_no_success(two_tiers: ModuleType) -> None:
     client = two_tiers.pool.connection.client
     decision = submit(two_tiers, two_tiers.work, {"gpu": "gate"})

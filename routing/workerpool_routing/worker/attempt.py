@@ -201,7 +201,9 @@ class Attempt:
 
     def acknowledge(self, after: State) -> None:
         """Acknowledge the message and, if this attempt still counts, end its job. Celery has stored the outcome."""
-        self._settle(State.FINISHING, after, self.tag, self.life.owner, held_as=self.tag)
+        ended = self._settle(State.FINISHING, after, self.tag, self.life.owner, held_as=self.tag)
+        if not ended and after is State.FAILED:  # the child could not say so: it failed over the ledger entry itself
+            self.settle(State.CLAIMED, after, how="failed")
 
     def settle_unclaimed(self, after: State) -> bool:
         """End a job that was never started, because it expired, was revoked, or its task is not known here."""
