@@ -25,6 +25,7 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     worker_pool_start_method=os.environ.get("JOBS_START_METHOD", "fork"),
     broker_transport_options=json.loads(os.environ.get("JOBS_TRANSPORT", "{}")),
+    **json.loads(os.environ.get("JOBS_CONF", "{}")),
 )
 tiers = [Tier("gpu", "gpu-jobs", accelerated=True), Tier("cpu", "cpu-jobs", accelerated=False)]
 further = [

@@ -404,6 +404,24 @@ def test_the_job_of_a_killed_worker_is_taken_over_once_and_runs_on_the_plain_tie
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
 
 
+def test_settings_that_reject_or_cancel_jobs_leave_their_outcome_to_the_ledger(
+    url: str, two_tiers: ModuleType, tmp_path: Path
+) -> None:
+    client = two_tiers.pool.connection.client
+    conf = {"task_reject_on_worker_lost": True, "worker_cancel_long_running_tasks_on_connection_loss": True}
+    env, log = {"JOBS_CONF": json.dumps(conf)}, tmp_path / "cpu-odd.log"
+    with parked(two_tiers, "cpu-a"), worker(url, "cpu", "cpu-jobs", "cpu-odd", tmp_path, "-c", "2", env=env):
+        dies = two_tiers.pool.submit(two_tiers.work, ({"before": "always"},))
+        assert outcome(two_tiers, dies.task_id) == (State.FAILED, {"cpu": 2})
+        runs = two_tiers.pool.submit(two_tiers.work, ({"cpu": "gate"},))
+        claimed(two_tiers, runs.task_id)
+        client.client_kill_filter(_type="normal", skipme=True)
+        until(lambda: log.read_text().count("Connected to redis") > 1, "the worker is connected again")
+        client.set("gate", "open")
+        assert outcome(two_tiers, runs.task_id) == (State.DONE, {"cpu": 1})
+        client.delete("gate")
+
+
 @pytest.mark.long
 def test_a_zombie_changes_neither_the_ledger_nor_the_result(
     url: str, two_tiers: ModuleType, tmp_path: Path, short_life: float

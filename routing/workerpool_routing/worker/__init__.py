@@ -115,6 +115,7 @@ def _configure(app: Celery, pool: str, tier: str) -> None:
         task_acks_late=True,
         worker_prefetch_multiplier=1,
         worker_disable_prefetch=True,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_transport_options={
             "polling_interval": 0.5,
             **options,

@@ -70,6 +70,7 @@ def fence(task: Task, child: WorkerLife, main: WorkerLife) -> None:
     task.__class__ = type(own.__name__, (FencedTask, own), names)
     task.track_started = False  # Celery would store STARTED before the claim, over the result of a job that has ended
     task.acks_late = True
+    task.reject_on_worker_lost = False  # what follows a loss is the ledger's to say, also when it is that nothing does
 
 
 def note_retry(body: Any, headers: dict[str, Any], properties: Mapping[str, Any], routing_key: str, **_: Any) -> None:
