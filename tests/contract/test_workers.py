@@ -362,6 +362,52 @@ def test_what_is_no_message_is_set_aside_and_the_worker_goes_on(url: str, two_ti
     assert two_tiers.add.apply_async((1,), queue="cpu-jobs").get(timeout=10) == 2
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("headers.timelimit", [5]),
+        ("headers.id", {"no": "text"}),
+        ("headers.id", "\ud800"),
+        ("headers", [1]),
+        ("headers", "a word"),
+        ("content-type", None),
+        ("body", 5),
+        ("body", "not base64!"),
+        ("properties.body_encoding", "rot13"),
+        ("properties.delivery_tag", None),
+        ("properties.delivery_tag", {"no": "text"}),
+    ],
+)
+def test_a_message_that_cannot_be_started_is_set_aside_and_the_worker_goes_on(
+    two_tiers: ModuleType, field: str, value: Any
+) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    two_tiers.add.apply_async((1,), queue="shelf")
+    message = part = json.loads(client.rpop("shelf"))
+    *way, last = field.split(".")
+    for name in way:
+        part = part[name]
+    part[last] = value
+    before = int(client.get(keys.aside_count) or 0)
+    client.rpush("cpu-jobs", json.dumps(message))
+    until(lambda: int(client.get(keys.aside_count) or 0) > before, "it is counted")
+    assert two_tiers.add.apply_async((1,), queue="cpu-jobs").get(timeout=20) == 2
+    until(lambda: not client.hlen(keys.unacked("cpu")), "nothing is held")
+    until(lambda: not any(worker.busy for worker in two_tiers.pool.workers().values()), "no slot is taken")
+
+
+@pytest.mark.parametrize("headers", [{"workerpool": "required"}, {"workerpool": {"attempt": 1}, "retries": "x"}])
+def test_a_word_where_a_header_has_an_object_or_a_number_keeps_no_job_from_running(
+    two_tiers: ModuleType, headers: dict[str, Any]
+) -> None:
+    client = two_tiers.pool.connection.client
+    two_tiers.add.apply_async((1,), queue="shelf", task_id=f"worded-{'retries' in headers}")
+    message = json.loads(client.rpop("shelf"))
+    client.rpush("cpu-jobs", json.dumps({**message, "headers": {**message["headers"], **headers}}))
+    assert two_tiers.app.AsyncResult(message["headers"]["id"]).get(timeout=20) == 2
+    assert two_tiers.add.apply_async((1,), queue="cpu-jobs").get(timeout=20) == 2
+
+
 def test_what_is_no_text_is_set_aside_too(two_tiers: ModuleType) -> None:
     client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
     before = int(client.get(keys.aside_count) or 0)

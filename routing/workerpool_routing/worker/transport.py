@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import kombu.transport
+from celery.worker import state
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from kombu.utils.json import dumps
+from redis import RedisError
 
 from workerpool_routing import ledger
 from workerpool_routing.connection import unavailable_when_down
@@ -119,12 +121,34 @@ class Transport(_OfThisWorker, kombu_redis.Transport):  # type: ignore[misc,unus
     Channel = Channel
 
     def _deliver(self, message: Any, queue: str) -> None:
+        """Start what has come. What cannot be started is set aside; Celery would end this worker, and then the next one."""
+        task_id = tag = ""
         try:
-            _ = message["properties"]["delivery_tag"], message["properties"]["delivery_info"]["routing_key"], message["headers"]
-        except (KeyError, TypeError) as error:
-            self.life.set_aside(str(uuid4()), reason=f"not a Celery message: {error!r}", message=json.dumps(message))
-            return
-        super()._deliver(message, queue)
+            task_id, tag = _names_in(message)
+            super()._deliver(message, queue)
+        except (OSError, RedisError, PoolUnavailable):  # none of the message's fault
+            raise
+        except Exception as error:  # noqa: BLE001 whatever else is wrong with it
+            reason = f"not a Celery message: {error!r}"
+            self.life.set_aside(task_id or str(uuid4()), reason=reason, message=json.dumps(message), tag=tag)
+            self._forget(tag)
+
+    def _forget(self, tag: str) -> None:
+        """Hold the message no longer, nor the slot that its task was to get."""
+        for channel in self.channels:
+            virtual.QoS.ack(channel.qos, tag)
+        for request in [request for request in state.requests.values() if request.message.delivery_tag == tag]:
+            state.task_ready(request)
+            if release := getattr(self.life.consumer.controller, "_quick_release", None):  # the solo pool has none
+                release()
+
+
+def _names_in(message: Any) -> tuple[str, str]:
+    """The task id of a message, or "", and its delivery tag; some error where they, or what Kombu needs, are not there."""
+    headers, properties = message["headers"] or {}, message["properties"]
+    task_id, tag = headers.get("id") or "", properties["delivery_tag"]
+    _ = properties["delivery_info"]["routing_key"], str.encode(task_id), str.encode(tag)
+    return task_id, tag
 
 
 class SentinelChannel(Channel, kombu_redis.SentinelChannel):  # type: ignore[misc,unused-ignore]
