@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from math import inf
 
 import pytest
 from tests.e2e.kube import Object, eventually
@@ -53,17 +54,18 @@ def outage(site: Site) -> Outage:
     cpu |= {"replicas": {"min": 1, "max": 1}, "concurrency": 2}
     site.take_gpus()
     site.apply(pool)
-    eventually(lambda: site.tier("cpu"), lambda tier: tier.get("ready") == 1)
+    site.wait_ready()
+    site.kube.kubectl("rollout", "status", "deployment/media-cpu", f"--namespace={site.namespace}", "--timeout=230s")
 
     first = site.stay("gpu", "released", "released")
-    runs = eventually(lambda: runs_of(site, first), lambda runs: len(runs) == 2)
-    assert {run["tier"] for run in runs} == {"cpu"}
+    jobs = eventually(lambda: site.jobs(first), lambda jobs: all(job["runs"] for job in jobs))
+    assert {job["tier"] for job in jobs} == {"cpu"}
     waiting = site.stay("cpu", "released", "released")
     site.give_gpus_back()
-    (at_home,) = eventually(lambda: runs_of(site, waiting))
+    (at_home,) = eventually(lambda: [run for job in site.jobs(waiting) for run in job["runs"]])
     assert at_home["tier"] == "gpu"
     times = Outage(
-        away=min(map(began, runs)) - unschedulable_at(site),
+        away=min((began(job["runs"][0]) for job in jobs if job["reason"] == "Rebalanced"), default=inf) - unschedulable_at(site),
         home=began(at_home) - site.since()[at_home["owner"]] / 1000,
         after_ready=began(at_home) - ready_at(site),
     )
@@ -75,10 +77,6 @@ def outage(site: Site) -> Outage:
 
 def reached(seen: list[Outage]) -> bool:
     return min(one.away for one in seen) <= AWAY_SECONDS and min(one.home for one in seen) <= HOME_SECONDS
-
-
-def runs_of(site: Site, tasks: list[str]) -> list[Object]:
-    return [run for job in site.jobs(tasks) for run in job["runs"]]
 
 
 def began(run: Object) -> float:
