@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test e2e api-older cluster cluster-down kind chaos chaos-long check bench bench-scaling generate release-dry-run lock
+.PHONY: help demo test e2e api-older cluster cluster-down kind chaos chaos-long check bench bench-scaling bench-joint generate release-dry-run lock
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -1,6 +1,6 @@
 """The operator: one pass that observes, decides, acts and reports.
 
-Values and decisions (no I/O, no clock): ``model``, ``observation``, ``scaling``, ``sharing``, ``reaping``, ``status``,
-``deployment``. The pass: ``reconcile``, behind the small ports of ``ports``. Adapters, which never import one another:
-``kube``, ``broker``, ``local``. Ways in: ``main`` (kopf), ``dev`` (one laptop), ``cli``.
+Decisions are pure functions (no I/O, no clock), such as ``scaling.decide``. The pass is ``reconcile``; it reaches the world
+through the protocols in ``ports``. Adapters, which never import one another, are ``kube``, ``broker`` and ``local``. Entry points
+are ``main`` (kopf, in a cluster), ``dev`` (one laptop), ``explain`` and ``cli``. ARCHITECTURE.md lists every module.
 """

@@ -21,21 +21,22 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 
-from workerpool_operator import asking, moving, salvage
-from workerpool_operator.asking import Outlook
-from workerpool_operator.breaker import Decision
+from workerpool_operator import dry_run, moving, salvage
+from workerpool_operator.dry_run import DryRun
 from workerpool_operator.observation import (
-    NEVER_OPENED,
+    NO_ATTEMPTS,
+    NOTHING_KEPT,
     Attempts,
     Breaker,
     BreakerState,
     BrokerReading,
+    Checkpoint,
     QueueReading,
     Served,
     Unavailable,
     Waits,
 )
-from workerpool_operator.ports import NO_BREAKERS, NO_MARKS, NO_STARTS, Marks, Pool
+from workerpool_operator.ports import NO_MARKS, NO_NEWS, Marks, Pool
 from workerpool_operator.rebalancing import Transfer
 from workerpool_routing.ledger import CorruptEntry, Job
 from workerpool_routing.wire import (
@@ -112,8 +113,7 @@ class RedisBroker:
         policy: Policy,
         capacity: Capacity | None,
         marks: Marks = NO_MARKS,
-        breakers: Mapping[str, Decision] = NO_BREAKERS,
-        starts: Mapping[str, float] = NO_STARTS,
+        checkpoints: Mapping[str, Checkpoint] = NO_NEWS,
     ) -> Unavailable | None:
         """Tell API pods and workers what they may count on, and keep what the next pass, or the next operator, has to know."""
         try:
@@ -126,12 +126,10 @@ class RedisBroker:
                 if marks.remove:
                     pipe.srem(pool.keys.drain, *marks.remove)
                 pipe.pexpire(pool.keys.drain, MARK_LIFE_MS)
-                for tier, kept in breakers.items():
-                    pipe.hset(pool.keys.served(tier), mapping={**asdict(kept.attempts), **asdict(kept.breaker)})
-                for tier, seconds in starts.items():
-                    pipe.hset(pool.keys.served(tier), "start_seconds", str(seconds))
-                for tier in {*breakers, *starts}:
-                    pipe.expire(pool.keys.served(tier), JOB_LIFE_SECONDS)
+                for name, kept in checkpoints.items():
+                    pipe.hset(pool.keys.checkpoint(name), mapping=_stored(kept))
+                for tier in pool.spec.tiers:
+                    pipe.expire(pool.keys.checkpoint(tier.name), JOB_LIFE_SECONDS)
                 answers = await pipe.execute(raise_on_error=False)
         except (redis.RedisError, OSError) as error:
             return Unavailable(_why(url, error))
@@ -180,10 +178,10 @@ class RedisBroker:
         except (redis.RedisError, OSError) as error:
             return Unavailable(_why(url, error))
 
-    async def outlook(self, url: str, pool: Pool) -> Outlook | Unavailable:
+    async def dry_run(self, url: str, pool: Pool) -> DryRun | Unavailable:
         """What admission would answer now; changes nothing."""
         try:
-            return await asking.ask(self._client(url), pool.keys)
+            return await dry_run.ask(self._client(url), pool.keys)
         except ValueError as error:
             return Unavailable(f"what Redis holds of the pool cannot be read: {error}")
         except (redis.RedisError, OSError) as error:
@@ -322,13 +320,16 @@ def _ask(pipe: Any, pool: Pool) -> None:
         pipe.zcard(keys.spilled(tier.name))
         pipe.hgetall(keys.presence(tier.name))
         pipe.hgetall(keys.served(tier.name))
+        # Before what is counted beside it: what it counts no more is counted by then.
+        pipe.hgetall(keys.checkpoint(tier.name))
+        pipe.hgetall(keys.attempts(tier.name))
         pipe.hgetall(keys.waits(tier.name))
 
 
 def _reading(pool: Pool, answers: Iterator[Any], run_id: str, database: int, now: Milliseconds) -> BrokerReading | Unavailable:
     """Take this pool's answers, all of them, then make sense of them."""
     routes, marked = next(answers), next(answers)
-    answered = {tier.name: [next(answers) for _ in range(len(pool.keys.priority_steps) + 6)] for tier in pool.spec.tiers}
+    answered = {tier.name: [next(answers) for _ in range(len(pool.keys.priority_steps) + 8)] for tier in pool.spec.tiers}
     for answer in (routes, marked, *chain.from_iterable(answered.values())):
         if isinstance(answer, Unavailable):
             return Unavailable(f"what Redis holds of the pool cannot be read: {answer.why}")
@@ -342,7 +343,8 @@ def _reading(pool: Pool, answers: Iterator[Any], run_id: str, database: int, now
 
 
 def _queue(answers: Sequence[Any], now: Milliseconds) -> QueueReading:
-    *waiting, held, scheduled, spilled, presence, served, waits = answers
+    *waiting, held, scheduled, spilled, presence, served, checkpoint, attempts, waits = answers
+    kept = _checkpoint(checkpoint) if checkpoint else NOTHING_KEPT
     reports = [Presence.load(raw) for raw in presence.values()]
     return QueueReading(
         sum(waiting),
@@ -354,15 +356,26 @@ def _queue(answers: Sequence[Any], now: Milliseconds) -> QueueReading:
         waits=Waits(
             int(waits.get("jobs", 0)), float(waits.get("seconds", 0)), float(waits.get("expected", 0)), int(waits.get("right", 0))
         ),
-        attempts=Attempts(*(float(served.get(field.name, 0)) for field in fields(Attempts))),
-        breaker=_breaker(served) if "state" in served else NEVER_OPENED,
-        start_seconds=float(served["start_seconds"]) if "start_seconds" in served else None,
+        # What was counted since another time is over.
+        counted=_attempts(attempts) if int(attempts.get("since", 0)) == kept.breaker.since else NO_ATTEMPTS,
+        kept=kept,
     )
 
 
-def _breaker(stored: Mapping[str, str]) -> Breaker:
+def _stored(kept: Checkpoint) -> Mapping[str, Any]:
+    start = {} if kept.start_seconds is None else {"start_seconds": kept.start_seconds}
+    return {**asdict(kept.breaker), **asdict(kept.baseline), **start}
+
+
+def _checkpoint(stored: Mapping[str, str]) -> Checkpoint:
     at, since = Milliseconds(int(stored["at"])), Milliseconds(int(stored["since"]))
-    return Breaker(BreakerState(stored["state"]), at, int(stored["opened"]), since, int(stored["older"]))
+    breaker = Breaker(BreakerState(stored["state"]), at, int(stored["opened"]), since, int(stored["older"]))
+    start = float(stored["start_seconds"]) if "start_seconds" in stored else None
+    return Checkpoint(breaker, _attempts(stored), start)
+
+
+def _attempts(stored: Mapping[str, str]) -> Attempts:
+    return Attempts(*(float(stored.get(field.name, 0)) for field in fields(Attempts)))
 
 
 @contextlib.contextmanager

@@ -35,22 +35,30 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="celery-workerpool")
 def main() -> None:
-    """GPU and CPU Celery workers as one pool, on Kubernetes and on a laptop."""
+    """GPU and CPU Celery workers as one pool, on Kubernetes and on a laptop.
+
+    To begin with: `check` a WorkerPool, then try it on this machine with `dev`. In a cluster, `run` is what the operator's pod
+    executes. `explain` and `job` tell why a pool, or one job of it, is as it is.
+    """
 
 
-@main.command()
-@click.option("--namespace", "-n", "namespaces", multiple=True, help="Watch this namespace only; may be repeated. Default: all.")
-@click.option("--port", default=8080, show_default=True, help="Where /metrics, /healthz and /readyz are served.")
+@main.command(short_help="Run the operator (this is what its pod executes).")
+@click.option("--namespace", "-n", "namespaces", multiple=True, metavar="NAMESPACE",
+              help="Serve the WorkerPools of this namespace only; may be repeated. Default: all namespaces.")  # fmt: skip
+@click.option("--port", default=8080, show_default=True, help="Port of /metrics, /healthz and /readyz.")
 @click.option(
-    "--lease-name", default="celery-workerpool", show_default=True, help="The Lease by which one of several operators acts."
-)
+    "--lease-name", metavar="NAME", default="celery-workerpool", show_default=True,
+    help="The Lease that elects the one operator that acts.",
+)  # fmt: skip
 @click.option(
-    "--lease-namespace", metavar="NAMESPACE", help="Where that Lease is. Default: the pod's own, or `default` outside a cluster."
-)
+    "--lease-namespace", metavar="NAMESPACE",
+    help="Namespace of that Lease. Default: the pod's own, or `default` outside a cluster.",
+)  # fmt: skip
 def run(namespaces: Sequence[str], port: int, lease_name: str, lease_namespace: str | None) -> None:
-    """Run the operator against the cluster of this pod, or of KUBECONFIG.
+    """Run the operator in the cluster of this pod, or in that of KUBECONFIG.
 
-    Of several that name one Lease a single one acts; the others stand by and take over when it stops or dies.
+    Several operators may run with the same Lease: the one that holds it acts, the others stand by and take over when it stops
+    or dies.
     """
     # kopf and the client take a second to import
     from workerpool_operator.main import Options
@@ -59,10 +67,10 @@ def run(namespaces: Sequence[str], port: int, lease_name: str, lease_namespace: 
     run_operator(Options(tuple(namespaces), port, lease_name, lease_namespace))
 
 
-@main.command()
+@main.command(short_help="Validate a WorkerPool file, without a cluster.")
 @click.option("--file", "-f", "file", type=_FILE, required=True, help="A YAML file with one WorkerPool.")
 def check(file: Path) -> None:
-    """Say whether a WorkerPool is valid, without a cluster. Exit 2 when it is not."""
+    """Validate a WorkerPool without a cluster: print its tiers, or every problem by the field's name (exit code 2)."""
     pool = _read(file)
     click.echo(f"{file}: WorkerPool {pool.id} is valid")
     width = max(len(tier.name) for tier in pool.spec.tiers)
@@ -70,20 +78,20 @@ def check(file: Path) -> None:
         accelerator = f", {tier.accelerator.count} x {tier.accelerator.resource}" if tier.accelerator else ""
         click.echo(
             f"  {tier.name:<{width}}  queue {tier.queue}, {tier.replicas.min} to {tier.replicas.max} workers "
-            f"of {tier.concurrency} slots{accelerator}"
+            f"with {tier.concurrency} slot{'s' if tier.concurrency > 1 else ''} each{accelerator}"
         )
 
 
-@main.command()
+@main.command(short_help="Run a WorkerPool on this machine, with local processes.")
 @click.option("--file", "-f", "file", type=_FILE, required=True, help="A YAML file with one WorkerPool.")
-@click.option("--broker-url", metavar="URL", help="Use this Redis in place of the file's; default: a private one.")
-@click.option("--logs", type=click.Path(file_okay=False, path_type=Path), help="Where the workers log; default: a new directory.")
-@click.option("--debug", is_flag=True, help="Show a traceback for what goes wrong.")
+@click.option("--broker-url", metavar="URL", help="Use this Redis. Default: start a private one; the file's is never used.")
+@click.option("--logs", type=click.Path(file_okay=False, path_type=Path), help="Where the workers log. Default: a new directory.")
+@click.option("--debug", is_flag=True, help="Print a traceback when something goes wrong.")
 def dev(file: Path, broker_url: str | None, logs: Path | None, debug: bool) -> None:
-    """Run a WorkerPool on this machine: real Redis, real workers as local processes, the operator's own decisions.
+    """Run a WorkerPool on this machine: a real Redis, Celery workers as local processes, and the operator's own decisions.
 
-    Start it where `celery -A APP` would find the app. Point the API at the broker URL that it prints. Ctrl-C ends it:
-    workers finish what they have; a second Ctrl-C cuts them off.
+    Start it in the directory where `celery -A APP` would find the app, and point your API at the broker URL that it prints.
+    Ctrl-C ends it: the workers finish their jobs first; a second Ctrl-C does not wait for them.
     """
     pool = _read(file)
     directory = logs or Path(tempfile.mkdtemp(prefix=f"workerpool-{pool.name}-"))
@@ -98,19 +106,21 @@ def dev(file: Path, broker_url: str | None, logs: Path | None, debug: bool) -> N
         sys.exit(130)
 
 
-@main.command()
-@click.option("--trace", "trace_file", type=_FILE, help="A CSV with arrival_s and service_s (or exec_s), in seconds.")
-@click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN", help="The trace's own name of arrival_s or service_s.")
-@click.option("--synthetic", type=click.Choice(["images", "bursts", "steady"]), help="Made-up jobs, where there is no trace.")
-@click.option("--from-redis", is_flag=True, help="The jobs of the last hour that the ledger of the --pool still has.")
+@main.command(short_help="Replay a day of jobs through the scaling rule, and KEDA's.")
+@click.option("--trace", "trace_file", type=_FILE, help="Jobs from a CSV with arrival_s and service_s (or exec_s), in seconds.")
+@click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN",
+              help="What the CSV calls arrival_s or service_s; may be repeated.")  # fmt: skip
+@click.option("--synthetic", type=click.Choice(["images", "bursts", "steady"]), help="Made-up jobs of this kind.")
+@click.option("--from-redis", is_flag=True, help="The jobs of the last hour, as far as the ledger of the --pool still has them.")
 @click.option("--broker-url", metavar="URL", help="With --from-redis: use this Redis in place of the pool's.")
 @click.option("--pool", "pool_file", type=_FILE, help="A YAML file with one WorkerPool; its first tier is simulated.")
 @click.option("--policy", "policies", multiple=True, type=click.Choice(["workerpool", "keda", "keda-inflight", "bound"]),
-              help="May be repeated. Default: all.")  # fmt: skip
-@click.option("--start-seconds", type=click.FloatRange(min=0), default=45.0, show_default=True, help="How long a worker starts.")
+              help="A rule to show; may be repeated. Default: all.")  # fmt: skip
+@click.option("--start-seconds", type=click.FloatRange(min=0), default=45.0, show_default=True,
+              help="Seconds from the order of a worker until it is ready.")  # fmt: skip
 @click.option("--target-wait", type=click.IntRange(min=0), help="Seconds within which a job should start. Default: the pool's.")
 @click.option("--slots", type=click.IntRange(min=1), help="Jobs that one worker runs at a time. Default: the pool's.")
-@click.option("--seed", default=0, show_default=True, help="Of the made-up jobs.")
+@click.option("--seed", default=0, show_default=True, help="Random seed of the made-up jobs.")
 @click.option("--json", "json_file", type=_OUTPUT, help="Also write the table as JSON.")
 @click.option("--plot", "plot_file", type=_OUTPUT, help="Also draw arrivals, replicas and waits, as PNG.")
 def simulate(
@@ -128,9 +138,10 @@ def simulate(
     json_file: Path | None,
     plot_file: Path | None,
 ) -> None:
-    """Show what a pool would have ordered for a day of jobs, what they would have waited, and what it would have cost.
+    """Replay a day of jobs: how many workers would have been ordered, how long jobs would have waited, what it would have cost.
 
-    The operator's own rule decides, next to KEDA's and to the least that any rule could pay (for which SciPy must be there).
+    Give the jobs by one of --trace, --synthetic and --from-redis. The operator's own rule decides, next to KEDA's (by queue
+    length, or by what is in flight too) and to a lower bound: the least that any rule could pay (needs SciPy).
     """
     from workerpool_operator.simulation import command, trace
     from workerpool_operator.simulation.compare import Setting
@@ -150,14 +161,9 @@ def simulate(
             assert pool is not None
             given, note = command.replayed(pool.id, tier.name, _ended_jobs(pool, _address(pool, broker_url)))
             notes.append(note)
-        setting = Setting(
-            start_seconds=start_seconds,
-            target_wait=target_wait
-            if target_wait is not None
-            else (pool.spec.scaling if pool else Scaling()).target_wait_seconds,
-            slots=slots or tier.concurrency,
-            seed=seed,
-        )
+        if target_wait is None:
+            target_wait = (pool.spec.scaling if pool else Scaling()).target_wait_seconds
+        setting = Setting(start_seconds, target_wait, slots or tier.concurrency, seed)
         request = command.Request(given, setting, tier, policies or command.NAMES, notes)
         command.simulate(request, Console(), json_file, plot_file)
     except (command.CannotSimulate, OSError) as error:
@@ -178,13 +184,13 @@ def _ended_jobs(pool: Pool, address: str) -> list[Job]:
     return found
 
 
-@main.command()
+@main.command(short_help="Recover jobs of lost workers where no operator runs.")
 @click.option("--file", "-f", "file", type=_FILE, required=True, help="A YAML file with one WorkerPool.")
 @click.option("--broker-url", metavar="URL", help="Use this Redis in place of the file's.")
 def sweep(file: Path, broker_url: str | None) -> None:
-    """Take over jobs from lost workers and find lost messages, where no operator runs. Ctrl-C ends it.
+    """Take over jobs from lost workers and republish lost messages, for a pool without an operator. Ctrl-C ends it.
 
-    Every step is safe beside an operator, or a second sweep.
+    It is safe to run beside an operator, or beside a second sweep.
     """
     pool = _read(file)
     address = _address(pool, broker_url)
@@ -212,29 +218,29 @@ async def _sweep(pool: Pool, url: str) -> None:
         await asyncio.sleep(TICK_SECONDS)
 
 
-@main.command()
+@main.command(short_help="Tell why a pool is as it is, and where a job would go.")
 @click.argument("pool", required=False, metavar="[POOL]")
 @click.option("--file", "-f", "file", type=_FILE, help="A file with one WorkerPool and its status, in place of the API server.")
 @click.option("--broker-url", metavar="URL", help="Use this Redis in place of the pool's.")
 def explain(pool: str | None, file: Path | None, broker_url: str | None) -> None:
-    """Say why a pool is as it is: its workers, where its jobs went, what a new one would get. Changes nothing.
+    """Tell why a pool is as it is: its workers, where its jobs went, and what a new job would get. Changes nothing.
 
-    POOL is namespace/name, as in WorkerPool("ml/media", app). It is looked up in the cluster of this pod, or of KUBECONFIG. Where
-    Redis cannot be reached from here, forward its port and give --broker-url, or ask in the operator's pod:
+    POOL is namespace/name, as in WorkerPool("ml/media", app). It is looked up in the cluster of this pod, or in that of
+    KUBECONFIG. If Redis cannot be reached from here, forward its port and give --broker-url, or ask in the operator's pod:
 
     
       workerpool explain ml/media
       kubectl exec -n celery-workerpool deploy/celery-workerpool -- workerpool explain ml/media
 
-    Without a cluster: the file that `workerpool dev` names at its start, or what `kubectl get wp media -o yaml` has printed.
+    Without a cluster, give the file that `workerpool dev` names when it starts, or the output of `kubectl get wp media -o yaml`:
 
     
       workerpool explain -f /tmp/workerpool-media-x1y2/workerpool.json
 
-    The sentences are those of the status and its conditions. What became of one job: `workerpool job TASK_ID`.
+    The sentences are those of the pool's status and its conditions. For one job, see `workerpool job`.
     """
     from workerpool_operator import explain as asked  # the client of the API server takes a while to import
-    from workerpool_operator.explanation import render
+    from workerpool_operator.explain_view import render
 
     if (pool is None) == (file is None):
         _fail("give POOL, as namespace/name, or -f FILE with a WorkerPool and its status")
@@ -244,26 +250,29 @@ def explain(pool: str | None, file: Path | None, broker_url: str | None) -> None
             url: str | Unavailable = _address(found, broker_url)
         else:
             assert pool is not None
-            found, url = asyncio.run(asked.stored(pool))
+            found, url = asyncio.run(asked.look_up(pool))
             url = _address(found, broker_url) if broker_url else url
-        known = asyncio.run(asked.explanation(found, url))
+        known = asyncio.run(asked.gather(found, url))
     except asked.CannotExplain as error:
         _fail(str(error))
     Console().print(render(known))
 
 
-@main.command()
+@main.command(short_help="Tell what became of one job, start by start.")
 @click.argument("task_id")
 @click.option("--file", "-f", "file", type=_FILE, required=True, help="A YAML file with one WorkerPool.")
 @click.option("--broker-url", metavar="URL", help="Use this Redis in place of the file's.")
 def job(task_id: str, file: Path, broker_url: str | None) -> None:
-    """Say what became of one job: where it was admitted and why, every start, and how each ended."""
+    """Tell what became of one job: where it was admitted and why, every start, and how each ended.
+
+    TASK_ID is Celery's; `submit()` returns it as `decision.task_id`. The ledger keeps a job for an hour after its end.
+    """
     pool = _read(file)
     found = asyncio.run(_entry(pool, _address(pool, broker_url), task_id))
     if isinstance(found, Unavailable):
         _fail(found.why)
     if found is None:
-        _fail(f"{task_id}: pool {pool.id} has no entry of it (any more)")
+        _fail(f"{task_id}: not on the ledger of pool {pool.id}: never admitted, or ended more than an hour ago")
     for line in told(found):
         click.echo(line)
 
@@ -282,7 +291,7 @@ def _address(pool: Pool, broker_url: str | None) -> str:
     except dev_mode.CannotStart as error:
         _fail(str(error))
     if broker.url is None:
-        _fail("spec.broker.urlFrom: needs a cluster; give --broker-url")
+        _fail("spec.broker.urlFrom: the Secret can only be read in a cluster; give --broker-url")
     return broker.address(broker.url)
 
 

@@ -1,13 +1,12 @@
-"""What a pass's plan means to people: the status with its conditions, and the Events that say what changed."""
+"""What a pass means to people: the status of a pool with its conditions, and the Events that say what has changed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from workerpool_operator import scaling
-from workerpool_operator.breaker import Decision
 from workerpool_operator.drain import OVERDUE_SECONDS, Drain
 from workerpool_operator.model import Mode
 from workerpool_operator.observation import NOTHING_SERVED, BreakerState, Phase, Unavailable
@@ -19,84 +18,72 @@ from workerpool_operator.status import Condition, ConditionType, Event, Status, 
 from workerpool_operator.worker_command import grace_seconds
 from workerpool_routing.wire import PRESENCE_LIFE_MS
 
-_ASIDE = {
+ENOUGH_JOBS = 20
+"""A tier's job lengths are compared with its grace period only once it has ended so many jobs."""
+
+_MODES = {
     Mode.ACTIVE: "the operator acts",
     Mode.ADVISORY: "mode: Advisory: decides and reports, touches nothing",
     Mode.PAUSED: "mode: Paused: touches nothing",
 }
 
 
-def assess(
-    pool: Pool,
-    plans: Sequence[TierPlan],
-    broker: Unavailable | None,
-    refused: Unavailable | None,
-    workers: Unavailable | None,
-    conflict: Conflict | None,
-    previous: Mapping[str, Any],
-    now: float,
-    moved: Sequence[Moved] = (),
-) -> tuple[Status, tuple[Event, ...]]:
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What one pass found out about a pool, and what it decided.
+
+    Attributes:
+        pool: the pool.
+        plans: one for each tier; empty when the workers could not be observed.
+        now: wall-clock seconds.
+        broker: why the broker could not be read; None when it could.
+        refused: why the broker took no writes; None when it did, or when nothing was written.
+        workers: why the workers could not be observed; None when they could.
+        conflict: the queue that another pool owns.
+        moved: the waiting jobs that have lately changed their tier.
+    """
+
+    pool: Pool
+    plans: Sequence[TierPlan]
+    now: float
+    broker: Unavailable | None = None
+    refused: Unavailable | None = None
+    workers: Unavailable | None = None
+    conflict: Conflict | None = None
+    moved: Sequence[Moved] = ()
+
+
+def assess(found: Findings, previous: Mapping[str, Any]) -> tuple[Status, tuple[Event, ...]]:
     """The status of one pool after a pass, and what is worth an Event.
 
     Args:
-        pool: the pool.
-        plans: one for each tier; empty when the workers could not be seen.
-        broker: why the broker could not be read, None when it could.
-        refused: why the broker took no writes, None when it did or nothing was written.
-        workers: the same of the workers.
-        conflict: the queue that another pool owns.
-        previous: the status of the pass before, as stored.
-        now: wall-clock seconds.
-        moved: the waiting jobs that have changed their tier.
+        found: what the pass found out and decided.
+        previous: the status after the pass before, as stored.
     """
+    pool = found.pool
     if pool.spec.mode is Mode.ADVISORY:
-        plans = [
-            replace(
-                plan,
-                decision=_advised(plan.decision),
-                drain=Drain(plan.workers.desired),
-                breaker=_untouched(plan.breaker),
-            )
-            for plan in plans
-        ]
-    tiers = tuple(_tier(plan) for plan in plans)
-    found = [
-        _broker(broker, refused),
-        _capacity(pool, plans, workers, now),
-        _spilling(plans, broker, workers),
-        _limited(plans, broker, workers),
-        _shared(conflict),
-        _rivals(plans, workers),
-        _grace(plans, broker, workers),
-        _overdue(plans),
-        _broken(plans, broker, workers),
-        _rebalancing(moved, now),
-        _outdated(pool),
-        _paused(pool.spec.mode),
-    ]
-    conditions = [Condition(*fields, pool.generation) for fields in [_ready(found, plans, workers), *found]]
+        found = replace(found, plans=[_as_advice(plan) for plan in found.plans])
+    verdicts = {kind: judge(found) for kind, judge in _JUDGES.items()}
+    verdicts = {ConditionType.READY: _ready(found, verdicts), **verdicts}
+    conditions = [Condition(kind, *verdict, pool.generation) for kind, verdict in verdicts.items()]
+    tiers = tuple(_tier(plan) for plan in found.plans)
     status = Status(
         observed_generation=pool.generation,
-        conditions=stamp(conditions, previous, now),
+        conditions=stamp(conditions, previous, found.now),
         tiers=tiers,
         waiting=total([tier.waiting for tier in tiers]) if tiers else None,
         in_flight=total([tier.in_flight for tier in tiers]) if tiers else None,
         replicas=summary(tiers),
     )
-    events = [*flips(status, previous), *_scaled(pool, plans, previous, held=conflict is not None)]
-    return status, tuple(dict.fromkeys(events))  # Ready is False for the reason of another condition
+    events = [*flips(status, previous), *_scaled(found, previous)]
+    return status, tuple(dict.fromkeys(events))  # once: Ready repeats the reason and message of the condition that it follows
 
 
-_Fields = tuple[ConditionType, str, str, str]
-
-
-def _advised(decision: scaling.Decision) -> scaling.Decision:
-    return replace(decision, message=decision.message.replace(", ordered", ", would order"))
-
-
-def _untouched(breaker: Decision | None) -> Decision | None:
-    return replace(breaker, message=breaker.message.replace(": out of", ": would be out of")) if breaker else None
+def _as_advice(plan: TierPlan) -> TierPlan:
+    """The plan as ``mode: Advisory`` tells it: nothing is ordered, marked or taken out of routing."""
+    decision = replace(plan.decision, message=plan.decision.message.replace(", ordered", ", would order"))
+    breaker = plan.breaker and replace(plan.breaker, message=plan.breaker.message.replace(": out of", ": would be out of"))
+    return replace(plan, decision=decision, drain=Drain(plan.workers.desired), breaker=breaker)
 
 
 def _tier(plan: TierPlan) -> TierStatus:
@@ -116,45 +103,46 @@ def _tier(plan: TierPlan) -> TierStatus:
     )
 
 
-def _ready(found: Sequence[_Fields], plans: Sequence[TierPlan], workers: Unavailable | None) -> _Fields:
-    kind = ConditionType.READY
-    if workers:
-        return kind, "Unknown", "WorkersUnreadable", workers.why
-    wrong = {ConditionType.BROKER_REACHABLE: "False", ConditionType.QUEUE_SHARED: "True"}
-    for what, status, reason, message in found:
-        if wrong.get(what) == status:
-            return kind, "False", reason, message
-    for plan in plans:
+_Verdict = tuple[str, str, str]
+"""Status, reason and message of a condition."""
+
+
+def _ready(found: Findings, others: Mapping[ConditionType, _Verdict]) -> _Verdict:
+    if found.workers:
+        return "Unknown", "WorkersUnreadable", found.workers.why
+    for kind, fatal in ((ConditionType.BROKER_REACHABLE, "False"), (ConditionType.QUEUE_SHARED, "True")):
+        status, reason, message = others[kind]
+        if status == fatal:
+            return "False", reason, message
+    for plan in found.plans:
         if plan.decision.replicas and not plan.workers.count(Phase.READY) and plan.workers.count(Phase.FAILING):
-            return kind, "False", "WorkersFailing", _details(plan, Phase.FAILING)
-    return kind, "True", "Working", "the broker answers and no tier is down"
+            return "False", "WorkersFailing", _details(plan, Phase.FAILING)
+    return "True", "Working", "the broker answers and no tier is down"
 
 
-def _broker(unavailable: Unavailable | None, refused: Unavailable | None) -> _Fields:
-    kind = ConditionType.BROKER_REACHABLE
-    if unavailable:
-        return kind, "False", "BrokerUnreadable", f"{unavailable.why}; replicas stay as they are"
-    if refused:
-        return kind, "False", "BrokerRefusesWrites", f"{refused.why}; no worker is taken for lost meanwhile"
-    return kind, "True", "Answering", "the queues are read every second"
+def _broker(found: Findings) -> _Verdict:
+    if found.broker:
+        return "False", "BrokerUnreadable", f"{found.broker.why}; replicas stay as they are"
+    if found.refused:
+        return "False", "BrokerRefusesWrites", f"{found.refused.why}; no worker is taken for lost meanwhile"
+    return "True", "Answering", "the queues are read every second"
 
 
-def _capacity(pool: Pool, plans: Sequence[TierPlan], workers: Unavailable | None, now: float) -> _Fields:
-    kind = ConditionType.CAPACITY_AVAILABLE
-    if workers:
-        return kind, "Unknown", "WorkersUnreadable", workers.why
+def _capacity(found: Findings) -> _Verdict:
+    if found.workers:
+        return "Unknown", "WorkersUnreadable", found.workers.why
     for phase, reason in ((Phase.UNSCHEDULABLE, "Unschedulable"), (Phase.FAILING, "WorkersFailing")):
-        stuck = [_details(plan, phase) for plan in plans if plan.workers.count(phase)]
+        stuck = [_details(plan, phase) for plan in found.plans if plan.workers.count(phase)]
         if stuck:
-            return kind, "False", reason, "; ".join(stuck)
-    if silent := [plan.tier.name for plan in plans if _silent(plan, now)]:
-        message = f"{', '.join(silent)}: workers are ready but none reports: the app lacks WorkerPool({pool.id!r}, app)"
-        return kind, "Unknown", "WorkersSilent", f"{message}, so nothing is known of free slots and nothing falls back"
-    return kind, "True", "AsOrdered", "every worker that was ordered runs or starts"
+            return "False", reason, "; ".join(stuck)
+    if silent := [plan.tier.name for plan in found.plans if _silent(plan, found.now)]:
+        message = f"{', '.join(silent)}: workers are ready but none reports: the app lacks WorkerPool({found.pool.id!r}, app)"
+        return "Unknown", "WorkersSilent", f"{message}, so nothing is known of free slots and nothing falls back"
+    return "True", "AsOrdered", "every worker that was ordered runs or starts"
 
 
 def _silent(plan: TierPlan, now: float) -> bool:
-    """Whether workers have been ready for a while and the library in them, if there is one, has never reported."""
+    """Whether workers have been ready for a while without a report: then the library is not in their app."""
     since = min((r.ready_at for r in plan.workers.replicas if r.phase is Phase.READY and r.ready_at is not None), default=now)
     return plan.queue is not None and not plan.queue.workers and now - since > PRESENCE_LIFE_MS / 1000
 
@@ -164,61 +152,53 @@ def _details(plan: TierPlan, phase: Phase) -> str:
     return f"{plan.tier.name}: {len(stuck)} of {plan.decision.replicas} {phase.lower()}: {stuck[0].detail}"
 
 
-def _unread(kind: ConditionType, broker: Unavailable | None, workers: Unavailable | None) -> _Fields | None:
-    if workers:
-        return kind, "Unknown", "WorkersUnreadable", workers.why
-    return (kind, "Unknown", "BrokerUnreadable", broker.why) if broker else None
+def _unread(found: Findings) -> _Verdict | None:
+    """The verdict where the workers or the queues could not be read."""
+    if found.workers:
+        return "Unknown", "WorkersUnreadable", found.workers.why
+    return ("Unknown", "BrokerUnreadable", found.broker.why) if found.broker else None
 
 
-def _spilling(plans: Sequence[TierPlan], broker: Unavailable | None, workers: Unavailable | None) -> _Fields:
-    kind = ConditionType.SPILLING
-    if unread := _unread(kind, broker, workers):
+def _spilling(found: Findings) -> _Verdict:
+    if unread := _unread(found):
         return unread
-    spilled = [f"{plan.spilled} jobs that wanted {plan.tier.name} wait or run elsewhere" for plan in plans if plan.spilled]
+    spilled = [f"{plan.spilled} jobs that wanted {plan.tier.name} wait or run elsewhere" for plan in found.plans if plan.spilled]
     if spilled:
-        return kind, "True", "JobsElsewhere", "; ".join(spilled)
-    return kind, "False", "NoJobsElsewhere", "every job is on the tier that it wanted"
+        return "True", "JobsElsewhere", "; ".join(spilled)
+    return "False", "NoJobsElsewhere", "every job is on the tier that it wanted"
 
 
-def _limited(plans: Sequence[TierPlan], broker: Unavailable | None, workers: Unavailable | None) -> _Fields:
-    kind = ConditionType.SCALING_LIMITED
-    if unread := _unread(kind, broker, workers):
+def _limited(found: Findings) -> _Verdict:
+    if unread := _unread(found):
         return unread
-    limited = [f"{p.tier.name}: {p.decision.message}" for p in plans if p.decision.reason is scaling.Reason.AT_MAXIMUM]
+    limited = [f"{p.tier.name}: {p.decision.message}" for p in found.plans if p.decision.reason is scaling.Reason.AT_MAXIMUM]
     if limited:
-        return kind, "True", "AtMaximum", "; ".join(limited)
-    return kind, "False", "WithinBounds", "no tier needs more than its maximum"
+        return "True", "AtMaximum", "; ".join(limited)
+    return "False", "WithinBounds", "no tier needs more than its maximum"
 
 
-def _shared(conflict: Conflict | None) -> _Fields:
-    kind = ConditionType.QUEUE_SHARED
-    if conflict:
+def _shared(found: Findings) -> _Verdict:
+    if conflict := found.conflict:
         message = f"queue {conflict.queue} belongs to WorkerPool {conflict.owner}, which is older; this pool is held"
-        return kind, "True", "QueueTaken", message
-    return kind, "False", "QueuesOwned", "no other pool has these queues"
+        return "True", "QueueTaken", message
+    return "False", "QueuesOwned", "no other pool has these queues"
 
 
-def _rivals(plans: Sequence[TierPlan], workers: Unavailable | None) -> _Fields:
-    kind = ConditionType.AUTOSCALER_CONFLICT
-    if workers:
-        return kind, "Unknown", "WorkersUnreadable", workers.why
-    if rivals := [f"{plan.tier.name}: {plan.workers.rival} scales it too" for plan in plans if plan.workers.rival]:
+def _rivals(found: Findings) -> _Verdict:
+    if found.workers:
+        return "Unknown", "WorkersUnreadable", found.workers.why
+    if rivals := [f"{plan.tier.name}: {plan.workers.rival} scales it too" for plan in found.plans if plan.workers.rival]:
         message = f"{'; '.join(rivals)}; its count is left alone until that is deleted"
-        return kind, "True", "AnotherAutoscaler", message
-    return kind, "False", "NoOtherAutoscaler", "nobody else scales a tier"
+        return "True", "AnotherAutoscaler", message
+    return "False", "NoOtherAutoscaler", "nobody else scales a tier"
 
 
-ENOUGH_JOBS = 20
-"""Of fewer jobs than this nothing is concluded."""
-
-
-def _grace(plans: Sequence[TierPlan], broker: Unavailable | None, workers: Unavailable | None) -> _Fields:
+def _grace(found: Findings) -> _Verdict:
     """Whether a tier's jobs usually outlast its grace period: longer than the mean by two standard deviations."""
-    kind = ConditionType.GRACE_PERIOD_TOO_SHORT
-    if unread := _unread(kind, broker, workers):
+    if unread := _unread(found):
         return unread
     short = []
-    for plan in plans:
+    for plan in found.plans:
         served, grace = plan.queue.served if plan.queue else NOTHING_SERVED, grace_seconds(plan.tier)
         if served.jobs < ENOUGH_JOBS:
             continue
@@ -228,64 +208,78 @@ def _grace(plans: Sequence[TierPlan], broker: Unavailable | None, workers: Unava
             short.append(f"{plan.tier.name}: jobs take {mean:.0f} s, up to {long:.0f} s, and its grace period is {grace} s")
     if short:
         message = "what a rollout or a node's drain cuts off begins anew; raise terminationGracePeriodSeconds in the template"
-        return kind, "True", "JobsOutlastIt", f"{'; '.join(short)}: {message}"
-    return kind, "False", "LongEnough", "no tier is known to have jobs that outlast its grace period"
+        return "True", "JobsOutlastIt", f"{'; '.join(short)}: {message}"
+    return "False", "LongEnough", "no tier is known to have jobs that outlast its grace period"
 
 
-def _overdue(plans: Sequence[TierPlan]) -> _Fields:
-    kind = ConditionType.DRAIN_OVERDUE
-    late = [f"{plan.tier.name}: {', '.join(plan.drain.overdue)}" for plan in plans if plan.drain.overdue]
+def _overdue(found: Findings) -> _Verdict:
+    late = [f"{plan.tier.name}: {', '.join(plan.drain.overdue)}" for plan in found.plans if plan.drain.overdue]
     if late:
         message = f"still busy {OVERDUE_SECONDS:.0f} s after it was told to take nothing new; it is not killed"
-        return kind, "True", "WorkersStayBusy", f"{'; '.join(late)}: {message}"
-    return kind, "False", "InTime", "no worker that is to leave has been busy for too long"
+        return "True", "WorkersStayBusy", f"{'; '.join(late)}: {message}"
+    return "False", "InTime", "no worker that is to leave has been busy for too long"
 
 
-def _broken(plans: Sequence[TierPlan], broker: Unavailable | None, workers: Unavailable | None) -> _Fields:
-    kind = ConditionType.TIER_BROKEN
-    if unread := _unread(kind, broker, workers):
+def _broken(found: Findings) -> _Verdict:
+    if unread := _unread(found):
         return unread
-    decided = [(plan.tier.name, plan.breaker) for plan in plans if plan.breaker and plan.breaker.message]
+    decided = [(plan.tier.name, plan.breaker) for plan in found.plans if plan.breaker and plan.breaker.message]
     message = "; ".join(f"{name}: {breaker.message}" for name, breaker in decided)
     states = {breaker.breaker.state for _, breaker in decided}
     if BreakerState.OPEN in states:
-        return kind, "True", "AttemptsFail", message
+        return "True", "AttemptsFail", message
     if BreakerState.HALF_OPEN in states:
-        return kind, "True", "OnTrial", message
-    return kind, "False", "InRouting", message or "every accelerated tier takes part in routing"
+        return "True", "OnTrial", message
+    return "False", "InRouting", message or "every accelerated tier takes part in routing"
 
 
-def _rebalancing(moved: Sequence[Moved], now: float) -> _Fields:
-    kind = ConditionType.REBALANCING
-    if news := told(moved, now):
-        return kind, "True", "JobsMoved", "; ".join(one.message for one in news)
-    return kind, "False", "JobsStay", "no waiting job changes its tier"
+def _rebalancing(found: Findings) -> _Verdict:
+    if news := told(found.moved, found.now):
+        return "True", "JobsMoved", "; ".join(one.message for one in news)
+    return "False", "JobsStay", "no waiting job changes its tier"
 
 
-def _outdated(pool: Pool) -> _Fields:
-    kind = ConditionType.DEFINITION_OUTDATED
-    if pool.unknown:
+def _outdated(found: Findings) -> _Verdict:
+    if unknown := found.pool.unknown:
         message = (
             "the CustomResourceDefinition is older than the operator, so that nothing can be set there and the defaults hold"
         )
-        return kind, "True", "FieldsUnknown", f"{', '.join(pool.unknown)}: {message}; apply crds/workerpool.yaml of its version"
-    return kind, "False", "UpToDate", "the CustomResourceDefinition knows every field that has a default"
+        return "True", "FieldsUnknown", f"{', '.join(unknown)}: {message}; apply crds/workerpool.yaml of its version"
+    return "False", "UpToDate", "the CustomResourceDefinition knows every field that has a default"
 
 
-def _paused(mode: Mode) -> _Fields:
-    return ConditionType.PAUSED, "False" if mode is Mode.ACTIVE else "True", mode.value, _ASIDE[mode]
+def _paused(found: Findings) -> _Verdict:
+    mode = found.pool.spec.mode
+    return "False" if mode is Mode.ACTIVE else "True", mode.value, _MODES[mode]
 
 
-def _scaled(pool: Pool, plans: Sequence[TierPlan], previous: Mapping[str, Any], *, held: bool) -> list[Event]:
-    """One Event for each count that was decided anew; none until the last one was written, however often the need changes."""
-    if held or pool.spec.mode is not Mode.ACTIVE:
+_JUDGES: Mapping[ConditionType, Callable[[Findings], _Verdict]] = {
+    ConditionType.BROKER_REACHABLE: _broker,
+    ConditionType.CAPACITY_AVAILABLE: _capacity,
+    ConditionType.SPILLING: _spilling,
+    ConditionType.SCALING_LIMITED: _limited,
+    ConditionType.QUEUE_SHARED: _shared,
+    ConditionType.AUTOSCALER_CONFLICT: _rivals,
+    ConditionType.GRACE_PERIOD_TOO_SHORT: _grace,
+    ConditionType.DRAIN_OVERDUE: _overdue,
+    ConditionType.TIER_BROKEN: _broken,
+    ConditionType.REBALANCING: _rebalancing,
+    ConditionType.DEFINITION_OUTDATED: _outdated,
+    ConditionType.PAUSED: _paused,
+}
+"""In the order of the status, where Ready, which follows from the others, comes first."""
+
+
+def _scaled(found: Findings, previous: Mapping[str, Any]) -> list[Event]:
+    """One Event for each new replica count; no further one for a tier until that count has been written."""
+    if found.conflict or found.pool.spec.mode is not Mode.ACTIVE:
         return []
     set_aside = {c.get("type") for c in previous.get("conditions", ()) if c.get("status") == "True"}
     decided = {tier.get("name"): tier.get("desired") for tier in previous.get("tiers", ())}
     if set_aside & {ConditionType.PAUSED, ConditionType.QUEUE_SHARED}:
-        decided = {}  # what was only advised was never written
+        decided = {}  # what was decided then was never written
     events = []
-    for plan in plans:
+    for plan in found.plans:
         name, before, after = plan.tier.name, plan.workers.desired, plan.decision.replicas
         if after != before == decided.get(name, before):
             events.append(Event(False, plan.decision.reason, f"{name}: {before} → {after}: {plan.decision.message}"))

@@ -1,4 +1,7 @@
-"""Finds what `workerpool explain` shows: the pool and its status where they are kept, and what Redis says now."""
+"""Gathers what ``workerpool explain`` shows: the pool and its status from the API server or a file, the rest from Redis.
+
+``explain_view.py`` prints it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import asyncio
 from kubernetes.aio.config import ConfigException
 
 from workerpool_operator.broker import RedisBroker
-from workerpool_operator.explanation import Explanation
+from workerpool_operator.explain_view import Explanation
 from workerpool_operator.kube.api import Api, ApiError, path_to
 from workerpool_operator.kube.seen import Refused, worker_pool
 from workerpool_operator.kube.urls import KubeUrls
@@ -17,23 +20,26 @@ from workerpool_operator.ports import Pool
 from workerpool_operator.status import Status
 
 SECRET_TRIES = 10
-"""How often a Secret is asked for that is still being read: for five seconds."""
+"""How often to ask for a broker URL whose Secret is still being read: for about five seconds."""
 
 _NO_STATUS = (
-    "in a cluster: no operator has told of it yet, does one run that watches its namespace? In a file: give the one that "
+    "in a cluster: no operator has written one yet; is one running that watches its namespace? In a file: give the one that "
     "`workerpool dev` names, or what `kubectl get wp NAME -o yaml` prints"
 )
 
 
 class CannotExplain(Exception):
-    """There is no such pool to be seen; the message says why, and what to do."""
+    """The pool cannot be found or read; the message says why, and what to do."""
 
 
-async def stored(name: str) -> tuple[Pool, str | Unavailable]:
-    """A WorkerPool as the API server of this pod's cluster, or of KUBECONFIG, has it, and where its broker is.
+async def look_up(name: str) -> tuple[Pool, str | Unavailable]:
+    """Get a WorkerPool and its broker's URL from the API server of this pod's cluster, or of KUBECONFIG.
 
     Args:
         name: ``namespace/name``; a name alone is in the namespace ``default``.
+
+    Raises:
+        CannotExplain: there is no cluster, no such WorkerPool, or it is not valid.
     """
     namespace, _, own = name.rpartition("/")
     namespace = namespace or "default"
@@ -43,7 +49,7 @@ async def stored(name: str) -> tuple[Pool, str | Unavailable]:
         message = f"no cluster to connect to: {error}; set KUBECONFIG, or give -f FILE with a WorkerPool and its status"
         raise CannotExplain(message) from error
     try:
-        # A listing, because that is what the operator's own account may do.
+        # A list of one, because the operator's own account may list WorkerPools and not get them.
         found = await api.get(path_to(API_VERSION, namespace, PLURAL), fieldSelector=f"metadata.name={own}")
         pools = [pool for raw in found["items"] if (pool := worker_pool(raw))]
         if not pools:
@@ -53,7 +59,7 @@ async def stored(name: str) -> tuple[Pool, str | Unavailable]:
             raise CannotExplain("\n".join([f"{namespace}/{own} is not a valid WorkerPool:", *map(str, pool.problems)]))
         return pool, await _url(api, pool)
     except ApiError as error:
-        raise CannotExplain(f"{api.host} does not say anything of {namespace}/{own}: {error}") from error
+        raise CannotExplain(f"{api.host} did not return {namespace}/{own}: {error}") from error
     finally:
         await api.close()
 
@@ -65,18 +71,22 @@ async def _url(api: Api, pool: Pool) -> str | Unavailable:
     return url
 
 
-async def explanation(pool: Pool, url: str | Unavailable) -> Explanation:
-    """What is known of a pool now; a part that cannot be had says why, and the others are there."""
+async def gather(pool: Pool, url: str | Unavailable) -> Explanation:
+    """Collect what is known of a pool now. A part that cannot be had says why; the others are there all the same.
+
+    Raises:
+        CannotExplain: the status was not written by an operator.
+    """
     try:
         status = Status.load(pool.status) or Unavailable(_NO_STATUS)
     except (TypeError, AttributeError) as error:
-        raise CannotExplain(f"the status of {pool.id} is not as an operator writes it: {error}") from error
+        raise CannotExplain(f"the status of {pool.id} was not written by an operator: {error}") from error
     if isinstance(url, Unavailable):
         return Explanation(pool, status, url, url)
     broker = RedisBroker(asyncio.Event())
     try:
         readings = await broker.read(url, [pool])
         reading = readings if isinstance(readings, Unavailable) else readings[pool.id]
-        return Explanation(pool, status, reading, await broker.outlook(url, pool))
+        return Explanation(pool, status, reading, await broker.dry_run(url, pool))
     finally:
         await broker.close()

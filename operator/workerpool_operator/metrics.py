@@ -149,4 +149,4 @@ def _tiers(pool: str, report: Report) -> Iterator[tuple[Metric, list[str], *tupl
             yield EXPECTED, labels, queue.waits.expected
             yield AS_EXPECTED, labels, queue.waits.right
             if tier.name in accelerated:
-                yield BREAKER, [*labels, queue.breaker.state], 1.0
+                yield BREAKER, [*labels, queue.kept.breaker.state], 1.0

@@ -49,7 +49,7 @@ NOTHING_STARTED = Waits()
 
 @dataclass(frozen=True, slots=True)
 class Attempts:
-    """How the latest attempts on an accelerated tier ended; older ones weigh less, so these are no whole numbers.
+    """How attempts on an accelerated tier ended; of the latest the older weigh less, so these need not be whole numbers.
 
     Attributes:
         succeeded: ended well.
@@ -62,6 +62,14 @@ class Attempts:
     failed: float = 0.0
     confirmed: float = 0.0
     refuted: float = 0.0
+
+    def __sub__(self, other: Attempts) -> Attempts:
+        return Attempts(
+            self.succeeded - other.succeeded,
+            self.failed - other.failed,
+            self.confirmed - other.confirmed,
+            self.refuted - other.refuted,
+        )
 
 
 class BreakerState(StrEnum):
@@ -77,7 +85,7 @@ _NEVER = Milliseconds(0)
 
 @dataclass(frozen=True, slots=True)
 class Breaker:
-    """The circuit breaker of a tier as Redis keeps it; times are Redis milliseconds.
+    """The circuit breaker of a tier; times are Redis milliseconds.
 
     Attributes:
         at: when it entered its state.
@@ -97,6 +105,25 @@ NO_ATTEMPTS, NEVER_OPENED = Attempts(), Breaker()
 
 
 @dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What the operator keeps of a tier in Redis, so that the next pass, or the next operator, goes on where this one stopped.
+
+    Attributes:
+        breaker: whether the tier takes part in routing.
+        baseline: what counts no more of the attempts that are counted since ``breaker.since``; below zero what counts although
+            it was before.
+        start_seconds: how long its workers take to start, as far as any operator has learnt; None before one has.
+    """
+
+    breaker: Breaker = NEVER_OPENED
+    baseline: Attempts = NO_ATTEMPTS
+    start_seconds: float | None = None
+
+
+NOTHING_KEPT = Checkpoint()
+
+
+@dataclass(frozen=True, slots=True)
 class QueueReading:
     """One tier as Redis has it.
 
@@ -108,9 +135,8 @@ class QueueReading:
         lost: owners that reported once and then fell silent, not yet taken over.
         served: the jobs that it has ended.
         waits: of the jobs that it has started.
-        attempts: how its latest attempts ended.
-        breaker: whether it took part in routing so far.
-        start_seconds: how long its workers took to start, as far as any operator has learnt; None before one has.
+        counted: how all of its attempts ended that began since its breaker last changed; workers alone count.
+        kept: what the operator has left there.
     """
 
     waiting: int
@@ -120,9 +146,13 @@ class QueueReading:
     lost: tuple[str, ...] = ()
     served: Served = NOTHING_SERVED
     waits: Waits = NOTHING_STARTED
-    attempts: Attempts = NO_ATTEMPTS
-    breaker: Breaker = NEVER_OPENED
-    start_seconds: float | None = None
+    counted: Attempts = NO_ATTEMPTS
+    kept: Checkpoint = NOTHING_KEPT
+
+    @property
+    def attempts(self) -> Attempts:
+        """How its latest attempts ended."""
+        return self.counted - self.kept.baseline
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +240,7 @@ class TierReplicas:
         return max(0, self.desired - stuck)
 
     @property
-    def start_seconds(self) -> float | None:
-        """From order to ready, of the worker that became ready last; None when none has."""
-        ready = [(r.ready_at, r.ready_at - r.ordered_at) for r in self.replicas if r.ready_at is not None]
-        return max(ready)[1] if ready else None
+    def newest(self) -> tuple[float, Replica] | None:
+        """When a worker became ready last, and which; None when none has."""
+        ready = [(replica.ready_at, replica) for replica in self.replicas if replica.ready_at is not None]
+        return max(ready, key=lambda one: (one[0], -one[1].ordered_at), default=None)

@@ -10,7 +10,17 @@ from statistics import fmean
 
 from workerpool_operator import breaker, drain, scaling
 from workerpool_operator.model import Mode, Tier, WorkerPoolSpec
-from workerpool_operator.observation import NEVER_OPENED, BrokerReading, Phase, QueueReading, TierReplicas, Unavailable
+from workerpool_operator.observation import (
+    NEVER_OPENED,
+    NO_ATTEMPTS,
+    BrokerReading,
+    Checkpoint,
+    Phase,
+    QueueReading,
+    Replica,
+    TierReplicas,
+    Unavailable,
+)
 from workerpool_operator.ports import Marks, Pool
 from workerpool_routing.decide import START_SECONDS, Load
 from workerpool_routing.wire import Capacity, Milliseconds, Policy, StartingSlots, TaskPolicy, TierCapacity, TierPolicy
@@ -24,6 +34,9 @@ OVERDUE = 0.125
 _NEWS = 0.1
 """By what part a start time has to differ from the one that is kept to be kept anew."""
 
+_STUCK = frozenset({Phase.UNSCHEDULABLE, Phase.FAILING})
+"""The phases of a worker that is ordered and cannot come up for now: no start is under way, and none takes so long."""
+
 _PAUSED = "mode: Paused: nothing is decided, the count is what was seen"
 
 
@@ -33,6 +46,7 @@ class TierPlan:
 
     ``drain`` says how it comes to what it should have without cutting off a job, ``breaker`` whether it takes part in routing;
     None where there is nothing to decide: a plain tier, one whose jobs have nowhere else to go, a pool that is paused or unread.
+    ``stuck`` says when each worker that could not come up was last seen so.
     """
 
     tier: Tier
@@ -41,6 +55,12 @@ class TierPlan:
     decision: scaling.Decision
     drain: drain.Drain
     breaker: breaker.Decision | None = None
+    stuck: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def memory(self) -> Memory:
+        """What the next pass has to know of this one."""
+        return Memory(self.decision.memory, self.drain.memory, self.stuck)
 
     @property
     def spilled(self) -> int | None:
@@ -50,10 +70,11 @@ class TierPlan:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What is remembered of one tier from pass to pass."""
+    """What is remembered of one tier from pass to pass; ``stuck`` as in :class:`TierPlan`."""
 
     scaling: scaling.Memory = field(default_factory=scaling.Memory)
     drain: drain.Memory = field(default_factory=drain.Memory)
+    stuck: Mapping[str, float] = field(default_factory=dict)
 
 
 def plan(
@@ -81,13 +102,14 @@ def plan(
         known = _recalled(memory.get(tier.name, Memory()), queue)
         bounds = scaling.Policy(tier.replicas.min, tier.replicas.max, tier.concurrency, pool.spec.scaling.target_wait_seconds)
         routing = _routing(pool, tier, queue, reading)
+        stuck = _stuck(live, known.stuck, now)
         observed: scaling.Demand | scaling.Unread
         if queue is None or isinstance(reading, Unavailable):
             assert isinstance(reading, Unavailable)
             # The minimum needs no reading: a Deployment that is not there is created with it.
             observed = scaling.Unread(max(live.desired, tier.replicas.min), reading)
         else:
-            own = demand(_servable(queue, routing), live, reading.arrived(tier.name), now)
+            own = demand(_servable(queue, routing), live, reading.arrived(tier.name), stuck, now)
             observed = _joint(own, bounds, known.scaling, decided, now)
         decision = scaling.decide(bounds, observed, known.scaling, now)
         if live.rival:
@@ -101,7 +123,7 @@ def plan(
             leaves = drain.decide(decision.replicas, live, queue, reading.marked, reading.time, known.drain, now)
         if isinstance(observed, scaling.Demand):
             decided.append(_Decided(bounds, observed, decision))
-        plans[tier.name] = TierPlan(tier, queue, live, decision, leaves, routing)
+        plans[tier.name] = TierPlan(tier, queue, live, decision, leaves, routing, stuck)
     return [plans[tier.name] for tier in pool.spec.tiers]
 
 
@@ -135,26 +157,43 @@ def _joint(
     return replace(own, settled=settled, carried=max(carried, kept))
 
 
-def demand(queue: QueueReading, live: TierReplicas, arrived: int, now: float) -> scaling.Demand:
-    """What the rule is told of one tier."""
+def _stuck(live: TierReplicas, before: Mapping[str, float], now: float) -> Mapping[str, float]:
+    """When each of the workers that could not come up was last seen so."""
+    return {
+        replica.worker: now if replica.phase in _STUCK else before[replica.worker]
+        for replica in live.replicas
+        if replica.phase in _STUCK or replica.worker in before
+    }
+
+
+def _begun(replica: Replica, stuck: Mapping[str, float]) -> float:
+    """Since when a worker can come up: its order, or when it was last seen unable to."""
+    return max(replica.ordered_at, stuck.get(replica.worker, replica.ordered_at))
+
+
+def demand(queue: QueueReading, live: TierReplicas, arrived: int, stuck: Mapping[str, float], now: float) -> scaling.Demand:
+    """What the rule is told of one tier; ``stuck`` as in :class:`TierPlan`."""
     # A pod that drains may be un-Ready for it: it is not on its way but back as soon as its mark is taken away.
     draining = {report.worker for report in queue.workers if report.draining}
     starts = [replica for replica in live.replicas if replica.phase is Phase.STARTING]
     back = sum(replica.worker in draining for replica in starts)
     count = max(0, live.starting - back)
-    starting = [replica.ordered_at for replica in starts if replica.worker not in draining][:count] if count else []
+    starting = [_begun(replica, stuck) for replica in starts if replica.worker not in draining][:count] if count else []
+    ready_at, newest = live.newest or (0.0, None)
     return scaling.Demand(
         waiting=queue.waiting,
         in_flight=queue.in_flight,
         spilled=queue.spilled,
         replicas=live.desired,
-        start_seconds=live.start_seconds,
+        start_seconds=ready_at - newest.ordered_at if newest else None,
         ready=live.count(Phase.READY) + back,
         # What was ordered so lately that no worker is to be seen yet is ordered now.
         starting=(*starting, *[now] * (count - len(starting))),
-        stuck=live.count(Phase.UNSCHEDULABLE) + live.count(Phase.FAILING),
+        stuck=sum(replica.phase in _STUCK for replica in live.replicas),
         arrived=arrived,
         served=queue.served,
+        held_up=_begun(newest, stuck) - newest.ordered_at if newest else 0.0,
+        ready_at=ready_at,
     )
 
 
@@ -162,7 +201,7 @@ def _recalled(memory: Memory, queue: QueueReading | None) -> Memory:
     """With what an operator before this one has learnt, until this one has seen for itself."""
     if memory.scaling.start_seconds is not None or queue is None:
         return memory
-    return replace(memory, scaling=replace(memory.scaling, start_seconds=queue.start_seconds))
+    return replace(memory, scaling=replace(memory.scaling, start_seconds=queue.kept.start_seconds))
 
 
 def _routing(pool: Pool, tier: Tier, queue: QueueReading | None, reading: BrokerReading | Unavailable) -> breaker.Decision | None:
@@ -170,7 +209,7 @@ def _routing(pool: Pool, tier: Tier, queue: QueueReading | None, reading: Broker
     if isinstance(reading, Unavailable) or queue is None or pool.spec.mode is Mode.PAUSED or not (tier.accelerated and elsewhere):
         return None
     # Nothing is limited in this mode, and nothing is kept of what it would come to.
-    stored = NEVER_OPENED if pool.spec.mode is Mode.ADVISORY else queue.breaker
+    stored = NEVER_OPENED if pool.spec.mode is Mode.ADVISORY else queue.kept.breaker
     return breaker.decide(stored, queue.attempts, queue.in_flight, reading.time)
 
 
@@ -219,7 +258,7 @@ def capacity(spec: WorkerPoolSpec, plans: list[TierPlan], time: Milliseconds, no
 
 def _capacity(plan: TierPlan, target: float, time: Milliseconds, now: float) -> TierCapacity:
     slots = plan.tier.concurrency
-    stuck = plan.workers.count(Phase.UNSCHEDULABLE) + plan.workers.count(Phase.FAILING)
+    stuck = sum(replica.phase in _STUCK for replica in plan.workers.replicas)
     start, ready_in = _starts(plan, stuck, now)
     return TierCapacity(
         starting=tuple(
@@ -245,12 +284,13 @@ def _starts(plan: TierPlan, stuck: int, now: float) -> tuple[float, list[float]]
         for replica in plan.workers.replicas
         if replica.phase in (Phase.STARTING, Phase.READY) and not takes_jobs.get(replica.worker)
     ]
-    start = plan.decision.memory.start_seconds
-    if start is None:
-        unseen = [now - r.ordered_at for r in coming if r.phase is Phase.STARTING and r.worker not in takes_jobs]
-        start = max([START_SECONDS, *unseen])
+    start = scaling.start_seconds(plan.decision.memory)
+    if plan.decision.memory.start_seconds is None:
+        starting = [r for r in coming if r.phase is Phase.STARTING and r.worker not in takes_jobs]
+        start = max([START_SECONDS, *(now - _begun(replica, plan.stuck) for replica in starting)])
     count = max(0, plan.decision.replicas - sum(takes_jobs.values()) - stuck)
-    ready_in = sorted(min(max(start - (now - replica.ordered_at), start * OVERDUE), start) for replica in coming)[:count]
+    lasted = [now - _begun(replica, plan.stuck) for replica in coming]
+    ready_in = sorted(min(max(start - seconds, start * OVERDUE), start) for seconds in lasted)[:count]
     # Where one is stuck, those that are not to be seen yet would be too.
     return start, ready_in if stuck else ready_in + [start] * (count - len(ready_in))
 
@@ -280,26 +320,21 @@ def _load(queue: QueueReading, failed: frozenset[str], capacity: TierCapacity, t
     return Load(queue.waiting, queue.in_flight, ready, service=service).having(capacity, time)
 
 
-def breakers(plans: list[TierPlan]) -> Mapping[str, breaker.Decision]:
-    """What the next pass has to find of the breakers, where that is not what this one has found."""
-    found = {plan.tier.name: (plan.breaker, plan.queue) for plan in plans}
-    return {
-        name: decided
-        for name, (decided, queue) in found.items()
-        if decided and queue and (decided.breaker, decided.attempts) != (queue.breaker, queue.attempts)
-    }
+def checkpoints(plans: list[TierPlan]) -> Mapping[str, Checkpoint]:
+    """What the next pass, or the next operator, has to find of the tiers, where that is not what this one has found."""
+    kept = {plan.tier.name: (_checkpoint(plan, plan.queue), plan.queue.kept) for plan in plans if plan.queue}
+    return {name: now for name, (now, before) in kept.items() if now != before}
 
 
-def starts(plans: list[TierPlan]) -> Mapping[str, float]:
-    """What the next operator has to find of the start times, where that is clearly not what was found."""
-    learnt = {plan.tier.name: (plan.decision.memory.start_seconds, plan.queue) for plan in plans}
-    return {
-        name: seconds
-        for name, (seconds, queue) in learnt.items()
-        if seconds is not None
-        and queue
-        and (queue.start_seconds is None or abs(seconds - queue.start_seconds) > _NEWS * queue.start_seconds)
-    }
+def _checkpoint(plan: TierPlan, queue: QueueReading) -> Checkpoint:
+    kept, decided, start = queue.kept, plan.breaker, plan.decision.memory.start_seconds
+    if decided and (decided.breaker, decided.attempts) != (kept.breaker, queue.attempts):
+        # Where attempts begin to count at another time, nothing of them is counted yet.
+        counted = queue.counted if decided.breaker.since == kept.breaker.since else NO_ATTEMPTS
+        kept = replace(kept, breaker=decided.breaker, baseline=counted - decided.attempts)
+    if start is not None and (kept.start_seconds is None or abs(start - kept.start_seconds) > _NEWS * kept.start_seconds):
+        kept = replace(kept, start_seconds=start)
+    return kept
 
 
 def marks(plans: list[TierPlan], marked: frozenset[str]) -> Marks:

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from workerpool_operator.breaker import Decision
 from workerpool_operator.model import WorkerPoolSpec
-from workerpool_operator.observation import BrokerReading, TierReplicas, Unavailable
+from workerpool_operator.observation import BrokerReading, Checkpoint, TierReplicas, Unavailable
 from workerpool_operator.rebalancing import Transfer
 from workerpool_operator.status import Event, Status
 from workerpool_routing.wire import Capacity, Keyspace, Policy
@@ -61,8 +60,7 @@ class Marks:
 
 
 NO_MARKS = Marks()
-NO_BREAKERS: Mapping[str, Decision] = {}
-NO_STARTS: Mapping[str, float] = {}
+NO_NEWS: Mapping[str, Checkpoint] = {}
 
 
 class Broker(Protocol):
@@ -78,14 +76,12 @@ class Broker(Protocol):
         policy: Policy,
         capacity: Capacity | None,
         marks: Marks = NO_MARKS,
-        breakers: Mapping[str, Decision] = NO_BREAKERS,
-        starts: Mapping[str, float] = NO_STARTS,
+        checkpoints: Mapping[str, Checkpoint] = NO_NEWS,
     ) -> Unavailable | None:
         """Tell API pods and workers what they may count on; say why not where the broker did not take it.
 
-        Without a capacity the one before stands until it expires. Marks to drain that stay are kept from running out.
-        ``breakers`` and ``starts`` (seconds that a worker takes to start) are those that changed, by tier name, for the next
-        reading.
+        Without a capacity the one before stands until it expires. Marks to drain and checkpoints that stay are kept from running
+        out; ``checkpoints`` are those that changed, by tier name, for the next reading.
         """
 
     async def take_over(self, url: str, pool: Pool, tier: str, worker: str) -> list[str]:

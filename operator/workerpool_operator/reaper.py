@@ -1,4 +1,4 @@
-"""Takes over from lost workers, and sweeps; part of the operator's pass, of dev mode, and of ``workerpool sweep``."""
+"""Takes over jobs from lost workers, and sweeps: in the operator's pass, in dev mode, and in ``workerpool sweep``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from workerpool_operator import reaping
+from workerpool_operator import witness
 from workerpool_operator.observation import BrokerReading, Unavailable
 from workerpool_operator.ports import Broker, Pool
 
@@ -16,7 +16,7 @@ SWEEP_SECONDS = 3.0
 
 
 class Reaper:
-    """Knows how long each Redis has been seen to answer, and acts only when silence means loss.
+    """Remembers how long each Redis has been seen to work, and acts only when silence means loss (:mod:`witness`).
 
     Args:
         broker: where the jobs are.
@@ -25,17 +25,17 @@ class Reaper:
 
     def __init__(self, broker: Broker, clock: Callable[[], float] = time.time) -> None:
         self._broker, self._clock = broker, clock
-        self._witnesses: dict[str, reaping.Witness | None] = {}
+        self._witnesses: dict[str, witness.Witness | None] = {}
         self._swept_at: dict[str, float] = {}
 
     def saw(self, pool: Pool, answer: BrokerReading | Unavailable) -> None:
-        """Take note of what the pool's Redis has answered, or that it did not, or took no write."""
+        """Take note of the answer of the pool's Redis, or that it did not answer, or took no writes."""
         run_id, at = (answer, 0.0) if isinstance(answer, Unavailable) else (answer.run_id, answer.time / 1000)
-        self._witnesses[pool.uid] = reaping.witness(self._witnesses.get(pool.uid), run_id, self._clock(), at)
+        self._witnesses[pool.uid] = witness.look(self._witnesses.get(pool.uid), run_id, self._clock(), at)
 
     async def reap(self, pool: Pool, url: str, reading: BrokerReading) -> None:
-        """Take over from the lost workers of each tier, and look for what fell between the steps."""
-        if not reaping.may_reap(self._witnesses.get(pool.uid)):
+        """Take over from the lost workers of each tier and, every few seconds, look for jobs that fell between two steps."""
+        if not witness.may_reap(self._witnesses.get(pool.uid)):
             return
         for tier, queue in reading.tiers.items():
             for owner in queue.lost:

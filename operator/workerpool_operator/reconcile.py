@@ -210,17 +210,17 @@ class Reconciler:
             if acts and plans:
                 replicas = {plan.tier.name: plan.drain.replicas for plan in plans}
                 await self._workers.scale(pool, replicas, frozenset[str]().union(*(plan.drain.leaving for plan in plans)))
-            status, events = conditions.assess(
+            found = conditions.Findings(
                 pool,
                 plans,
-                reading if isinstance(reading, Unavailable) else None,
-                refused,
-                seen if isinstance(seen, Unavailable) else None,
-                conflict,
-                self._status.get(pool.uid, pool.status),
                 self._clock(),
-                self._moved.get(pool.uid, ()),
+                broker=reading if isinstance(reading, Unavailable) else None,
+                refused=refused,
+                workers=seen if isinstance(seen, Unavailable) else None,
+                conflict=conflict,
+                moved=self._moved.get(pool.uid, ()),
             )
+            status, events = conditions.assess(found, self._status.get(pool.uid, pool.status))
             self._status[pool.uid] = status.dump()
             await self._reporter.report(Report(pool, status, reading, events))
 
@@ -228,7 +228,7 @@ class Reconciler:
 
     def _decide(self, pool: Pool, reading: BrokerReading | Unavailable, seen: Mapping[str, TierReplicas]) -> list[TierPlan]:
         plans = planning.plan(pool, reading, seen, self._memory.get(pool.uid, {}), self._clock())
-        self._memory[pool.uid] = {plan.tier.name: planning.Memory(plan.decision.memory, plan.drain.memory) for plan in plans}
+        self._memory[pool.uid] = {plan.tier.name: plan.memory for plan in plans}
         return plans
 
     async def _tell(
@@ -243,8 +243,8 @@ class Reconciler:
         if ("carry out", pool.id) in self._underway:
             # A count may be on its way down that stands on them.
             marks = replace(marks, remove=frozenset())
-        policy, kept = planning.policy(pool.spec), (planning.breakers(plans), planning.starts(plans))
-        refused = await self._broker.publish(url, pool, policy, capacity, marks, *kept)
+        policy, checkpoints = planning.policy(pool.spec), planning.checkpoints(plans)
+        refused = await self._broker.publish(url, pool, policy, capacity, marks, checkpoints)
         # A Redis that takes no write takes no presence either: workers that live fall silent there.
         self._reaper.saw(pool, refused or reading)
         await self._reaper.reap(pool, url, reading)

@@ -37,6 +37,9 @@ again."""
 MIN_LINGER_SECONDS = 5.0
 """Never lower sooner than this: a gap between two uploads is not the end of a burst."""
 
+HANG_FACTOR = 4.0
+"""By how much longer than all others a start may be taken to be: one that hangs says little of the next."""
+
 BURST_MEMORY_SECONDS = 900.0
 """How long a burst is remembered where a start takes longer than the target (four starts, if that is longer)."""
 
@@ -90,14 +93,16 @@ class Demand:
         in_flight: messages that its workers hold.
         spilled: jobs that wanted it and wait or run elsewhere.
         replicas: the count that is ordered now.
-        start_seconds: how long the newest worker took to start, None before one has.
+        start_seconds: how long the newest worker took from its order until it was ready, None before one has.
         ready: workers that take jobs.
-        starting: when each worker that is on its way was ordered.
+        starting: since when each worker that is on its way can come up.
         stuck: workers that are ordered and cannot come up for now.
         arrived: jobs that were ever sent to the tier, as far as they were counted.
         served: the jobs that it has ended.
         settled: those of the spilled that have a slot elsewhere, or will have one no later than one that is ordered here now.
         carried: how many slots here would do the work of those of them that run.
+        held_up: how many of its ``start_seconds`` the newest worker could not come up, from its order on.
+        ready_at: when it became ready.
     """
 
     waiting: int
@@ -112,6 +117,8 @@ class Demand:
     served: Served = NOTHING_SERVED
     settled: int = 0
     carried: float = 0.0
+    held_up: float = 0.0
+    ready_at: float = 0.0
 
     @property
     def total(self) -> int:
@@ -168,9 +175,11 @@ class Memory:
         total, arrived, served: the counters of the last reading, None before one.
         arrivals: when jobs came, oldest first, as ``(time, jobs)`` of at most :data:`_BINS` spans and a few.
         service: the length of jobs.
-        start_seconds: how long a worker takes to start.
-        newest_start: the last start that was taken into that.
-        outlasts: whether a start was seen to take longer than the target.
+        start_seconds: how long workers took to start that have become ready; None before one has.
+        newest_start: when the last one became ready that was taken into that.
+        ceiling: ``(time, seconds)``: above these seconds it is not raised by starts that were under way at that time.
+        under_way: how long the oldest start that is under way has lasted, as far as that is believed.
+        outlasts: whether starts are known, not only assumed, to take longer than the target.
         level: the replicas that were needed at the last pass.
         fell: for each level above it that may still be ordered, when it was last needed; oldest first.
         bursts: ``(time, replicas)``, falling in replicas, oldest first: what recent bursts would have needed.
@@ -183,6 +192,8 @@ class Memory:
     service: Service = Service()
     start_seconds: float | None = None
     newest_start: float | None = None
+    ceiling: tuple[float, float] = (-math.inf, math.inf)
+    under_way: float = 0.0
     outlasts: bool = False
     level: int | None = None
     fell: tuple[float, ...] = ()
@@ -217,7 +228,12 @@ def decide(policy: Policy, observed: Demand | Unread, memory: Memory, now: float
     if isinstance(observed, Unread):
         message = f"held at {observed.replicas}: {observed.unavailable.why}"
         # What was counted before the gap says nothing about the time after it; what was learnt of jobs and starts holds.
-        learnt = Memory(service=memory.service, start_seconds=memory.start_seconds, newest_start=memory.newest_start)
+        learnt = Memory(
+            service=memory.service,
+            start_seconds=memory.start_seconds,
+            newest_start=memory.newest_start,
+            ceiling=memory.ceiling,
+        )
         return Decision(observed.replicas, Reason.BROKER_UNREADABLE, message, learnt, observed.replicas)
 
     memory = _learn(policy, observed, memory, now)
@@ -246,18 +262,22 @@ def starts(policy: Policy, observed: Demand, decision: Decision, until: float, n
 
 
 def start_seconds(memory: Memory) -> float:
-    """How long a worker is expected to take to start."""
-    return START_SECONDS_UNTIL_KNOWN if memory.start_seconds is None else memory.start_seconds
+    """How long a worker is expected to take to start: as others did, or for now as one takes that is under way."""
+    return max(_known(memory), memory.under_way)
 
 
 def _learn(policy: Policy, observed: Demand, memory: Memory, now: float) -> Memory:
     """Take in what happened since the last pass."""
+    memory = _with_start(memory, observed)
+    oldest = min(observed.starting, default=now)
+    under_way = min(now - oldest, _ceiling(memory, oldest))
+    start = max(_known(memory), under_way)
     served, before = observed.served, memory.served
     service = memory.service
     jobs = served.jobs - before.jobs
     if memory.total is not None and jobs > 0:
         service = service.after(jobs, served.seconds - before.seconds, served.squares - before.squares)
-    span = max(policy.target_wait, start_seconds(memory))
+    span = max(policy.target_wait, start)
     arrivals = memory.arrivals
     if memory.total is not None:
         # Without a counter (tasks that bypass the library) only the net growth is seen: never too few, and never too late.
@@ -270,31 +290,40 @@ def _learn(policy: Policy, observed: Demand, memory: Memory, now: float) -> Memo
         served=served,
         arrivals=arrivals,
         service=service,
-        start_seconds=_start_after(memory, observed, now),
-        newest_start=observed.start_seconds,
-        outlasts=_outlasts(policy, observed, memory, now),
+        under_way=under_way,
+        outlasts=(under_way if memory.start_seconds is None else start) + _PASS_SECONDS > policy.target_wait,
         level=observed.replicas if memory.level is None else memory.level,
     )
 
 
-def _outlasts(policy: Policy, observed: Demand, memory: Memory, now: float) -> bool:
-    """Whether starting is known, not only assumed, to take longer than the target."""
-    known = observed.start_seconds if memory.start_seconds is None else memory.start_seconds
-    lasts = now - min(observed.starting, default=now) if known is None else known
-    return lasts + _PASS_SECONDS > policy.target_wait
+def _known(memory: Memory) -> float:
+    return START_SECONDS_UNTIL_KNOWN if memory.start_seconds is None else memory.start_seconds
 
 
-def _start_after(memory: Memory, observed: Demand, now: float) -> float | None:
-    """What is believed of the start time: slow starts weigh more than fast ones, one that hung does not weigh all."""
-    believed, newest = memory.start_seconds, observed.start_seconds
-    lasts = now - min(observed.starting, default=now)
-    if lasts > start_seconds(memory):
-        believed = min(lasts, 4 * start_seconds(memory))
-    if newest is None or newest == memory.newest_start:
-        return believed
-    if believed is None:
-        return newest
-    return believed + (min(newest, 4 * believed) - believed) / (2 if newest > believed else 8)
+def _ceiling(memory: Memory, ordered_at: float) -> float:
+    """How much is believed at most of a start. Those that ran side by side hung for one reason, and have one ceiling."""
+    at, seconds = memory.ceiling
+    return seconds if ordered_at < at else HANG_FACTOR * _known(memory)
+
+
+def _with_start(memory: Memory, observed: Demand) -> Memory:
+    """Take in the newest start that has come to its end: slow ones weigh more than fast ones, one that hung does not weigh all.
+
+    One that was held up for a while took no longer than from its order, and no less than since then: what is known holds as far
+    as it is between the two.
+    """
+    took, at = observed.start_seconds, observed.ready_at
+    if took is None or at == memory.newest_start:
+        return memory
+    known, most = _known(memory), _ceiling(memory, at - took)
+    told = min(max(known, took - observed.held_up), took, most)
+    believed = memory.start_seconds
+    if believed is not None:
+        believed += (told - believed) / (2 if told > believed else 8)
+    elif told != known or not observed.held_up:
+        believed = told
+    ceiling = memory.ceiling if at - took < memory.ceiling[0] else (at, most)
+    return replace(memory, start_seconds=believed, newest_start=at, ceiling=ceiling)
 
 
 def _with_arrivals(arrivals: tuple[tuple[float, int], ...], came: int, span: float, now: float) -> tuple[tuple[float, int], ...]:

@@ -288,7 +288,7 @@ def settle(
     return Call(
         [
             keys.job(task_id), keys.held(owner), keys.waiting(tier), keys.unacked(tier), keys.unacked_index(tier),
-            keys.service(tier), keys.served(tier), *spilled,
+            keys.service(tier), keys.served(tier), keys.attempts(tier), keys.checkpoint(tier), *spilled,
         ],
         [task_id, attempt, tag, owner, before, after, life, how, error[:ERROR_CHARACTERS],
             "" if retries is None else retries, held_as, message, queue, JOB_LIFE_SECONDS,
@@ -332,7 +332,8 @@ def move(
             keys.queue_list(to.tier.queue, priority_of(message)),
             keys.routes,
             keys.waiting(to.tier.name),
-            keys.served(job.tier),
+            keys.attempts(job.tier),
+            keys.checkpoint(job.tier),
         ],
         [
             job.task_id, job.attempt, job.tag, held_as, to.attempt, to.tier.name, to.reason,

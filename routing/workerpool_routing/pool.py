@@ -16,7 +16,7 @@ import redis
 from celery import Celery, Task
 from kombu.exceptions import OperationalError
 
-from workerpool_routing.admission import Admission, Entry
+from workerpool_routing.admission import Entry
 from workerpool_routing.connection import REQUEST_TIMEOUT_SECONDS, Connection, keyspace
 from workerpool_routing.content import main_type
 from workerpool_routing.decide import Candidates, Reason, Request, explain, preselect
@@ -31,10 +31,10 @@ from workerpool_routing.wire import ENV_POOL, ENV_TIER, Keyspace, Policy, Presen
 logger = logging.getLogger("workerpool_routing")
 
 PUBLISH_TIMEOUT_SECONDS = 1.0
-"""How long Kombu may take for one step of a publish that is Celery's own; its default is to wait for ever.
+"""Socket time-out for a publish by Celery itself (a plain ``delay()``); Kombu's default is to wait for ever.
 
-Celery tries again, a few steps each time (``task_publish_retry_policy``), so that the whole is some five times as long. Shorter
-than a second, and Celery would publish again what a busy Redis has only taken late.
+Celery retries (``task_publish_retry_policy``), so a publish fails after some five times as long. With less than a second a retry
+could publish a second time what a busy Redis has accepted late.
 """
 
 _RESERVED = ("queue", "exchange", "routing_key", "expires", "task_id", "router", "producer", "retry")
@@ -46,14 +46,15 @@ class WorkerPool:
     Args:
         name: ``namespace/name`` of the WorkerPool resource.
         app: the Celery app; its broker must be Redis.
-        tiers: the tiers in order of preference, for a pool that no operator manages; else the operator publishes them.
+        tiers: the tiers in order of preference, for a pool without an operator; otherwise leave it out: the operator publishes
+            them.
         timeout: seconds that a call waits for Redis before it raises :class:`PoolUnavailable`.
-        fail_open: whether a job is published without a decision while the pool's policy is missing, or the admission script
-            fails: to the app's default queue, or to the last tier. Never one that requires an accelerator or has an idempotency
-            key: these promise what only a decision can keep.
+        fail_open: whether jobs are still published when no decision can be made: to the app's default queue while the pool's
+            policy is missing, to the last tier when the admission script fails. A job that requires an accelerator or has an
+            idempotency key is refused then (:class:`PoolUnavailable`), because only a decision can keep that promise.
 
-    In a process that the operator or ``workerpool dev`` started as a worker of this pool, the tasks of the app are fenced and the
-    worker reports its presence; in any other, jobs are routed. Nothing is read from Redis until the first job.
+    In a worker process that the operator or ``workerpool dev`` started for this pool, the app's tasks are fenced and the worker
+    reports its presence; in any other process, jobs are routed. Nothing is read from Redis until the first job.
     """
 
     def __init__(
@@ -68,20 +69,19 @@ class WorkerPool:
         if not re.fullmatch(r"[a-z0-9][-a-z0-9.]*/[a-z0-9][-a-z0-9.]*", name):
             raise NotConfigured(f"WorkerPool name {name!r}: give namespace/name of the WorkerPool resource, such as ml/media")
         if timeout <= 0:
-            raise NotConfigured(f"timeout {timeout!r}: give the seconds that a call may wait for Redis, more than none")
+            raise NotConfigured(f"timeout {timeout!r}: give the seconds that a call may wait for Redis, more than 0")
         self.name = name
         self._app = app
         self.given = _policy(tiers) if tiers is not None else None
         self._fail_open = fail_open
-        in_worker = os.environ.get(ENV_POOL) == name and ENV_TIER in os.environ
         self._connection = Connection(app, patient=False, timeout=timeout)
         self._store: Store | None = None
         if ENV_TIER in os.environ:
-            from workerpool_routing.worker import expect
+            from workerpool_routing.worker import expect  # only workers pay for the import
 
             expect(name, os.environ)
-        if in_worker:
-            from workerpool_routing.worker import install  # only workers pay for it
+        if ENV_TIER in os.environ and os.environ.get(ENV_POOL) == name:
+            from workerpool_routing.worker import install
 
             install(self, app, os.environ)
         else:
@@ -108,7 +108,7 @@ class WorkerPool:
 
     @contextmanager
     def kept_in(self, store: Store) -> Iterator[None]:
-        """Keep the state elsewhere for a while: :mod:`workerpool_routing.testing` does."""
+        """Keep the state in another store inside the block, as :mod:`workerpool_routing.testing` does."""
         self._store, usual = store, self._store
         try:
             yield
@@ -139,19 +139,21 @@ class WorkerPool:
             task: a task of the app.
             args: its positional arguments.
             kwargs: its keyword arguments.
-            accelerated: True when an accelerator helps, "required" when the job can run nowhere else.
-            content_type: what it works on, as a MIME type, its main part or a file name; what gains nothing goes to a plain one.
+            accelerated: True if an accelerator helps, "required" if the job can run nowhere else.
+            content_type: what it works on, as a MIME type, the main part of one, or a file name. By the pool's list
+                ``acceleratedContentTypes``, a type that gains nothing from an accelerator goes to a plain tier.
             deadline: seconds from now by which it must have started, else it expires.
-            max_wait: seconds that it may be expected to wait, in place of the pool's own ``maxWaitSeconds``.
-            idempotency_key: a second call with the same key, within a day, gets the decision of the first and queues nothing.
+            max_wait: the longest expected wait, in seconds, that is accepted, in place of the pool's ``maxWaitSeconds``.
+            idempotency_key: a second call with the same key within a day returns the first decision and queues nothing.
             options: further options of ``apply_async``.
 
         Raises:
             Overloaded: no tier can start it within ``deadline`` and ``max_wait``; nothing was queued.
-            PoolUnavailable: Redis did not answer in time; nothing was queued, unless Redis decided and its answer was lost: under
-                an idempotency key, calling again is safe.
-            NoAcceleratedTier: the job requires an accelerator that the pool does not have.
-            TypeError: ``task`` is none, or ``options`` choose what submit() chooses itself.
+            PoolUnavailable: Redis did not answer in time. Nothing was queued, unless Redis decided and only its answer was lost;
+                with an idempotency key it is safe to call again.
+            NoAcceleratedTier: the job requires an accelerator and the pool has no tier with one.
+            TypeError: ``task`` is not a task, or ``options`` contain something that submit() chooses itself.
+            ValueError: ``accelerated``, ``deadline`` or ``max_wait`` has an impossible value.
             kombu.exceptions.EncodeError: the arguments cannot be serialised.
         """
         if taken := [name for name in _RESERVED if name in options]:
@@ -159,28 +161,23 @@ class WorkerPool:
         if not isinstance(task, Task):
             raise TypeError(f"task is {task!r}; give the task itself, as the Celery app has registered it")
         task_id = str(uuid4())
-        apply = partial(_apply, task, args, kwargs, task_id, deadline, options)
+        publish = partial(_publish_undecided, task, args, kwargs, task_id, deadline, options)
         if self._app.conf.task_always_eager:
-            return apply(self._app)
+            return publish(self._app)
         request, policy = _request(task, accelerated, content_type, deadline), self.store.policy()
-        promises = idempotency_key is not None or accelerated == "required"
+        fail_open = self._fail_open and idempotency_key is None and accelerated != "required"
         if policy is None:
-            self._may_go_undecided(promises, "its policy is not in Redis: is the WorkerPool applied, the operator running?")
-            return self._logged(request, apply(self._app))
+            if not fail_open:
+                raise self._cannot_decide("its policy is not in Redis: is the WorkerPool applied, and the operator running?")
+            return self._logged(request, publish(self._app))
         request = _limited(request, policy, max_wait)
         candidates = self.candidates(policy, request)
         message = prepare(task, args, kwargs, task_id=task_id, expires=deadline, options=options)
-        try:
-            admission = self.store.admit(candidates, request, entry=Entry(task_id, message, idempotency_key=idempotency_key))
-        except redis.ResponseError as error:
-            self._may_go_undecided(promises, f"the admission script failed: {error}")
-            logger.exception("pool %s: the admission script failed, the last tier takes %s", self.name, task.name)
-            self.store.push(policy.tiers[-1].queue, message)
-            return self._logged(request, _failed(task_id, policy))
-        return self._logged(request, self._decided(admission, request))
+        entry = Entry(task_id, message, idempotency_key=idempotency_key)
+        return self._logged(request, self._admit(policy, candidates, request, entry, fail_open=fail_open))
 
     async def submit_async(self, task: Task, *args: Any, **kwargs: Any) -> Decision:
-        """:meth:`submit` with the same arguments and exceptions, on a thread: the event loop never waits for Redis."""
+        """:meth:`submit`, with the same arguments and exceptions, on a thread, so that the event loop never waits for Redis."""
         return await asyncio.to_thread(self.submit, task, *args, **kwargs)
 
     def should_accelerate(
@@ -192,7 +189,7 @@ class WorkerPool:
         deadline: float | None = None,
         max_wait: float | None = None,
     ) -> Decision:
-        """Decide as :meth:`submit` would, with the same arguments and exceptions, and change nothing: there is no task id yet."""
+        """Decide as :meth:`submit` would, with the same exceptions, and queue nothing: the decision has no ``task_id``."""
         request, policy = _request(task, accelerated, content_type, deadline), self.store.policy()
         if policy is None:
             return undecided(None, self._app.conf.task_default_queue)
@@ -201,7 +198,7 @@ class WorkerPool:
             return decision(self.store.admit(self.candidates(policy, request), request), request)
         except redis.ResponseError:
             logger.exception("pool %s: the admission script failed, the last tier would take %s", self.name, task.name)
-            return _failed(None, policy)
+            return _last_tier(None, policy)
 
     def candidates(self, policy: Policy, request: Request) -> Candidates:
         """The tiers that may take a job; raises :class:`NoAcceleratedTier`."""
@@ -210,28 +207,35 @@ class WorkerPool:
             raise NoAcceleratedTier(f"{request.task} requires an accelerator, and no tier of pool {self.name} has one")
         return candidates
 
-    def _decided(self, admission: Admission, request: Request) -> Decision:
+    def _admit(self, policy: Policy, candidates: Candidates, request: Request, entry: Entry, *, fail_open: bool) -> Decision:
+        """Run the admission script; if the script itself fails, the last tier may take the job (``fail_open``)."""
         try:
-            return decision(admission, request)
+            return decision(self.store.admit(candidates, request, entry=entry), request)
         except Overloaded:
             log(self.name, request, None)
             raise
+        except redis.ResponseError as error:
+            if not fail_open:
+                raise self._cannot_decide(f"the admission script failed: {error}") from error
+            logger.exception("pool %s: the admission script failed, the last tier takes %s", self.name, request.task)
+            self.store.push(policy.tiers[-1].queue, entry.message)
+            return _last_tier(entry.task_id, policy)
 
     def _logged(self, request: Request, decided: Decision) -> Decision:
         log(self.name, request, decided)
         return decided
 
-    def _may_go_undecided(self, promises: bool, why: str) -> None:
-        if promises or not self._fail_open:
-            raise PoolUnavailable(f"pool {self.name} cannot decide: {why}")
+    def _cannot_decide(self, why: str) -> PoolUnavailable:
+        return PoolUnavailable(f"pool {self.name} cannot decide: {why}")
 
     def job(self, task_id: str) -> Job | None:
-        """The ledger's entry of a job, None when it has none (any more); raises :class:`PoolUnavailable`."""
+        """A job's ledger entry; None if it has none, or none any more. Raises :class:`PoolUnavailable`."""
         return self.store.job(task_id)
 
     def workers(self) -> dict[str, Presence]:
-        """The live workers by the name of their life, each with tier, queue, slots and busy slots; none while nothing is known of
-        the pool. Raises :class:`PoolUnavailable`.
+        """The live workers, each with tier, queue, slots and busy slots; empty while the pool's policy is unknown.
+
+        The keys are worker lives: a worker that restarts under the same name has a new one. Raises :class:`PoolUnavailable`.
         """
         return {worker.owner: worker for state in self._state() for worker in state.workers}
 
@@ -240,14 +244,15 @@ class WorkerPool:
         return _free(self._state())
 
     def queue_length(self, queue: str) -> int:
-        """Messages that wait in a queue, over all priority steps; raises :class:`PoolUnavailable`."""
+        """Messages waiting in a queue, over all priority steps; raises :class:`PoolUnavailable`."""
         return self.store.queue_length(queue)
 
     def status(self) -> dict[str, Any]:
         """Workers, queues and tiers as plain data, for a status endpoint.
 
-        A type is ``gpu`` when the tier is accelerated, else ``cpu``; ``ready`` and ``starting`` count slots; ``oldest_wait`` is
-        in seconds, None while nothing waits that was admitted. Raises :class:`PoolUnavailable`.
+        ``type`` is ``gpu`` for an accelerated tier and ``cpu`` for any other; ``ready`` and ``starting`` count slots;
+        ``oldest_wait`` is the age in seconds of the oldest waiting job, None if no admitted job waits. Raises
+        :class:`PoolUnavailable`.
         """
         states = self._state()
         kinds = {worker.owner: _kind(state) for state in states for worker in state.workers}
@@ -299,16 +304,16 @@ def _request(task: Task, accelerated: Wish, content_type: str | None, deadline: 
 
 
 def _limited(request: Request, policy: Policy, max_wait: float | None) -> Request:
-    """The request with the shorter of its deadline and the longest wait allowed."""
+    """The request, limited to the shorter of its deadline and the longest wait that is accepted."""
     if max_wait is not None and max_wait < 0:
-        raise ValueError(f"max_wait is {max_wait!r}; give the seconds that the job may be expected to wait")
+        raise ValueError(f"max_wait is {max_wait!r}; give the longest expected wait that is accepted, in seconds")
     limits = [request.limit, policy.max_wait_seconds if max_wait is None else max_wait]
     return Request(
         request.task, request.accelerated, request.content_type, min((one for one in limits if one is not None), default=None)
     )
 
 
-def _apply(
+def _publish_undecided(
     task: Task,
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
@@ -317,7 +322,7 @@ def _apply(
     options: Any,
     app: Celery,
 ) -> Decision:
-    """Leave a job to Celery's own routing."""
+    """Publish a job by Celery's own routing."""
     try:
         task.apply_async(args, kwargs, task_id=task_id, expires=deadline, retry=False, **options)
     except (OperationalError, redis.RedisError) as error:
@@ -325,7 +330,7 @@ def _apply(
     return undecided(task_id, app.conf.task_default_queue)
 
 
-def _failed(task_id: str | None, policy: Policy) -> Decision:
+def _last_tier(task_id: str | None, policy: Policy) -> Decision:
     last, reason = policy.tiers[-1], Reason.ADMISSION_FAILED
     return Decision(task_id, last.name, last.queue, reason, explain(reason, last.name))
 

@@ -23,11 +23,14 @@ key                       type    meaning
 ``service:<tier>``        hash    task → mean seconds from claim to end, an EWMA of weight 0.2; written when a job has ended
 ``sides``                 hash    task → 1 while its jobs spill because the wait is too long
 ``served:<tier>``         hash    ``jobs``, ``seconds``, ``squares``: attempts so far, their time on a slot and the squares of it;
-                                  ``succeeded``, ``failed``, ``confirmed``, ``refuted``: how the latest of those that began after
-                                  ``since`` ended, and of those that failed what their jobs came to on another tier; ``state``,
-                                  ``at``, ``opened``, ``older``: the circuit breaker that stands on them, and
-                                  ``start_seconds``: how long a worker takes to start; these the operator writes;
                                   ``mean``: seconds of the last hundred or so, of whatever task
+``attempts:<tier>``       hash    ``succeeded``, ``failed``: how those that began after ``since`` have ended; ``confirmed``,
+                                  ``refuted``: of those that failed, what their jobs came to on another tier; it begins anew when
+                                  the checkpoint has another ``since``; written by the scripts that end attempts and nobody else
+``checkpoint:<tier>``     hash    what the operator keeps for its next pass, and for the operator after it; written by it alone:
+                                  ``state``, ``at``, ``opened``, ``since``, ``older``: the circuit breaker; ``succeeded``,
+                                  ``failed``, ``confirmed``, ``refuted``: what counts no more of ``attempts:<tier>``;
+                                  ``start_seconds``: how long a worker takes to start
 ``waits:<tier>``          hash    ``jobs``, ``seconds``, ``expected``, ``right``: first starts so far, their waits, what admission
                                   expected these to be, and how many of them were so, within 25 % or 2 s
 ``drain``                 set     workers (by name) that are to stop consuming; written by the operator, expires by itself
@@ -153,6 +156,12 @@ class Keyspace:
 
     def served(self, tier: str) -> str:
         return self._own(f"served:{tier}")
+
+    def attempts(self, tier: str) -> str:
+        return self._own(f"attempts:{tier}")
+
+    def checkpoint(self, tier: str) -> str:
+        return self._own(f"checkpoint:{tier}")
 
     def waits(self, tier: str) -> str:
         return self._own(f"waits:{tier}")

@@ -136,7 +136,7 @@ def check_against_the_rule(
     return expected.reason
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     loads=st.tuples(*[st.one_of(loads, full, known)] * 4),
     wish=st.sampled_from([True, True, False, "required"]),

@@ -245,7 +245,7 @@ tiers = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(gpu=tiers, cpu=tiers, steps=st.lists(steps, min_size=1, max_size=12))
 def test_the_double_answers_every_history_of_calls_as_redis_does(redis_url: str, gpu: Any, cpu: Any, steps: Any) -> None:
     with Redis.from_url(redis_url, decode_responses=True) as client:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
@@ -24,8 +24,7 @@ from tests.contract.test_reconcile import running
 from tests.contract.workers import until, worker
 
 from workerpool_operator import breaker, planning
-from workerpool_operator.breaker import Decision
-from workerpool_operator.observation import Attempts, Breaker, BreakerState
+from workerpool_operator.observation import Attempts, Breaker, BreakerState, BrokerReading, Checkpoint, TierReplicas
 from workerpool_operator.ports import Pool, Report
 from workerpool_operator.status import ConditionType, Event
 from workerpool_routing import Overloaded, Reason, ledger
@@ -43,7 +42,13 @@ def pool(redis_url: str) -> Pool:
 def counted(client: Any, keys: Keyspace, tier: str = "gpu") -> Attempts:
     """How the attempts on a tier have ended so far."""
     names = ("succeeded", "failed", "confirmed", "refuted")
-    return Attempts(*(float(number or 0) for number in client.hmget(keys.served(tier), names)))
+    return Attempts(*(float(number or 0) for number in client.hmget(keys.attempts(tier), names)))
+
+
+def now_of(client: Any) -> int:
+    """Milliseconds, by the clock of Redis."""
+    seconds, micros = client.time()
+    return int(seconds * 1000 + micros // 1000)
 
 
 def settle(pool: Pool, held: seeds.Held, tier: str, attempt: int, after: State, how: str = "") -> None:
@@ -77,7 +82,7 @@ def test_a_job_that_expires_after_it_failed_leaves_no_suspicion(redis_url: str, 
         assert counted(client, pool.keys) == Attempts(0, 1)
         settle(pool, claim(redis_url, pool, cpu, "cpu", "w.1"), "cpu", 2, State.EXPIRED, "revoked")
         assert counted(client, pool.keys) == Attempts()
-        assert client.ttl(pool.keys.served("gpu")) > ENDED_JOB_LIFE_SECONDS, "it outlives the job"
+        assert client.ttl(pool.keys.attempts("gpu")) > ENDED_JOB_LIFE_SECONDS, "it outlives the job"
 
 
 @pytest.mark.parametrize("since", ["before it began", "while it ran", "while the job ran elsewhere"])
@@ -86,44 +91,97 @@ def test_what_began_before_a_trial_is_not_counted_to_it(redis_url: str, pool: Po
     submit(pool)
     submit(pool)
 
-    def begins_now(when: str) -> None:
-        if since == when:
-            seconds, micros = client.time()
-            client.hset(pool.keys.served("gpu"), "since", seconds * 1000 + micros // 1000 + 1)
+    def begins(at: int) -> None:
+        keep(redis_url, pool, gpu=Checkpoint(Breaker(BreakerState.HALF_OPEN, Milliseconds(at), 1, Milliseconds(at))))
 
     with consumer(pool, "gpu") as gpu, consumer(pool, "cpu") as cpu, Redis.from_url(redis_url) as client:
-        client.hset(pool.keys.served("gpu"), "since", 1)
+        begins(1)
         good, bad = (claim(redis_url, pool, gpu, "gpu", "w.1") for _ in range(2))
-        begins_now("while it ran")
+        if since == "while it ran":
+            begins(now_of(client) + 1)
         settle(pool, good, "gpu", 1, State.FINISHING, "done")
         fail(redis_url, pool, bad)
-        begins_now("while the job ran elsewhere")
+        if since == "while the job ran elsewhere":
+            begins(now_of(client) + 1)
         settle(pool, claim(redis_url, pool, cpu, "cpu", "w.1"), "cpu", 2, State.FINISHING, "done")
-        late = {"before it began": Attempts(1, 1, 1), "while it ran": Attempts(), "while the job ran elsewhere": Attempts(1, 1)}
-        assert counted(client, pool.keys) == late[since]
+        assert read(redis_url, pool).tiers["gpu"].attempts == (Attempts(1, 1, 1) if since == "before it began" else Attempts())
 
 
-def test_breaker_and_start_time_are_read_as_they_were_left_with_what_was_counted_since(redis_url: str, pool: Pool) -> None:
-    left = Breaker(BreakerState.HALF_OPEN, Milliseconds(2_000), 3, since=Milliseconds(1_000), older=2)
-    kept = {"gpu": Decision(left, Attempts(2.5, 1.25, 0.75, 0.5), 1)}
+def keep(url: str, pool: Pool, **checkpoints: Checkpoint) -> None:
     policy = planning.policy(pool.spec)
-    starts = {"gpu": 240.5}
-    assert ask(lambda broker: broker.publish(redis_url, pool, policy, Capacity(), breakers=kept, starts=starts)) is None
+    assert ask(lambda broker: broker.publish(url, pool, policy, Capacity(), checkpoints=checkpoints)) is None
+
+
+def test_what_an_operator_keeps_is_read_as_it_was_left_with_what_was_counted_since(redis_url: str, pool: Pool) -> None:
+    left = Breaker(BreakerState.HALF_OPEN, Milliseconds(2_000), 3, since=Milliseconds(1_000), older=2)
+    kept = Checkpoint(left, Attempts(-2.5, -1.25, -0.75, -0.5), 240.5)
+    keep(redis_url, pool, gpu=kept)
     found = read(redis_url, pool).tiers
-    assert (found["gpu"].start_seconds, found["cpu"].start_seconds) == (240.5, None)
-    assert (found["gpu"].breaker, found["gpu"].attempts) == (left, Attempts(2.5, 1.25, 0.75, 0.5))
-    assert (found["cpu"].breaker, found["cpu"].attempts) == (Breaker(), Attempts())
+    assert (found["gpu"].kept, found["gpu"].attempts) == (kept, Attempts(2.5, 1.25, 0.75, 0.5))
+    assert (found["cpu"].kept, found["cpu"].attempts) == (Checkpoint(), Attempts())
     open_for_jobs(redis_url, pool)
     submit(pool)
     with consumer(pool, "gpu") as gpu, Redis.from_url(redis_url) as client:
+        client.expire(pool.keys.checkpoint("gpu"), 1)
         settle(pool, claim(redis_url, pool, gpu, "gpu", "w.1"), "gpu", 1, State.DONE, "done")
+        keep(redis_url, pool)
         assert read(redis_url, pool).tiers["gpu"].attempts.succeeded == 3.5
-        assert client.ttl(pool.keys.served("gpu")) > ENDED_JOB_LIFE_SECONDS, "it outlives the job, not a tier that nobody uses"
+        for key in (pool.keys.checkpoint("gpu"), pool.keys.attempts("gpu")):
+            assert client.ttl(key) > ENDED_JOB_LIFE_SECONDS, "it outlives the job, not a tier that nobody uses"
+
+
+def decided(pool: Pool, reading: BrokerReading) -> Mapping[str, Checkpoint]:
+    """What a pass that has seen this will keep."""
+    workers = {tier.name: TierReplicas(tier.replicas.min) for tier in pool.spec.tiers}
+    return planning.checkpoints(planning.plan(pool, reading, workers, {}, 0.0))
+
+
+def test_an_attempt_that_ends_between_a_reading_and_what_comes_of_it_is_counted(redis_url: str, pool: Pool) -> None:
+    open_for_jobs(redis_url, pool)
+    for _ in range(3):
+        submit(pool)
+    with consumer(pool, "gpu") as gpu, consumer(pool, "cpu") as cpu, Redis.from_url(redis_url) as client:
+        good, bad, late = (claim(redis_url, pool, gpu, "gpu", "w.1") for _ in range(3))
+        client.hset(pool.keys.attempts("gpu"), mapping={"since": 0, "succeeded": 3 * breaker.WINDOW})
+        seen = read(redis_url, pool)
+        settle(pool, good, "gpu", 1, State.DONE, "done")
+        fail(redis_url, pool, bad)
+        keep(redis_url, pool, **decided(pool, seen))
+        assert read(redis_url, pool).tiers["gpu"].attempts == Attempts(breaker.WINDOW + 1, 1)
+
+        seen = read(redis_url, pool)
+        settle(pool, claim(redis_url, pool, cpu, "cpu", "w.1"), "cpu", 2, State.DONE, "done")
+        keep(redis_url, pool, **decided(pool, seen))
+        fail(redis_url, pool, late)
+        found = read(redis_url, pool).tiers["gpu"]
+        assert (found.attempts.failed, found.attempts.confirmed) == pytest.approx((1 + breaker.WINDOW / (breaker.WINDOW + 2), 1))
+
+
+def test_an_old_attempt_that_ends_while_a_trial_is_being_begun_is_not_counted_to_it(redis_url: str, pool: Pool) -> None:
+    open_for_jobs(redis_url, pool)
+    for _ in range(4):
+        submit(pool)
+    with consumer(pool, "gpu") as gpu, Redis.from_url(redis_url) as client:
+        old = [claim(redis_url, pool, gpu, "gpu", "w.1") for _ in range(3)]
+        last = now_of(client)
+        until(lambda: now_of(client) > last, "the clock of Redis goes on")
+        keep(
+            redis_url, pool, gpu=Checkpoint(Breaker(BreakerState.OPEN, Milliseconds(1), 1, Milliseconds(1)), Attempts(0, -6, -6))
+        )
+        seen = read(redis_url, pool)
+        fail(redis_url, pool, old[0])
+        keep(redis_url, pool, **decided(pool, seen))
+        fail(redis_url, pool, old[1])
+        found = read(redis_url, pool).tiers["gpu"]
+        assert (found.kept.breaker.state, found.attempts) == (BreakerState.HALF_OPEN, Attempts())
+        settle(pool, claim(redis_url, pool, gpu, "gpu", "w.1"), "gpu", 1, State.DONE, "done")
+        fail(redis_url, pool, old[2])
+        assert read(redis_url, pool).tiers["gpu"].attempts == Attempts(1)
 
 
 def break_down(client: Any, pool: Pool) -> None:
     """Count so many failures of an accelerated tier that the next pass takes it out."""
-    client.hset(pool.keys.served("gpu"), mapping={"failed": breaker.LEAST_FAILURES, "confirmed": breaker.LEAST_FAILURES})
+    client.hset(pool.keys.attempts("gpu"), mapping={"failed": breaker.LEAST_FAILURES, "confirmed": breaker.LEAST_FAILURES})
 
 
 def test_what_waits_for_a_tier_that_is_taken_out_goes_to_the_plain_one(redis_url: str, pool: Pool) -> None:
@@ -157,7 +215,7 @@ def test_two_operators_at_once_open_a_breaker_once_and_a_new_one_keeps_it_open(r
     with Redis.from_url(redis_url) as client:
         break_down(client, pool)
         assert asyncio.run(scenario()) == ("True", "True")
-    kept = read(redis_url, pool).tiers["gpu"].breaker
+    kept = read(redis_url, pool).tiers["gpu"].kept.breaker
     assert (kept.state, kept.opened) == (BreakerState.OPEN, 1)
 
 
@@ -173,7 +231,7 @@ def test_an_operator_that_touches_nothing_takes_no_tier_out(redis_url: str, mode
         break_down(client, pool)
         asyncio.run(scenario())
         assert client.get(pool.keys.capacity) is None
-    assert read(redis_url, pool).tiers["gpu"].breaker == Breaker()
+    assert read(redis_url, pool).tiers["gpu"].kept.breaker == Breaker()
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +248,7 @@ def two_tiers(url: str, jobs: ModuleType, tmp_path_factory: pytest.TempPathFacto
 def counts_of(jobs: ModuleType, task: Any, *args: Any, **options: Any) -> Attempts:
     """What one job adds, once it has ended."""
     client, keys = jobs.pool.connection.client, jobs.pool.keys
-    client.delete(keys.served("gpu"))
+    client.delete(keys.attempts("gpu"), keys.checkpoint("gpu"))
     decision = jobs.pool.submit(task, args, **{"accelerated": True, **options})
     assert decision.tier == "gpu"
     outcome(jobs, decision.task_id)
@@ -236,7 +294,7 @@ def test_a_worker_that_is_killed_is_counted_when_it_is_taken_over(
 ) -> None:
     client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
     with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-killed", tmp_path) as doomed:
-        client.delete(keys.served("gpu"))
+        client.delete(keys.attempts("gpu"), keys.checkpoint("gpu"))
         decision = two_tiers.pool.submit(two_tiers.work, ({"gpu": "hang"},), accelerated=True)
         assert claimed(two_tiers, decision.task_id).owner.startswith("gpu-killed.")
         os.killpg(doomed.pid, signal.SIGKILL)
@@ -251,7 +309,7 @@ def test_a_worker_that_is_killed_is_counted_when_it_is_taken_over(
 def test_what_a_worker_gives_back_because_it_has_to_leave_is_not_counted(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
     client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
     with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-leaving", tmp_path) as leaving:
-        client.delete("gate", keys.served("gpu"))
+        client.delete("gate", keys.attempts("gpu"), keys.checkpoint("gpu"))
         decision = two_tiers.pool.submit(two_tiers.work, ({"gpu": "gate"},), accelerated=True)
         assert claimed(two_tiers, decision.task_id).owner.startswith("gpu-leaving.")
         leaving.send_signal(signal.SIGTERM)
@@ -306,7 +364,7 @@ def test_a_tier_whose_driver_breaks_loses_routing_after_a_few_jobs_and_has_it_ba
             patch.setattr(breaker, "PAUSE_SECONDS", 0.0)
             assert operator() == ("True", "OnTrial")
 
-    client.delete(library.keys.served("gpu"))
+    client.delete(library.keys.attempts("gpu"), library.keys.checkpoint("gpu"))
     assert operator() == ("False", "InRouting")
     client.set("driver is broken", 1)
     decisions = list[Any]()
@@ -326,7 +384,7 @@ def test_a_tier_whose_driver_breaks_loses_routing_after_a_few_jobs_and_has_it_ba
     assert submit().tier == "gpu", "a single job tries it"
     outcome(two_tiers, ids[-1])
     assert operator() == ("True", "AttemptsFail")
-    assert read(url, pool).tiers["gpu"].breaker.opened == 2
+    assert read(url, pool).tiers["gpu"].kept.breaker.opened == 2
     assert submit().reason is Reason.TIER_BROKEN
 
     client.delete("driver is broken")
@@ -357,7 +415,7 @@ def test_jobs_that_fail_on_either_tier_leave_the_accelerated_one_in_routing(
 ) -> None:
     library, client, pool = two_tiers.pool, two_tiers.pool.connection.client, operator_pool(url)
     monkeypatch.setattr("workerpool_operator.broker.CAPACITY_LIFE_MS", 3_600_000)
-    client.delete(library.keys.served("gpu"))
+    client.delete(library.keys.attempts("gpu"), library.keys.checkpoint("gpu"))
     for number in range(2 * breaker.LEAST_FAILURES):
         until(lambda: not client.hlen(library.keys.unacked("gpu")), "the GPU is idle")
         until(library.has_accelerated_workers, "the GPU worker reports")

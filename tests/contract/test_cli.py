@@ -82,8 +82,8 @@ def test_a_good_file_is_shown_as_it_was_understood() -> None:
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [
         "pool.yaml: WorkerPool ml/media is valid",
-        "  gpu  queue gpu-tasks, 0 to 10 workers of 1 slots, 2 x nvidia.com/gpu",
-        "  cpu  queue celery, 1 to 40 workers of 4 slots",
+        "  gpu  queue gpu-tasks, 0 to 10 workers with 1 slot each, 2 x nvidia.com/gpu",
+        "  cpu  queue celery, 1 to 40 workers with 4 slots each",
     ]
 
 
@@ -264,11 +264,20 @@ def test_logs_that_cannot_be_written_are_named(mark: str) -> None:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ([], ["run", "dev", "check", "on Kubernetes and on a laptop"]),
+        ([], ["run", "dev", "check", "on Kubernetes and on a laptop", "To begin with"]),
         (["run"], ["KUBECONFIG", "--namespace", "Default: all"]),
         (["explain"], ["namespace/name", "KUBECONFIG", "Changes nothing", "kubectl exec", "--broker-url", "workerpool dev"]),
-        (["check"], ["without a cluster", "Exit 2", "--file", "required"]),
-        (["dev"], ["real workers as local processes", "broker URL that it prints", "Ctrl-C", "default: a private one", "--logs"]),
+        (["check"], ["without a cluster", "exit code 2", "--file", "required"]),
+        (
+            ["dev"],
+            [
+                "Celery workers as local processes",
+                "broker URL that it prints",
+                "Ctrl-C",
+                "Default: start a private one",
+                "--logs",
+            ],
+        ),
     ],
 )
 def test_help_teaches_what_a_command_does_and_what_it_assumes(command: list[str], words: list[str]) -> None:

@@ -18,7 +18,7 @@ from tests.contract.test_broker import ask
 from tests.contract.test_dev import dev, until, write_pool
 
 from workerpool_operator import cli, planning
-from workerpool_operator.asking import Answer, Outlook
+from workerpool_operator.dry_run import Answer, DryRun
 from workerpool_operator.observation import Unavailable
 from workerpool_operator.ports import Pool
 from workerpool_routing import Overloaded, Reason, WorkerPool
@@ -29,8 +29,8 @@ pytestmark = [pytest.mark.contract, pytest.mark.timeout(180)]
 ROOM = Capacity({"gpu": TierCapacity(startable=4)})
 
 
-def outlook(pool: Pool) -> Outlook | Unavailable:
-    return ask(lambda broker: broker.outlook(str(pool.spec.broker.url), pool))
+def dry_run(pool: Pool) -> DryRun | Unavailable:
+    return ask(lambda broker: broker.dry_run(str(pool.spec.broker.url), pool))
 
 
 def tell(pool: Pool, capacity: Capacity | None = ROOM) -> None:
@@ -42,8 +42,8 @@ def tell(pool: Pool, capacity: Capacity | None = ROOM) -> None:
 
 
 def answers(pool: Pool) -> tuple[Answer, ...]:
-    found = outlook(pool)
-    assert isinstance(found, Outlook), found
+    found = dry_run(pool)
+    assert isinstance(found, DryRun), found
     return found.answers
 
 
@@ -138,28 +138,28 @@ def test_a_job_that_would_be_refused_is_told_so(redis_url: str) -> None:
 
 
 @pytest.mark.parametrize(("capacity", "told"), [(ROOM, True), (None, False)], ids=["alive", "silent"])
-def test_whether_an_operator_tells_is_known(redis_url: str, capacity: Capacity | None, told: bool) -> None:
+def test_whether_a_capacity_is_published_is_known(redis_url: str, capacity: Capacity | None, told: bool) -> None:
     pool = make_pool(redis_url)
     tell(pool, capacity)
-    found = outlook(pool)
-    assert isinstance(found, Outlook)
-    assert found.operator is told
+    found = dry_run(pool)
+    assert isinstance(found, DryRun)
+    assert found.has_capacity is told
 
 
 def test_without_a_policy_or_with_one_of_another_release_the_answer_says_so(redis_url: str) -> None:
     pool = make_pool(redis_url)
-    unknown = outlook(pool)
+    unknown = dry_run(pool)
     assert isinstance(unknown, Unavailable)
     assert unknown.why == "test/media: nothing is known of the pool, the app's own routing holds"
     with Redis.from_url(redis_url) as client:
         client.set(pool.keys.policy, '{"version": 99}')
-    newer = outlook(pool)
+    newer = dry_run(pool)
     assert isinstance(newer, Unavailable)
     assert "policy has schema version 99" in newer.why
 
 
 def test_without_redis_the_answer_says_so() -> None:
-    found = outlook(make_pool("redis://127.0.0.1:1/0"))
+    found = dry_run(make_pool("redis://127.0.0.1:1/0"))
     assert isinstance(found, Unavailable)
     assert found.why.startswith("Redis at 127.0.0.1:1 cannot be reached")
 
@@ -227,7 +227,7 @@ def test_a_status_that_no_operator_wrote_is_refused_in_one_line(tmp_path: Path, 
     (tmp_path / "pool.json").write_text(json.dumps({**head, "spec": spec, "status": status}))
     result = explain("-f", str(tmp_path / "pool.json"))
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith("the status of default/media is not as an operator writes it: ")
+    assert result.stderr.startswith("the status of default/media was not written by an operator: ")
 
 
 @pytest.mark.parametrize("arguments", [[], ["ml/media", "-f", "pool.yaml"]], ids=["neither", "both"])

@@ -87,7 +87,7 @@ class World:
 
     def counted(self, tier: str) -> Attempts:
         """How its attempts on a tier ended, as the breaker will read it."""
-        stored = self.client.hgetall(self.pool.keys.served(tier))
+        stored = self.client.hgetall(self.pool.keys.attempts(tier))
         return Attempts(**{field.name: float(stored.get(field.name, 0)) for field in fields(Attempts)})
 
     def waits_for_its_first_start(self) -> bool:

@@ -16,7 +16,7 @@ from redis import Redis
 from tests.contract import seeds
 from tests.contract.seeds import claim, consumer, make_pool, publish, report
 
-from workerpool_operator import planning, reaping
+from workerpool_operator import planning, witness
 from workerpool_operator.broker import RedisBroker
 from workerpool_operator.local import redis_server
 from workerpool_operator.local.redis_server import private_redis
@@ -445,7 +445,7 @@ def test_what_hangs_delays_neither_reaping_nor_what_is_published(
     redis_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
 ) -> None:
     life = 2_500
-    monkeypatch.setattr(reaping, "PRESENCE_LIFE_MS", life)
+    monkeypatch.setattr(witness, "PRESENCE_LIFE_MS", life)
     well = make_pool(redis_url, "well")
     report(redis_url, well, "gpu", "dead.1", age_ms=PRESENCE_LIFE_MS)
 
@@ -474,7 +474,7 @@ def test_when_all_presence_expired_in_a_pause_of_redis_only_the_dead_are_reaped(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     life = 2_500
-    for module in (wire, reaping):
+    for module in (wire, witness):
         monkeypatch.setattr(module, "PRESENCE_LIFE_MS", life)
 
     async def keeps_reporting(pool: Pool) -> None:

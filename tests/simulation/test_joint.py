@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from benchmarks.joint import RULES, SCENARIOS, TARGET_SECONDS, play
+from benchmarks.scaling import OUTAGE
 
 from workerpool_operator.simulation.compare import quantile
 from workerpool_operator.simulation.engine import Outcome
@@ -11,6 +12,7 @@ from workerpool_operator.simulation.engine import Outcome
 pytestmark = [pytest.mark.simulation, pytest.mark.timeout(600)]
 
 OURS, *OTHERS = RULES
+BURSTS, GONE, *_ = SCENARIOS
 
 
 def outcomes(scenario: str) -> dict[str, Outcome]:
@@ -28,6 +30,20 @@ def test_an_outage_of_all_accelerators_leaves_no_job_waiting_for_its_end() -> No
     for rule in OTHERS:
         assert quantile(sorted(found[OURS].waits), 0.99) < quantile(sorted(found[rule].waits), 0.99) / 2
     assert max(found[OURS].waits) < 300 < 600 < max(max(found[rule].waits) for rule in OTHERS)
+
+
+def ordered_seconds(outcome: Outcome, since: float, until: float) -> float:
+    """What was ordered of the accelerated tier in that time, in seconds of workers."""
+    looks = [(at, ordered) for at, _, _, ordered in outcome.series]
+    spans = zip(looks, [*looks[1:], (until, 0)], strict=True)
+    return sum(ordered * max(0.0, min(end, until) - max(at, since)) for (at, ordered), (end, _) in spans)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_few_minutes_after_an_outage_the_accelerated_tier_costs_what_it_would_have_cost_without_one(seed: int) -> None:
+    times = OUTAGE.end + 300.0, 3_600.0
+    calm, after = (ordered_seconds(play(one, OURS, seed), *times) for one in (BURSTS, GONE))
+    assert after <= 1.1 * calm
 
 
 def test_on_bursts_nearly_every_job_is_in_time_with_fewer_workers_than_two_autoscalers_need_for_it() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from workerpool_operator import planning
-from workerpool_operator.conditions import assess
+from workerpool_operator.conditions import Findings, assess
 from workerpool_operator.drain import Drain
 from workerpool_operator.model import Mode, parse_spec
 from workerpool_operator.observation import (
@@ -18,6 +18,7 @@ from workerpool_operator.observation import (
     Breaker,
     BreakerState,
     BrokerReading,
+    Checkpoint,
     Phase,
     QueueReading,
     Replica,
@@ -82,7 +83,8 @@ def told(
     previous: Mapping[str, Any] | None = None,
     moved: Sequence[Moved] = (),
 ) -> tuple[Status, tuple[Event, ...]]:
-    return assess(pool, planned, broker, refused, blind, conflict, previous or {}, NOON, moved)
+    found = Findings(pool, planned, NOON, broker, refused, blind, conflict, moved)
+    return assess(found, previous or {})
 
 
 def conditions(outcome: tuple[Status, tuple[Event, ...]]) -> dict[str, Condition]:
@@ -348,10 +350,10 @@ def test_a_paused_pool_shows_what_runs_and_no_decision() -> None:
 def test_a_condition_that_stays_as_it_is_gives_one_event_and_keeps_its_time() -> None:
     first, events = told(plans(IDLE, DOWN), broker=DOWN)
     assert [(event.warning, event.reason) for event in events] == [(True, "BrokerUnreadable")], "Ready says nothing new"
-    again, events = assess(POOL, plans(IDLE, DOWN), DOWN, None, None, None, first.dump(), NOON + 60)
+    again, events = assess(Findings(POOL, plans(IDLE, DOWN), NOON + 60, broker=DOWN), first.dump())
     assert events == ()
     assert again.conditions == first.conditions
-    back, events = assess(POOL, plans(IDLE), None, None, None, None, again.dump(), NOON + 120)
+    back, events = assess(Findings(POOL, plans(IDLE), NOON + 120), again.dump())
     assert [event.warning for event in events] == [False] * 6
     assert {c.last_transition_time for c in back.conditions if c.type in ("Ready", "BrokerReachable")} == {"2026-01-01T12:02:00Z"}
 
@@ -412,14 +414,14 @@ def test_jobs_that_outlast_the_grace_period_are_told(served: Served, status: str
     assert ("gpu: jobs take" in condition.message and "grace period is 600 s" in condition.message) == (status == "True")
 
 
-BROKEN = QueueReading(0, 0, 0, attempts=Attempts(0, 6, 6, 0))
-ON_TRIAL = QueueReading(0, 0, 0, breaker=Breaker(BreakerState.HALF_OPEN, Milliseconds(0), 1))
-MENDED = replace(ON_TRIAL, attempts=Attempts(3))
+BROKEN = QueueReading(0, 0, 0, counted=Attempts(0, 6, 6, 0))
+ON_TRIAL = QueueReading(0, 0, 0, kept=Checkpoint(Breaker(BreakerState.HALF_OPEN, Milliseconds(0), 1)))
+MENDED = replace(ON_TRIAL, counted=Attempts(3))
 
 
 def test_a_tier_that_is_taken_out_of_routing_is_told_once_and_so_is_its_return() -> None:
     previous, told_so_far = told(plans(IDLE))[0].dump(), []
-    for queue in (BROKEN, replace(BROKEN, breaker=Breaker(BreakerState.OPEN, Milliseconds(0), 1)), ON_TRIAL, MENDED):
+    for queue in (BROKEN, replace(BROKEN, kept=Checkpoint(Breaker(BreakerState.OPEN, Milliseconds(0), 1))), ON_TRIAL, MENDED):
         outcome = told(plans(IDLE, gpu=queue), previous=previous)
         condition, previous = conditions(outcome)["TierBroken"], outcome[0].dump()
         told_so_far.append((condition.status, condition.reason, [(event.warning, event.reason) for event in outcome[1]]))

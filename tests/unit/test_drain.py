@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workerpool_operator import drain
-from workerpool_operator.drain import EMPTY_WINDOW_SECONDS, OVERDUE_SECONDS, Drain, Memory
+from workerpool_operator.drain import EMPTY_WINDOW_SECONDS, OVERDUE_SECONDS, Drain, Mark, Memory
 from workerpool_operator.observation import Phase, QueueReading, Replica, TierReplicas
 from workerpool_routing.wire import PRESENCE_LIFE_MS, Milliseconds, Presence
 
@@ -44,7 +44,7 @@ def decide(
 ) -> Drain:
     live = TierReplicas(len(replicas) if desired is None else desired, tuple(replicas), rolling)
     queue = QueueReading(waiting, sum(report.busy for report in reports), 0, tuple(reports))
-    known = memory or Memory({name: (Milliseconds(TIME - 2_000), now - 2) for name in marked})
+    known = memory or Memory({name: Mark(Milliseconds(TIME - 2_000), now - 2) for name in marked})
     return drain.decide(wanted, live, queue, frozenset(marked), TIME, known, now)
 
 

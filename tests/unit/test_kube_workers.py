@@ -25,6 +25,7 @@ pytestmark = pytest.mark.unit
 GPU = POOL.spec.tiers[0]
 CREATED = datetime(2026, 1, 1, tzinfo=UTC)
 AWAY: Object = {"phase": "Failed", "reason": "UnexpectedAdmissionError", "message": "Allocate failed"}
+SCHEDULED = {"type": "PodScheduled", "status": "True", "lastTransitionTime": "2026-01-01T00:05:00Z"}
 
 
 def observed(replicas: int, *pods: Object, after: float = 0.0, **status: Any) -> TierReplicas:
@@ -72,3 +73,15 @@ def test_a_pod_that_no_node_has_taken_in_fails_where_the_one_before_was_turned_a
     assert observed(1, *pods, after=TURNED_AWAY_SECONDS).count(Phase.STARTING) == 1, "that was long ago"
     taken_in = raw_pod("media-gpu-2", containerStatuses=[container(waiting={"reason": "ContainerCreating"})])
     assert observed(1, pods[0], taken_in).count(Phase.STARTING) == 1, "this one its node has taken in"
+
+
+def test_a_pod_that_had_waited_for_its_node_is_turned_away_when_the_node_says_so() -> None:
+    """As an autoscaler's new node does whose driver is not up yet: the pod is minutes old by then."""
+    refused = raw_pod("media-gpu-1", **AWAY, startTime="2026-01-01T00:05:00Z", qosClass="BestEffort", conditions=[SCHEDULED])
+    successor = raw_pod("media-gpu-2", phase="Pending", conditions=[SCHEDULED])
+    successor["metadata"]["creationTimestamp"] = "2026-01-01T00:05:00Z"
+    minutes = 300.0
+    live = observed(1, refused, successor, after=minutes + TURNED_AWAY_SECONDS - 1)
+    assert [(replica.worker, replica.phase) for replica in live.replicas] == [("media-gpu-2", Phase.FAILING)]
+    assert starting(live) == 0
+    assert observed(1, refused, successor, after=minutes + TURNED_AWAY_SECONDS).count(Phase.STARTING) == 1, "that was long ago"

@@ -185,7 +185,8 @@ def test_a_settled_job_is_struck_from_the_spills_of_every_tier() -> None:
     )
     assert call.keys == [
         KEYS.job("t1"), KEYS.held("w.1"), KEYS.waiting("gpu"), KEYS.unacked("gpu"), KEYS.unacked_index("gpu"),
-        KEYS.service("gpu"), KEYS.served("gpu"), KEYS.spilled("gpu"), KEYS.spilled("cpu"),
+        KEYS.service("gpu"), KEYS.served("gpu"), KEYS.attempts("gpu"), KEYS.checkpoint("gpu"),
+        KEYS.spilled("gpu"), KEYS.spilled("cpu"),
     ]  # fmt: skip
 
 
@@ -220,7 +221,8 @@ def test_a_move_takes_the_message_from_the_tier_that_held_it_to_the_queue_of_the
         KEYS.queue_list("celery", 6),
         KEYS.routes,
         KEYS.waiting("cpu"),
-        KEYS.served("gpu"),
+        KEYS.attempts("gpu"),
+        KEYS.checkpoint("gpu"),
     ]
     *before, message, channel, pool, life, queue, how, error = call.args
     assert (queue, how, error) == ("celery", "lost", "why")

@@ -15,6 +15,7 @@ from workerpool_operator.observation import (
     Breaker,
     BreakerState,
     BrokerReading,
+    Checkpoint,
     QueueReading,
     Served,
     Unavailable,
@@ -86,7 +87,7 @@ def test_an_accelerated_tier_shows_the_state_of_its_breaker(state: BreakerState)
     nowhere = {"fallback": {"onFailure": False, "onLoss": False}}
     raw = {"app": "media", "broker": {"url": "redis://one"}, "tiers": tiers, "routing": nowhere}
     pool = replace(POOL, spec=WorkerPoolSpec.model_validate(raw))
-    reading = replace(READING, tiers={"cpu": replace(QUEUE, breaker=Breaker(state))})
+    reading = replace(READING, tiers={"cpu": replace(QUEUE, kept=Checkpoint(Breaker(state)))})
     lines = [line for line in shown(reading, pool=pool) if line.startswith("workerpool_tier_breaker")]
     assert lines == [f'workerpool_tier_breaker{{pool="ml/media",state="{state}",tier="cpu"}} 1.0']
 

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from workerpool_operator import breaker, planning, rebalancing, scaling
 from workerpool_operator.model import WorkerPoolSpec, parse_spec
 from workerpool_operator.observation import (
+    NO_ATTEMPTS,
     Attempts,
     Breaker,
     BreakerState,
     BrokerReading,
+    Checkpoint,
     Phase,
     QueueReading,
     Replica,
@@ -128,8 +130,11 @@ def test_the_rule_is_told_what_starts_what_is_stuck_and_what_was_served() -> Non
             Replica("d", Phase.FAILING, ordered_at=70.0),
         ),
     )
-    told = planning.demand(QueueReading(3, 1, 2, served=Served(7, 70.0, 900.0)), live, 11, 100.0)
-    assert told == scaling.Demand(3, 1, 2, 6, 30.0, 1, (90.0, 100.0, 100.0), 2, 11, Served(7, 70.0, 900.0))
+    stuck = {"a": 15.0, "b": 95.0}
+    told = planning.demand(QueueReading(3, 1, 2, served=Served(7, 70.0, 900.0)), live, 11, stuck, 100.0)
+    assert told == scaling.Demand(
+        3, 1, 2, 6, 30.0, 1, (95.0, 100.0, 100.0), 2, 11, Served(7, 70.0, 900.0), held_up=5.0, ready_at=40.0
+    )
 
 
 def test_what_was_ever_sent_to_a_tier_is_the_sum_of_its_routes_but_for_what_moved_while_it_waited() -> None:
@@ -374,6 +379,27 @@ def test_a_start_that_takes_longer_than_any_before_is_expected_to_go_on_taking_l
     assert ready_in(ordered(400.0), 40.0)[0] == (1, 20.0), "an eighth of four times the start time, as scaling believes then"
 
 
+def test_a_worker_that_could_not_come_up_takes_its_whole_start_time_from_then_on_and_teaches_no_longer_one() -> None:
+    memory = {"gpu": planning.Memory(Memory(start_seconds=40.0, level=0))}
+    seen = reading(gpu=QueueReading(1, 0, 0, kept=Checkpoint(start_seconds=40.0)))
+
+    def after(now: float, replica: Replica) -> TierPlan:
+        found, _ = planning.plan(POOL, seen, {"gpu": TierReplicas(1, (replica,)), "cpu": replicas(1)}, memory, now)
+        memory["gpu"] = found.memory
+        return found
+
+    def ready_at(now: float, found: TierPlan) -> list[Milliseconds]:
+        return [group.ready_at for group in planning.capacity(POOL.spec, [found], TIME, now).tiers["gpu"].starting][:1]
+
+    assert ready_at(600.0, after(600.0, Replica("w", Phase.UNSCHEDULABLE, 0.0))) == []
+    assert ready_at(601.0, after(601.0, Replica("w", Phase.STARTING, 0.0))) == [TIME + 39_000]
+    assert ready_at(620.0, after(620.0, Replica("w", Phase.STARTING, 0.0))) == [TIME + 20_000]
+    found = after(640.0, Replica("w", Phase.READY, 0.0, 640.0))
+    assert found.decision.memory.start_seconds == 40.0
+    assert planning.checkpoints([found]) == {}, "the next operator finds no other either"
+    assert after(700.0, Replica("another", Phase.STARTING, 700.0)).stuck == {}, "nothing is kept of workers that are gone"
+
+
 def test_a_worker_that_was_to_leave_and_is_needed_again_is_back_in_a_moment() -> None:
     leaving = replace(worker("w0", slots=0), draining=True)
     assert ready_in(ordered(9_999.0), 40.0, leaving) == [(1, 5.0), (7, 40.0)]
@@ -416,7 +442,7 @@ def test_a_load_is_what_admission_measures_with_that_capacity() -> None:
 def test_a_pod_that_drains_and_is_un_ready_for_it_is_not_one_that_takes_long_to_start() -> None:
     drains = replace(worker("w1", slots=0, busy=1), draining=True)
     live = replicas(3, Phase.READY, Phase.STARTING, Phase.STARTING)
-    told = planning.demand(QueueReading(0, 2, 0, workers=(worker("w0", busy=1), drains)), live, 0, 9_000.0)
+    told = planning.demand(QueueReading(0, 2, 0, workers=(worker("w0", busy=1), drains)), live, 0, {}, 9_000.0)
     assert (told.ready, told.starting) == (2, (0.0,))
 
 
@@ -458,7 +484,7 @@ def test_what_is_starting_is_what_is_ordered_and_neither_ready_nor_stuck() -> No
     assert replicas(0, Phase.READY, Phase.FAILING).starting == 0
 
 
-def test_the_start_time_is_that_of_the_worker_that_became_ready_last() -> None:
+def test_the_newest_worker_is_the_one_that_became_ready_last() -> None:
     seen = TierReplicas(
         4,
         (
@@ -468,8 +494,8 @@ def test_the_start_time_is_that_of_the_worker_that_became_ready_last() -> None:
             Replica("new", Phase.STARTING, ordered_at=200.0),
         ),
     )
-    assert seen.start_seconds == 40.0
-    assert replicas(1, Phase.STARTING).start_seconds is None
+    assert seen.newest == (130.0, seen.replicas[1])
+    assert replicas(1, Phase.STARTING).newest is None
 
 
 def test_decisions_of_a_plan_remember_for_the_next_pass() -> None:
@@ -480,18 +506,19 @@ def test_decisions_of_a_plan_remember_for_the_next_pass() -> None:
 
 
 FAILING, SOUND = Attempts(0, 6, 6), Attempts(5)
-OUT = Breaker(BreakerState.OPEN, Milliseconds(0), 1)
+OUT = Checkpoint(Breaker(BreakerState.OPEN, Milliseconds(0), 1))
+ON_TRIAL = replace(OUT, breaker=replace(OUT.breaker, state=BreakerState.HALF_OPEN))
 
 
 @pytest.mark.parametrize(
     ("queue", "replicas_wanted"),
     [
         (QueueReading(40, 0, 20), 8),
-        (QueueReading(40, 0, 20, attempts=FAILING), 1),
-        (QueueReading(0, 0, 20, breaker=OUT, attempts=FAILING), 1),
-        (QueueReading(0, 0, 0, breaker=OUT, attempts=FAILING), 0),
-        (QueueReading(9, 3, 20, breaker=OUT, attempts=FAILING), 4),
-        (QueueReading(0, 0, 20, breaker=replace(OUT, state=BreakerState.HALF_OPEN)), 1),
+        (QueueReading(40, 0, 20, counted=FAILING), 1),
+        (QueueReading(0, 0, 20, counted=FAILING, kept=OUT), 1),
+        (QueueReading(0, 0, 0, counted=FAILING, kept=OUT), 0),
+        (QueueReading(9, 3, 20, counted=FAILING, kept=OUT), 4),
+        (QueueReading(0, 0, 20, kept=ON_TRIAL), 1),
     ],
     ids=["sound", "breaks now", "out", "out, and nobody wants it", "out, and some still run", "on trial"],
 )
@@ -506,9 +533,9 @@ def test_a_tier_that_is_out_of_routing_has_workers_for_one_trial_and_for_what_st
 @pytest.mark.parametrize(
     ("queue", "limit"),
     [
-        (QueueReading(3, 0, 0, attempts=SOUND), None),
-        (QueueReading(3, 0, 0, attempts=FAILING), 0),
-        (QueueReading(3, 0, 0, breaker=replace(OUT, state=BreakerState.HALF_OPEN)), 1),
+        (QueueReading(3, 0, 0, counted=SOUND), None),
+        (QueueReading(3, 0, 0, counted=FAILING), 0),
+        (QueueReading(3, 0, 0, kept=ON_TRIAL), 1),
     ],
     ids=["sound", "breaks now", "on trial"],
 )
@@ -520,19 +547,18 @@ def test_admission_and_rebalancing_are_told_the_same_limit(queue: QueueReading, 
 
 
 def test_advice_goes_by_what_fails_now_and_by_no_trial_that_was_begun_before_the_mode_was_set() -> None:
-    on_trial = replace(OUT, state=BreakerState.HALF_OPEN)
     advised = replace(POOL, spec=spec(mode="Advisory"))
     workers = {"gpu": replicas(2), "cpu": replicas(1)}
-    seen = [reading(gpu=QueueReading(3, 0, 0, breaker=on_trial, attempts=attempts)) for attempts in (SOUND, FAILING)]
+    seen = [reading(gpu=QueueReading(3, 0, 0, counted=counted, kept=ON_TRIAL)) for counted in (SOUND, FAILING)]
     limits = [planning.plan(advised, one, workers, {}, 0.0)[0].breaker.limit for one in seen]  # type: ignore[union-attr]
     assert limits == [None, 0]
 
 
 def test_a_new_operator_goes_on_with_the_start_time_that_the_last_one_kept() -> None:
-    (first, *_) = plans = list(plan(reading(gpu=QueueReading(3, 0, 0, start_seconds=300.0))).values())
+    (first, *_) = plans = list(plan(reading(gpu=QueueReading(3, 0, 0, kept=Checkpoint(start_seconds=300.0)))).values())
     assert "starts of 300 s" in first.decision.message
     assert planning.capacity(POOL.spec, plans, TIME, NOW).tiers["gpu"].start_seconds == 300.0
-    assert planning.starts(plans) == {}, "no news"
+    assert planning.checkpoints(plans) == {}, "no news"
 
 
 @pytest.mark.parametrize(
@@ -542,8 +568,8 @@ def test_a_new_operator_goes_on_with_the_start_time_that_the_last_one_kept() -> 
 )
 def test_a_learnt_start_time_is_kept_when_it_is_news(kept: float | None, told: dict[str, float]) -> None:
     memory = {"gpu": Memory(start_seconds=40.0, newest_start=40.0)}
-    found = plan(reading(gpu=QueueReading(0, 0, 0, start_seconds=kept)), memory=memory)
-    assert planning.starts(list(found.values())) == told
+    found = plan(reading(gpu=QueueReading(0, 0, 0, kept=Checkpoint(start_seconds=kept))), memory=memory)
+    assert {name: kept.start_seconds for name, kept in planning.checkpoints(list(found.values())).items()} == told
 
 
 def test_no_job_comes_home_to_a_worker_that_has_failed_although_it_reported_a_moment_ago() -> None:
@@ -555,12 +581,31 @@ def test_no_job_comes_home_to_a_worker_that_has_failed_although_it_reported_a_mo
 
 def test_a_breaker_is_kept_when_it_changes_or_its_record_grows_too_long() -> None:
     kept = [
-        planning.breakers(list(plan(reading(gpu=QueueReading(0, 0, 0, attempts=seen))).values()))
+        planning.checkpoints(list(plan(reading(gpu=QueueReading(0, 0, 0, counted=seen))).values()))
         for seen in (SOUND, FAILING, Attempts(5_000))
     ]
     assert [list(one) for one in kept] == [[], ["gpu"], ["gpu"]]
     assert kept[1]["gpu"].breaker.state is BreakerState.OPEN
-    assert kept[2]["gpu"].attempts == Attempts(breaker.WINDOW)
+    assert kept[2]["gpu"].baseline == Attempts(5_000 - breaker.WINDOW)
+
+
+@pytest.mark.parametrize(
+    "counted",
+    [Attempts(5_003, 17, 12, 1), NO_ATTEMPTS, Attempts(30, 40, 0, 40)],
+    ids=["still counting", "counts have run out", "the jobs' own fault"],
+)
+@pytest.mark.parametrize("state", BreakerState)
+def test_what_is_kept_is_read_as_it_was_decided_and_is_no_news_then(state: BreakerState, counted: Attempts) -> None:
+    before = Checkpoint(Breaker(state, TIME, 1, TIME), Attempts(5_000, 10, 5))
+    seen = QueueReading(0, 0, 0, counted=counted, kept=before)
+    plans = plan(reading(gpu=seen))
+    kept = planning.checkpoints(list(plans.values())).get("gpu", before)
+    began_anew = kept.breaker.since != before.breaker.since
+    found = replace(seen, kept=kept, counted=NO_ATTEMPTS if began_anew else counted)
+    decided = plans["gpu"].breaker
+    assert decided
+    assert (found.kept.breaker, found.attempts) == (decided.breaker, decided.attempts)
+    assert planning.checkpoints(list(plan(reading(gpu=found)).values())) == {}
 
 
 @pytest.mark.parametrize("changes", [{"mode": "Paused"}, {"tiers": "accelerated alone"}], ids=str)
@@ -569,13 +614,13 @@ def test_there_is_no_breaker_where_nothing_is_decided_or_jobs_have_nowhere_else_
         alone = {"name": "gpu", "queue": "gpu-tasks", "accelerator": {"resource": "nvidia.com/gpu"}, "template": TEMPLATE}
         changes = {"tiers": [alone], "routing": {"fallback": {"onFailure": False, "onLoss": False}}}
     pool = replace(POOL, spec=spec(**changes))
-    seen = reading(gpu=QueueReading(3, 0, 0, attempts=FAILING))
+    seen = reading(gpu=QueueReading(3, 0, 0, counted=FAILING))
     workers = {"gpu": replicas(2), "cpu": replicas(1)}
     plans = planning.plan(pool, seen, workers, {}, 0.0)
     assert [one.breaker for one in plans] == [None] * len(plans)
-    assert planning.breakers(plans) == {}
+    assert planning.checkpoints(plans) == {}
 
 
 def test_a_plain_tier_has_no_breaker_whatever_is_counted_there() -> None:
-    assert plan(reading(cpu=QueueReading(3, 0, 0, attempts=FAILING)))["cpu"].breaker is None
+    assert plan(reading(cpu=QueueReading(3, 0, 0, counted=FAILING)))["cpu"].breaker is None
     assert plan(OUTAGE)["gpu"].breaker is None

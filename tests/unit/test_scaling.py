@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from workerpool_operator.observation import Unavailable
 from workerpool_operator.scaling import (
+    HANG_FACTOR,
     MIN_LINGER_SECONDS,
     SERVICE_SECONDS_UNTIL_KNOWN,
+    START_SECONDS_UNTIL_KNOWN,
     Decision,
     Demand,
     Memory,
@@ -22,6 +24,7 @@ from workerpool_operator.scaling import (
     Service,
     Unread,
     decide,
+    start_seconds,
 )
 
 pytestmark = pytest.mark.unit
@@ -252,9 +255,74 @@ def test_a_slow_start_is_believed_sooner_than_a_fast_one_and_one_that_hung_not_w
     assert after(40.0) == 40.0
 
 
-def test_a_start_that_lasts_longer_than_any_before_teaches_while_it_lasts() -> None:
+def test_a_start_that_lasts_longer_than_any_before_counts_while_it_lasts() -> None:
     seen = Demand(0, 0, 0, 1, 40.0, starting=(0.0,))
-    assert decide(Policy(0, 9), seen, known(40.0), 90.0).memory.start_seconds == 90.0
+    memory = decide(Policy(0, 9), seen, known(40.0), 90.0).memory
+    assert (start_seconds(memory), memory.start_seconds) == (90.0, 40.0)
+
+
+def outage(lasts: float, workers: int, gap: float, *, stuck: bool) -> list[Memory]:
+    """What is known pass by pass while that many workers, where starts took 45 s, hang for so long, then come up one by one."""
+    memory, memories, policy = known(45.0), [], Policy(0, 9)
+    for second in (lasts * look / 40 for look in range(40)):
+        on_their_way = () if stuck else (0.0,) * workers
+        seen = Demand(0, 0, 0, workers, 45.0, 0, on_their_way, stuck=workers if stuck else 0)
+        memories.append(memory := decide(policy, seen, memory, second).memory)
+    since = lasts if stuck else 0.0
+    for up in range(1, workers + 1):
+        now = lasts + 45.0 + up * gap
+        rest = (since,) * (workers - up)
+        seen = Demand(0, 0, 0, workers, now, up, rest, held_up=since, ready_at=now)
+        memories.append(memory := decide(policy, seen, memory, now).memory)
+    return memories
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(0, 20_000), st.integers(1, 9), st.floats(0, 5))
+def test_however_long_however_many_starts_hang_no_start_is_expected_to_take_over_four_times_what_it_took_before(
+    lasts: float, workers: int, gap: float
+) -> None:
+    memories = outage(lasts, workers, gap, stuck=False)
+    assert max(start_seconds(memory) for memory in memories) <= HANG_FACTOR * 45.0
+    assert memories[-1].start_seconds is not None, "what was learnt stays"
+    assert 45.0 <= memories[-1].start_seconds <= HANG_FACTOR * 45.0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(0, 20_000), st.integers(1, 9))
+def test_workers_that_could_not_come_up_say_nothing_against_the_start_time_that_is_known(lasts: float, workers: int) -> None:
+    memories = outage(lasts, workers, 0.0, stuck=True)
+    assert [start_seconds(memory) for memory in memories] == pytest.approx([45.0] * len(memories))
+    assert not any(memory.outlasts for memory in memories)
+
+
+def test_a_worker_that_was_held_up_and_then_took_longer_than_others_counts_for_what_it_took_then() -> None:
+    seen = Demand(0, 0, 0, 1, 685.0, 1, held_up=600.0, ready_at=700.0)
+    assert decide(Policy(0, 9), seen, known(45.0), 700.0).memory.start_seconds == 65.0
+
+
+def test_the_first_starts_of_a_pool_are_learnt_however_far_above_the_first_guess_they_are() -> None:
+    policy, memory = Policy(0, 9), Memory()
+    for second in range(0, 721, 5):
+        memory = decide(policy, Demand(2, 0, 0, 2, starting=(0.0, 0.0)), memory, float(second)).memory
+    assert (start_seconds(memory), memory.start_seconds, memory.outlasts) == (720.0, None, True)
+    memory = decide(policy, Demand(0, 2, 0, 2, 722.0, 2, ready_at=722.0), memory, 723.0).memory
+    assert memory.start_seconds == 722.0
+
+
+def test_before_any_start_has_ended_one_that_was_held_up_leaves_the_first_guess_as_it_is() -> None:
+    seen = Demand(0, 0, 0, 1, 7_240.0, 1, held_up=7_200.0, ready_at=7_240.0)
+    memory = decide(Policy(0, 9), seen, Memory(), 7_240.0).memory
+    assert (memory.start_seconds, start_seconds(memory)) == (None, START_SECONDS_UNTIL_KNOWN)
+
+
+@pytest.mark.parametrize("truth", [10.0, 240.0, 3_600.0])
+def test_where_starts_have_come_to_take_another_time_it_is_learnt_although_each_takes_exactly_as_long(truth: float) -> None:
+    memory, now = known(45.0), 0.0
+    for _ in range(20):
+        now += truth + 60.0
+        memory = decide(Policy(0, 9), Demand(0, 0, 0, 1, truth, 1, ready_at=now), memory, now).memory
+    assert memory.start_seconds == pytest.approx(truth, rel=0.3)
 
 
 @pytest.mark.parametrize(

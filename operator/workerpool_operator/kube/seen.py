@@ -68,7 +68,7 @@ class LivePod:
 
 @dataclass(frozen=True, slots=True)
 class TurnedAway:
-    """A pod that its node has refused to run (a device that fails, for one): when it was made, and why."""
+    """A pod that its node has refused to run (a device that fails, for one): when, and why."""
 
     at: float
     why: str
@@ -256,7 +256,9 @@ def pod(raw: Mapping[str, Any], before: LivePod | TurnedAway | None = None) -> L
     ordered_at, taken_in = _seconds(metadata["creationTimestamp"]), bool(_containers(status))
     if status.get("phase") in {"Succeeded", "Failed"}:
         why = ": ".join(filter(None, (status.get("reason"), status.get("message"))))
-        return TurnedAway(ordered_at, why) if why and not taken_in and "deletionTimestamp" not in metadata else None
+        # The kubelet's first word on the pod; it may have waited for its node since long before.
+        refused_at = _seconds(status.get("startTime") or metadata["creationTimestamp"])
+        return TurnedAway(refused_at, why) if why and not taken_in and "deletionTimestamp" not in metadata else None
     ready = _condition(raw, "Ready")
     since = ready.get("lastTransitionTime")
     ready_at = _seconds(since) if since and ready["status"] == "True" else None

@@ -30,7 +30,7 @@ class Operator:
         reading = BrokerReading(readings, "", Milliseconds(int(now * 1000)), routes)
         workers = {name: tier.replicas() for name, tier in tiers.items()}
         plans = planning.plan(self._pool, reading, workers, self._memory, now)
-        self._memory = {plan.tier.name: planning.Memory(plan.decision.memory) for plan in plans}
+        self._memory = {plan.tier.name: plan.memory for plan in plans}
         replicas = {plan.tier.name: plan.decision.replicas for plan in plans}
         again_at = min(plan.decision.again_at for plan in plans)
         if len(plans) == 1:

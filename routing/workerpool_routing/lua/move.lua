@@ -1,7 +1,8 @@
 -- Give a claimed job another run: take its message out of the in-flight keys and put the rewritten one at the head of a queue.
 -- Whoever sees the failure or the loss calls this; one caller wins, the others change nothing.
 --
--- KEYS: job, held:<owner>, unacked hash, unacked index, queue list, routes, waiting:<new tier>, served:<old tier>.
+-- KEYS: job, held:<owner>, unacked hash, unacked index, queue list, routes, waiting:<new tier>, attempts:<old tier>,
+-- checkpoint:<old tier>.
 -- ARGV: task id, attempt, delivery tag on the ledger, delivery tag in the in-flight keys, new attempt, new tier, reason,
 -- 1 when it counts as a loss on a tier that it cannot leave (which is allowed once), the message, wake channel, pool, life, queue,
 -- how the run ended, error.
@@ -15,9 +16,13 @@ redis.call('HDEL', KEYS[1], 'tag', 'owner')
 if ARGV[5] ~= ARGV[2] then
   redis.call('HDEL', KEYS[1], 'left')
   -- The tier is suspected until it is known how the job ends elsewhere. What was finishing has been counted: it ended well here.
-  local began = tonumber(job[5]) or 0
-  if job[1] == 'claimed' and began >= (tonumber(redis.call('HGET', KEYS[8], 'since')) or 0) then
-    redis.call('HINCRBYFLOAT', KEYS[8], 'failed', 1)
+  local began, since = tonumber(job[5]) or 0, redis.call('HGET', KEYS[9], 'since') or '0'
+  if job[1] == 'claimed' and began >= tonumber(since) then
+    if redis.call('HGET', KEYS[8], 'since') ~= since then
+      redis.call('DEL', KEYS[8])
+      redis.call('HSET', KEYS[8], 'since', since)
+    end
+    redis.call('HINCRBY', KEYS[8], 'failed', 1)
     redis.call('EXPIRE', KEYS[8], ARGV[12])
     redis.call('HSET', KEYS[1], 'suspect', KEYS[8], 'suspect_since', began)
   end

@@ -1,6 +1,7 @@
 -- Move an attempt from one state to another, if it is still the one that the ledger knows.
 --
--- KEYS: job, held:<owner>, waiting:<tier>, unacked hash, unacked index, service:<tier>, served:<tier>, then every spilled:<tier>.
+-- KEYS: job, held:<owner>, waiting:<tier>, unacked hash, unacked index, service:<tier>, served:<tier>, attempts:<tier>,
+-- checkpoint:<tier>, then every spilled:<tier>.
 -- ARGV: task id, attempt, delivery tag and owner ('' before a claim), from, to, life, how it ended, error, retries asked for,
 -- delivery tag of a message to acknowledge, whatever the ledger says, the message of that retry ('': it cannot be published again)
 -- and its queue, life of the served counts, then the result that counts from this step on: its key, value, life in seconds (0: for
@@ -44,16 +45,22 @@ if from == 'claimed' and to ~= 'admitted' and tonumber(job[6]) then
 end
 if to ~= 'admitted' then
   local good = to == 'done' or (to == 'finishing' and ARGV[8] == 'done')
-  local function note(served, began, what, many)
-    if (tonumber(began) or 0) < (tonumber(redis.call('HGET', served, 'since')) or 0) then return end
-    redis.call('HINCRBYFLOAT', served, what, many)
+  local since = redis.call('HGET', KEYS[9], 'since') or '0'
+  if from == 'claimed' and good and (tonumber(job[6]) or 0) >= tonumber(since) then
+    if redis.call('HGET', KEYS[8], 'since') ~= since then
+      redis.call('DEL', KEYS[8])
+      redis.call('HSET', KEYS[8], 'since', since)
+    end
+    redis.call('HINCRBY', KEYS[8], 'succeeded', 1)
+    redis.call('EXPIRE', KEYS[8], ARGV[14])
   end
-  if from == 'claimed' and good then note(KEYS[7], job[6], 'succeeded', 1) end
   -- How the job ends here says whether the tier was at fault on which it failed before; one that expires says nothing.
   if job[8] then
     redis.call('HDEL', KEYS[1], 'suspect', 'suspect_since')
-    if to == 'expired' then note(job[8], job[9], 'failed', -1) else note(job[8], job[9], good and 'confirmed' or 'refuted', 1) end
-    redis.call('EXPIRE', job[8], ARGV[14])
+    if (tonumber(job[9]) or 0) >= (tonumber(redis.call('HGET', job[8], 'since')) or 0) then
+      redis.call('HINCRBY', job[8], to == 'expired' and 'failed' or good and 'confirmed' or 'refuted', to == 'expired' and -1 or 1)
+      redis.call('EXPIRE', job[8], ARGV[14])
+    end
   end
 end
 
@@ -83,7 +90,7 @@ if to == 'admitted' then
 end
 redis.call('ZREM', KEYS[3], id)
 redis.call('HDEL', KEYS[1], 'message', 'missing_at')
-for i = 8, #KEYS do redis.call('ZREM', KEYS[i], id) end
+for i = 10, #KEYS do redis.call('ZREM', KEYS[i], id) end
 -- The delivery ends with the job: a worker that lost its connection meanwhile could not acknowledge it any more.
 if tag ~= '' then
   redis.call('HDEL', KEYS[4], tag)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workerpool_operator.observation import Unavailable
-from workerpool_operator.reaping import LONGEST_GAP_SECONDS, LONGEST_STEP_SECONDS, Witness, may_reap, witness
+from workerpool_operator.witness import LONGEST_GAP_SECONDS, LONGEST_STEP_SECONDS, Witness, look, may_reap
 from workerpool_routing.wire import PRESENCE_LIFE_MS, PRESENCE_PERIOD_SECONDS
 
 pytestmark = pytest.mark.unit
@@ -19,7 +19,7 @@ DOWN = Unavailable("connection refused")
 def watch(*answers: tuple[float, str | Unavailable]) -> Witness | None:
     seen = None
     for now, run_id in answers:
-        seen = witness(seen, run_id, now, now)
+        seen = look(seen, run_id, now, now)
     return seen
 
 
@@ -74,12 +74,12 @@ def test_a_clock_that_was_set_back_starts_the_watch_again_and_does_not_stop_it()
 def test_a_clock_of_redis_that_was_set_starts_the_watch_again(jump: float) -> None:
     seen = None
     for now in range(60):
-        seen = witness(seen, "r1", now, now)
+        seen = look(seen, "r1", now, now)
     assert may_reap(seen)
     for now in range(60, 60 + int(LIFE)):
-        seen = witness(seen, "r1", now, now + jump)
+        seen = look(seen, "r1", now, now + jump)
         assert not may_reap(seen)
-    assert may_reap(witness(seen, "r1", 60 + LIFE, 60 + LIFE + jump))
+    assert may_reap(look(seen, "r1", 60 + LIFE, 60 + LIFE + jump))
 
 
 answers = st.tuples(st.floats(0, 5), st.sampled_from(["r1", "r1", "r1", "r2", DOWN]))
@@ -92,7 +92,7 @@ def test_reaping_needs_a_presence_life_of_close_answers_of_one_process(pauses: l
     unbroken: list[tuple[float, str]] = []
     for pause, run_id in pauses:
         now += pause
-        seen = witness(seen, run_id, now, now)
+        seen = look(seen, run_id, now, now)
         if unbroken and (run_id != unbroken[-1][1] or now - unbroken[-1][0] > LONGEST_GAP_SECONDS):
             unbroken = []
         if isinstance(run_id, str):

@@ -1,4 +1,4 @@
-"""What a new job would get now: asked of the very script that admits, which then changes nothing."""
+"""A dry run of admission: what a new job would get now, answered by the admission script itself, which then writes nothing."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from workerpool_routing.wire import Keyspace, Policy
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What admission says of one job.
+    """What admission would answer to one job.
 
     Attributes:
-        task: its task; empty for one whose times nobody knows yet.
+        task: the name of its task; empty for "any task" while no task's run time is known.
         accelerated: whether it asks for an accelerator.
-        tier: where it would go; empty where it would be refused.
-        message: why, as the caller of ``submit`` reads it.
-        wait: seconds until it starts, None while no worker is there or on its way.
+        tier: where it would go; empty if it would be refused.
+        message: why, in the words that the caller of ``submit()`` gets.
+        wait: expected seconds until it starts; None while no worker is ready or starting.
     """
 
     task: str
@@ -35,22 +35,22 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
-    """What admission goes by, and what it answers.
+class DryRun:
+    """What admission would answer now, and whether an operator's capacity stands behind it.
 
     Attributes:
-        operator: whether an operator has told of the pool's capacity lately: nobody else does.
-        answers: for each task whose times are known, first of the jobs that ask for an accelerator.
+        has_capacity: whether Redis holds a published capacity, which expires soon after the last operator has gone.
+        answers: one for each task whose run time is known; first with, then without asking for an accelerator.
     """
 
-    operator: bool
+    has_capacity: bool
     answers: tuple[Answer, ...]
 
 
-async def ask(client: Any, keys: Keyspace) -> Outlook | Unavailable:
-    """Ask for the tasks that the pool has run, or for any where it has run none.
+async def ask(client: Any, keys: Keyspace) -> DryRun | Unavailable:
+    """Ask once for each task that the pool has run, or once for an unknown task if it has run none.
 
-    Raises ValueError for a policy that this release cannot read.
+    Raises ValueError if the pool's policy cannot be read by this release.
     """
     raw, capacity = await client.mget(keys.policy, keys.capacity)
     if raw is None:
@@ -62,13 +62,13 @@ async def ask(client: Any, keys: Keyspace) -> Outlook | Unavailable:
         tasks = sorted(frozenset[str]().union(*await pipe.execute())) or [""]
     wishes = (True, False) if policy.accelerated_tier() else (False,)
     requests = [Request(task, wish, limit=policy.max_wait_seconds) for wish in wishes for task in tasks]
-    return Outlook(capacity is not None, tuple([await _answer(client, keys, policy, request) for request in requests]))
+    return DryRun(capacity is not None, tuple([await _answer(client, keys, policy, request) for request in requests]))
 
 
 async def _answer(client: Any, keys: Keyspace, policy: Policy, request: Request) -> Answer:
     call = admission.call(keys, preselect(policy, request), request)
     found = admission.parse(await client.register_script(script("admit"))(keys=call.keys, args=call.args))
-    assert isinstance(found, Admission), "without a time limit nobody gives up"
+    assert isinstance(found, Admission), "only a call with `until` gives up"
     return Answer(
         task=request.task,
         accelerated=bool(request.accelerated),

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from workerpool_operator.asking import Answer, Outlook
-from workerpool_operator.explanation import Explanation, render
+from workerpool_operator.dry_run import Answer, DryRun
+from workerpool_operator.explain_view import Explanation, render
 from workerpool_operator.model import Mode, WorkerPoolSpec
 from workerpool_operator.observation import BrokerReading, QueueReading, Unavailable
 from workerpool_operator.ports import Pool
@@ -68,7 +68,7 @@ def answer(task: str, wish: bool, tier: str, reason: Reason, wait: float | None)
     return Answer(task, wish, tier, reason, explain(reason, tier or "cpu"), wait)
 
 
-OUTLOOK = Outlook(
+DRY_RUN = DryRun(
     True,
     (
         *(answer(f"task-{n}", True, "cpu", Reason.WAIT_TOO_LONG, float(n)) for n in range(5)),
@@ -76,7 +76,7 @@ OUTLOOK = Outlook(
         answer("task-0", False, "cpu", Reason.NOT_REQUESTED, 0.0),
     ),
 )
-KNOWN = Explanation(POOL, STATUS, READING, OUTLOOK)
+KNOWN = Explanation(POOL, STATUS, READING, DRY_RUN)
 
 
 def text_of(known: Explanation, width: int = 400) -> str:
@@ -163,7 +163,7 @@ def test_jobs_that_get_the_same_answer_share_a_line() -> None:
     ids=["refused", "nobody there"],
 )
 def test_a_job_that_cannot_start_is_told_so(given: Answer, said: str) -> None:
-    assert line(text_of(replace(KNOWN, outlook=Outlook(True, (given,)))), "asks for") == said
+    assert line(text_of(replace(KNOWN, dry_run=DryRun(True, (given,)))), "asks for") == said
 
 
 def test_without_redis_the_status_is_still_told_and_the_outage_once() -> None:
@@ -175,7 +175,7 @@ def test_without_redis_the_status_is_still_told_and_the_outage_once() -> None:
 
 def test_without_a_policy_the_outlook_says_what_holds_then() -> None:
     unknown = Unavailable(explain(Reason.POLICY_UNKNOWN, POOL.id))
-    text = text_of(replace(KNOWN, outlook=unknown))
+    text = text_of(replace(KNOWN, dry_run=unknown))
     assert line(text, "unknown: ") == "unknown: ml/media: nothing is known of the pool, the app's own routing holds"
 
 
@@ -196,7 +196,7 @@ def held(conditions: Iterable[Condition]) -> tuple[Condition, ...]:
 
 
 @pytest.mark.parametrize(
-    ("pool", "conditions", "operator", "alarmed"),
+    ("pool", "conditions", "has_capacity", "alarmed"),
     [
         (POOL, CONDITIONS, True, False),
         (POOL, CONDITIONS, False, True),
@@ -207,9 +207,9 @@ def held(conditions: Iterable[Condition]) -> tuple[Condition, ...]:
     ids=["it tells", "it is silent", "the pool is held", "Advisory", "Paused"],
 )
 def test_an_operator_that_should_speak_and_does_not_is_an_alarm(
-    pool: Pool, conditions: tuple[Condition, ...], operator: bool, alarmed: bool
+    pool: Pool, conditions: tuple[Condition, ...], has_capacity: bool, alarmed: bool
 ) -> None:
-    outlook = replace(OUTLOOK, operator=operator)
-    text = text_of(replace(KNOWN, pool=pool, status=replace(STATUS, conditions=conditions), outlook=outlook))
+    dry_run = replace(DRY_RUN, has_capacity=has_capacity)
+    text = text_of(replace(KNOWN, pool=pool, status=replace(STATUS, conditions=conditions), dry_run=dry_run))
     assert ("no operator" in text) == alarmed
     assert text.splitlines()[0].split() == ["ml/media", pool.spec.mode.value]

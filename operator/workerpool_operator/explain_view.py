@@ -1,6 +1,6 @@
-"""Why a pool is as it is, on one screen: values in, something to print out.
+"""The screen that ``workerpool explain`` prints, from the facts that ``explain.py`` has gathered.
 
-The sentences are those of the status and of admission; nothing is decided here a second time.
+The sentences are those of the status and of admission: nothing is decided here a second time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from workerpool_operator.asking import Answer, Outlook
+from workerpool_operator.dry_run import Answer, DryRun
 from workerpool_operator.live import condition_name, worth_seeing
 from workerpool_operator.model import Mode
 from workerpool_operator.observation import BrokerReading, Unavailable
@@ -28,23 +28,23 @@ _NUMBERS = {"jobs", "waiting", "in flight", "elsewhere"}
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What is known of a pool at one moment.
+    """What is known of a pool at one moment; a part that could not be had is ``Unavailable`` and says why.
 
     Attributes:
-        status: what the operator told last, or why it told nothing.
-        reading: its queues and workers as Redis has them.
-        outlook: what a new job would get.
+        status: as an operator last wrote it.
+        reading: its queues and workers, from Redis.
+        dry_run: what a new job would get.
     """
 
     pool: Pool
     status: Status | Unavailable
     reading: BrokerReading | Unavailable
-    outlook: Outlook | Unavailable
+    dry_run: DryRun | Unavailable
 
 
 def render(known: Explanation) -> RenderableType:
-    """All of it, the alarming first; whole sentences, however long."""
-    pool, status, reading, outlook = known.pool, known.status, known.reading, known.outlook
+    """The whole screen, problems first; sentences are wrapped, never cut."""
+    pool, status, reading, dry_run = known.pool, known.status, known.reading, known.dry_run
     parts: list[RenderableType] = [Text.assemble((pool.id, "bold"), "  ", (pool.spec.mode.value, "cyan")), _alarms(known)]
     if isinstance(status, Status) and status.tiers:
         parts += [_heading("why each tier has its workers"), _tiers(status.tiers)]
@@ -53,8 +53,8 @@ def render(known: Explanation) -> RenderableType:
         if leaving := list(_leaving(reading)):
             parts += [_heading("who leaves"), _grid(leaving)]
         parts += [_heading("why its jobs went where they are, all so far"), _routes(pool, reading.routes)]
-    if outlook != reading:
-        parts += [_heading("what a new job would get now"), _answers(outlook)]
+    if dry_run != reading:
+        parts += [_heading("what a new job would get now"), _answers(dry_run)]
     return Group(*parts)
 
 
@@ -66,8 +66,8 @@ def _alarms(known: Explanation) -> Table:
             rows.append((Text(what, "bold red"), reading.why))
     if _silent(known, conditions):
         message = (
-            f"nobody has told of the pool's capacity for {CAPACITY_LIFE_MS / 1000:.0f} s: no operator runs, or it cannot see the "
-            "workers; what follows is what it said last"
+            f"nobody has published the pool's capacity for {CAPACITY_LIFE_MS / 1000:.0f} s: no operator is running, or it cannot "
+            "see the workers; what follows is the last status that was written"
         )
         rows.append((Text("no operator", "bold red"), message))
     rows += [(condition_name(condition), condition.message) for condition in conditions if worth_seeing(condition)]
@@ -77,10 +77,10 @@ def _alarms(known: Explanation) -> Table:
 
 
 def _silent(known: Explanation, conditions: Iterable[Condition]) -> bool:
-    """Whether an operator should have told of the capacity and has not."""
+    """Whether an operator should have published the capacity and has not."""
     held = any(c.type is ConditionType.QUEUE_SHARED and c.status == "True" for c in conditions)
     acts = known.pool.spec.mode is Mode.ACTIVE and not held
-    return acts and isinstance(known.outlook, Outlook) and not known.outlook.operator
+    return acts and isinstance(known.dry_run, DryRun) and not known.dry_run.has_capacity
 
 
 def _tiers(tiers: Iterable[TierStatus]) -> Table:
@@ -122,11 +122,11 @@ def _routes(pool: Pool, routes: Mapping[str, int]) -> RenderableType:
     return table
 
 
-def _answers(outlook: Outlook | Unavailable) -> RenderableType:
-    if isinstance(outlook, Unavailable):
-        return Text(f"  unknown: {outlook.why}")
+def _answers(dry_run: DryRun | Unavailable) -> RenderableType:
+    if isinstance(dry_run, Unavailable):
+        return Text(f"  unknown: {dry_run.why}")
     rows: list[tuple[Text, Text]] = []
-    for _, alike in groupby(outlook.answers, lambda answer: (answer.accelerated, answer.tier, answer.reason)):
+    for _, alike in groupby(dry_run.answers, lambda answer: (answer.accelerated, answer.tier, answer.reason)):
         answers = list(alike)
         first = answers[0]
         gets = Text.assemble((first.tier, "bold"), f", starts {_starts(answers)}") if first.tier else Text("refused", "bold red")
