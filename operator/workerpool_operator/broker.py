@@ -352,7 +352,7 @@ def _queue(answers: Sequence[Any], now: Milliseconds) -> QueueReading:
         spilled,
         workers=tuple(report for report in reports if report.alive(now)),
         lost=tuple(report.owner for report in reports if not report.alive(now)),
-        served=Served(int(served.get("jobs", 0)), float(served.get("seconds", 0)), float(served.get("squares", 0))),
+        served=_served(served),
         waits=Waits(
             int(waits.get("jobs", 0)), float(waits.get("seconds", 0)), float(waits.get("expected", 0)), int(waits.get("right", 0))
         ),
@@ -360,6 +360,11 @@ def _queue(answers: Sequence[Any], now: Milliseconds) -> QueueReading:
         counted=_attempts(attempts) if int(attempts.get("since", 0)) == kept.breaker.since else NO_ATTEMPTS,
         kept=kept,
     )
+
+
+def _served(stored: Mapping[str, str]) -> Served:
+    jobs, seconds, squares = (stored.get(field, "0") for field in ("jobs", "seconds", "squares"))
+    return Served(int(jobs), float(seconds), float(squares), float(stored["mean"]) if "mean" in stored else None)
 
 
 def _stored(kept: Checkpoint) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ A reading that failed is a value of its own type, :class:`Unavailable`, never a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -22,11 +22,14 @@ class Unavailable:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The jobs that a tier has ended since its Redis began: how many, their seconds on a slot, and the squares of these."""
+    """The jobs that a tier has ended since its Redis began: how many, their seconds on a slot, the squares of these, and the mean
+    seconds of the latest; None before one has ended.
+    """
 
     jobs: int = 0
     seconds: float = 0.0
     squares: float = 0.0
+    mean: float | None = None
 
 
 NOTHING_SERVED = Served()
@@ -35,7 +38,7 @@ NOTHING_SERVED = Served()
 @dataclass(frozen=True, slots=True)
 class Waits:
     """The jobs that a tier has started since its Redis began: how many, their seconds since admission, what admission expected
-    these to be, and how many of them were as expected, within 25 % or 2 s.
+    these to be, and how many of them were as expected (:data:`workerpool_routing.ledger.AS_EXPECTED_PART`).
     """
 
     jobs: int = 0
@@ -218,12 +221,15 @@ class TierReplicas:
 
     ``rival`` names whoever else scales them, in words for the user; empty where nobody does.
     ``rolling``: workers are being replaced by those of another template.
+    ``first_start``: seconds that a start takes where they run, as far as that can be said before one of the tier has been seen;
+    None where it cannot.
     """
 
     desired: int
     replicas: tuple[Replica, ...] = ()
     rolling: bool = False
     rival: str = ""
+    first_start: float | None = None
 
     def count(self, phase: Phase) -> int:
         """How many are in that phase."""
@@ -242,5 +248,10 @@ class TierReplicas:
     @property
     def newest(self) -> tuple[float, Replica] | None:
         """When a worker became ready last, and which; None when none has."""
-        ready = [(replica.ready_at, replica) for replica in self.replicas if replica.ready_at is not None]
-        return max(ready, key=lambda one: (one[0], -one[1].ordered_at), default=None)
+        return newest(self.replicas)
+
+
+def newest(replicas: Iterable[Replica]) -> tuple[float, Replica] | None:
+    """When a worker became ready last, and which; None when none has."""
+    ready = [(replica.ready_at, replica) for replica in replicas if replica.ready_at is not None]
+    return max(ready, key=lambda one: (one[0], -one[1].ordered_at), default=None)

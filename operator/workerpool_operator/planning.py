@@ -22,7 +22,7 @@ from workerpool_operator.observation import (
     Unavailable,
 )
 from workerpool_operator.ports import Marks, Pool
-from workerpool_routing.decide import START_SECONDS, Load
+from workerpool_routing.decide import START_SECONDS, Load, assumed_seconds
 from workerpool_routing.wire import Capacity, Milliseconds, Policy, StartingSlots, TaskPolicy, TierCapacity, TierPolicy
 
 GROUPS = 8
@@ -99,7 +99,7 @@ def plan(
     plain, accelerated = ([t for t in pool.spec.tiers if t.accelerated is kind] for kind in (False, True))
     for tier in (*plain, *reversed(accelerated)):
         live, queue = workers[tier.name], None if isinstance(reading, Unavailable) else _bounded(reading, tier)
-        known = _recalled(memory.get(tier.name, Memory()), queue)
+        known = _informed(memory.get(tier.name, Memory()), live, queue)
         bounds = scaling.Policy(tier.replicas.min, tier.replicas.max, tier.concurrency, pool.spec.scaling.target_wait_seconds)
         routing = _routing(pool, tier, queue, reading)
         stuck = _stuck(live, known.stuck, now)
@@ -197,11 +197,15 @@ def demand(queue: QueueReading, live: TierReplicas, arrived: int, stuck: Mapping
     )
 
 
-def _recalled(memory: Memory, queue: QueueReading | None) -> Memory:
-    """With what an operator before this one has learnt, until this one has seen for itself."""
-    if memory.scaling.start_seconds is not None or queue is None:
+def _informed(memory: Memory, live: TierReplicas, queue: QueueReading | None) -> Memory:
+    """With what else is known of starts until one of the tier has been seen: what an operator before this one has learnt, or what
+    the place says in which its workers run.
+    """
+    known = memory.scaling
+    if known.start_seconds is not None:
         return memory
-    return replace(memory, scaling=replace(memory.scaling, start_seconds=queue.kept.start_seconds))
+    before = queue.kept.start_seconds if queue else None
+    return replace(memory, scaling=replace(known, start_seconds=before, first_start=live.first_start or known.first_start))
 
 
 def _routing(pool: Pool, tier: Tier, queue: QueueReading | None, reading: BrokerReading | Unavailable) -> breaker.Decision | None:
@@ -287,7 +291,8 @@ def _starts(plan: TierPlan, stuck: int, now: float) -> tuple[float, list[float]]
     start = scaling.start_seconds(plan.decision.memory)
     if plan.decision.memory.start_seconds is None:
         starting = [r for r in coming if r.phase is Phase.STARTING and r.worker not in takes_jobs]
-        start = max([START_SECONDS, *(now - _begun(replica, plan.stuck) for replica in starting)])
+        assumed = min(START_SECONDS, plan.decision.memory.first_start)
+        start = max([assumed, *(now - _begun(replica, plan.stuck) for replica in starting)])
     count = max(0, plan.decision.replicas - sum(takes_jobs.values()) - stuck)
     lasted = [now - _begun(replica, plan.stuck) for replica in coming]
     ready_in = sorted(min(max(start - seconds, start * OVERDUE), start) for seconds in lasted)[:count]
@@ -307,17 +312,15 @@ def loads(plans: list[TierPlan], capacity: Capacity, time: Milliseconds) -> Mapp
     """Every tier as admission measures it at the time of the reading, ``service`` being the mean over all its jobs; none where a
     queue was not read. Slots of a worker that is known to have failed do not count, although its presence is not over yet.
     """
-    return {
-        plan.tier.name: _load(plan.queue, plan.workers.names(Phase.FAILING), capacity.tiers[plan.tier.name], time)
-        for plan in plans
-        if plan.queue
-    }
+    return {plan.tier.name: _load(plan, plan.queue, capacity.tiers[plan.tier.name], time) for plan in plans if plan.queue}
 
 
-def _load(queue: QueueReading, failed: frozenset[str], capacity: TierCapacity, time: Milliseconds) -> Load:
+def _load(plan: TierPlan, queue: QueueReading, capacity: TierCapacity, time: Milliseconds) -> Load:
+    failed = plan.workers.names(Phase.FAILING)
     ready = sum(report.slots for report in queue.workers if report.worker not in failed)
     service = queue.served.seconds / queue.served.jobs if queue.served.jobs else None
-    return Load(queue.waiting, queue.in_flight, ready, service=service).having(capacity, time)
+    assumed = assumed_seconds(accelerated=plan.tier.accelerated)
+    return Load(queue.waiting, queue.in_flight, ready, service=service, assumed=assumed).having(capacity, time)
 
 
 def checkpoints(plans: list[TierPlan]) -> Mapping[str, Checkpoint]:

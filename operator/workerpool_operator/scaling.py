@@ -25,7 +25,8 @@ from enum import StrEnum
 from workerpool_operator.observation import NOTHING_SERVED, Served, Unavailable
 
 START_SECONDS_UNTIL_KNOWN = 240.0
-"""Assumed start time of a worker before one has been seen to start: about what a new GPU node, an image and a model take."""
+"""Assumed start time of a worker before one has been seen to start, where the place in which it runs says no better: about what a
+new GPU node, an image and a model take."""
 
 SERVICE_SECONDS_UNTIL_KNOWN = 30.0
 """Assumed length of a job before one has been seen to end."""
@@ -163,8 +164,23 @@ class Service:
         most = _OUTLIER * self.mean * jobs
         if seconds > most:
             squares, seconds = squares * (most / seconds) ** 2, most
-        kept = (1 - 1 / _MEMORY_JOBS) ** jobs
-        return Service(self.weight * kept + jobs, self.seconds * kept + seconds, self.squares * kept + squares)
+        return _joined(self, jobs, seconds, squares)
+
+    @staticmethod
+    def recalled(served: Served) -> Service:
+        """As far as the counters tell somebody who has not seen them grow: with the mean of the latest, and the spread of all."""
+        if not served.jobs:
+            return Service()
+        overall = served.seconds / served.jobs
+        mean = overall if served.mean is None else served.mean
+        spread = served.squares / served.jobs / overall**2 if overall else 1.0
+        jobs = min(float(served.jobs), _MEMORY_JOBS)
+        return _joined(Service(), jobs, jobs * mean, jobs * spread * mean**2)
+
+
+def _joined(known: Service, jobs: float, seconds: float, squares: float) -> Service:
+    kept = (1 - 1 / _MEMORY_JOBS) ** jobs
+    return Service(known.weight * kept + jobs, known.seconds * kept + seconds, known.squares * kept + squares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +192,7 @@ class Memory:
         arrivals: when jobs came, oldest first, as ``(time, jobs)`` of at most :data:`_BINS` spans and a few.
         service: the length of jobs.
         start_seconds: how long workers took to start that have become ready; None before one has.
+        first_start: what that is taken for until then.
         newest_start: when the last one became ready that was taken into that.
         ceiling: ``(time, seconds)``: above these seconds it is not raised by starts that were under way at that time.
         under_way: how long the oldest start that is under way has lasted, as far as that is believed.
@@ -191,6 +208,7 @@ class Memory:
     arrivals: tuple[tuple[float, int], ...] = ()
     service: Service = Service()
     start_seconds: float | None = None
+    first_start: float = START_SECONDS_UNTIL_KNOWN
     newest_start: float | None = None
     ceiling: tuple[float, float] = (-math.inf, math.inf)
     under_way: float = 0.0
@@ -277,6 +295,8 @@ def _learn(policy: Policy, observed: Demand, memory: Memory, now: float) -> Memo
     jobs = served.jobs - before.jobs
     if memory.total is not None and jobs > 0:
         service = service.after(jobs, served.seconds - before.seconds, served.squares - before.squares)
+    elif memory.total is None and service == Service():
+        service = Service.recalled(served)
     span = max(policy.target_wait, start)
     arrivals = memory.arrivals
     if memory.total is not None:
@@ -297,13 +317,15 @@ def _learn(policy: Policy, observed: Demand, memory: Memory, now: float) -> Memo
 
 
 def _known(memory: Memory) -> float:
-    return START_SECONDS_UNTIL_KNOWN if memory.start_seconds is None else memory.start_seconds
+    return memory.first_start if memory.start_seconds is None else memory.start_seconds
 
 
 def _ceiling(memory: Memory, ordered_at: float) -> float:
     """How much is believed at most of a start. Those that ran side by side hung for one reason, and have one ceiling."""
     at, seconds = memory.ceiling
-    return seconds if ordered_at < at else HANG_FACTOR * _known(memory)
+    # What is only said of starts bounds none.
+    known = START_SECONDS_UNTIL_KNOWN if memory.start_seconds is None else memory.start_seconds
+    return seconds if ordered_at < at else HANG_FACTOR * known
 
 
 def _with_start(memory: Memory, observed: Demand) -> Memory:

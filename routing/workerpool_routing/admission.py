@@ -12,12 +12,12 @@ from workerpool_routing.decide import (
     MARGIN,
     PATIENCE_SECONDS,
     RETURN,
-    SERVICE_SECONDS,
     SHORTEST_SECONDS,
     Candidates,
     Load,
     Reason,
     Request,
+    assumed_seconds,
 )
 from workerpool_routing.ledger import Call
 from workerpool_routing.wire import (
@@ -132,7 +132,6 @@ def _of_the_pool(keys: Keyspace, candidates: Candidates, wanted: TierPolicy | No
         "wake": wake_channel(keys.prefix),
         "margin": MARGIN,
         "back": RETURN,
-        "service_seconds": SERVICE_SECONDS,
         "shortest_seconds": SHORTEST_SECONDS,
         "patience": PATIENCE_SECONDS,
         "presence_life": PRESENCE_LIFE_MS,
@@ -160,5 +159,6 @@ def _tier(keys: Keyspace, tier: TierPolicy) -> dict[str, Any]:
         "leases": keys.leases(tier.name),
         "service": keys.service(tier.name),
         "served": keys.served(tier.name),
+        "assumed": assumed_seconds(accelerated=tier.accelerated),
         "spilled": keys.spilled(tier.name),
     }

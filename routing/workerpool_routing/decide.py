@@ -44,6 +44,9 @@ RETURN = 0.5
 SERVICE_SECONDS = 1.0
 """What a job counts in a queue while nothing is known of its task: low, so that nothing is refused for want of knowledge."""
 
+ACCELERATION = 4.0
+"""How many times faster than that an accelerated tier is taken to run it: little, of what makes a tier worth its price."""
+
 SHORTEST_SECONDS = 0.001
 """What a job counts at least: the resolution of the clock that its time was taken with."""
 
@@ -107,6 +110,11 @@ class Candidates:
     reason: Reason | None = None
 
 
+def assumed_seconds(*, accelerated: bool) -> float:
+    """What a job counts in the queue of such a tier while no job has ended there."""
+    return SERVICE_SECONDS / ACCELERATION if accelerated else SERVICE_SECONDS
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """One tier as the admission script measures it, in slots, not in workers.
@@ -118,6 +126,7 @@ class Load:
         mean: mean seconds of the jobs that it runs, of whatever task; None when unknown: then those of this task stand for all.
         startable, start_seconds, target_seconds: slots that may still be ordered, as in :class:`TierCapacity`.
         limit: how many jobs it may have at once while its attempts fail; None while they do not.
+        assumed: what a job counts while neither ``service`` nor ``mean`` is known: see :func:`assumed_seconds`.
     """
 
     waiting: int
@@ -131,6 +140,7 @@ class Load:
     target_seconds: float = 0.0
     mean: float | None = None
     limit: int | None = None
+    assumed: float = SERVICE_SECONDS
 
     def having(self, capacity: TierCapacity, now: Milliseconds) -> Load:
         """The same with what the operator says of the tier."""
@@ -197,7 +207,7 @@ class Load:
         if self.free > 0:
             return 0.0
         known = self.service if self.mean is None else self.mean
-        mean = max(SERVICE_SECONDS if known is None else known, SHORTEST_SECONDS)
+        mean = max(self.assumed if known is None else known, SHORTEST_SECONDS)
         place, slots, offset = self.ahead + 1, self.ready, 0.0
         soonest = (place - slots) * mean / slots if slots > 0 else inf
         for more, ready_in in self.coming:

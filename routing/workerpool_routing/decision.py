@@ -28,8 +28,9 @@ class Decision:
         queue: where its message waits.
         reason: from the closed list.
         message: the reason in a sentence, with the numbers that it stands on.
-        expected_wait: seconds until it starts, as far as is known: a job of an unknown task counts as one second; None while no
-            worker is there or on its way.
+        expected_wait: seconds until it starts, as far as is known: until a job has ended on a tier each counts as one second
+            there, a quarter of one where it is accelerated, and until a worker has started a start as 30 s, or under
+            ``workerpool dev`` as long as another took; None while no worker is there or on its way.
     """
 
     task_id: str | None

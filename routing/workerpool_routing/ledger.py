@@ -38,6 +38,9 @@ LOSSES_ALLOWED = 1
 """How often a job that cannot move on is delivered again after its worker was lost; the next loss is final."""
 
 
+AS_EXPECTED_SECONDS, AS_EXPECTED_PART = 2.0, 0.25
+"""By how much a job's wait may differ from what was expected to have been as expected: so long, or such a part of it."""
+
 ERROR_CHARACTERS = 1_000
 """How much of an error the ledger keeps."""
 
@@ -214,7 +217,7 @@ class Call:
     """Keys and arguments of one script."""
 
     keys: Sequence[str]
-    args: Sequence[str | bytes | int]
+    args: Sequence[str | bytes | int | float]
 
 
 def claim(
@@ -241,7 +244,7 @@ def claim(
     return Call(
         [keys.job(task_id), keys.held(owner), keys.waiting(tier), keys.unacked(tier), keys.waits(tier)],
         [task_id, attempt, tag, owner, tier, retries, LOSSES_ALLOWED, JOB_LIFE_SECONDS, int(moves_on), int(no_result),
-            name, int(scheduled), asked_by],
+            name, int(scheduled), asked_by, AS_EXPECTED_SECONDS, AS_EXPECTED_PART],
     )  # fmt: skip
 
 

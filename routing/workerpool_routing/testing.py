@@ -24,7 +24,7 @@ import pytest
 from kombu.serialization import loads
 
 from workerpool_routing.admission import Admission, Entry
-from workerpool_routing.decide import START_SECONDS, Candidates, Load, Reason, Request, place
+from workerpool_routing.decide import START_SECONDS, Candidates, Load, Reason, Request, assumed_seconds, place
 from workerpool_routing.errors import PoolUnavailable
 from workerpool_routing.ledger import Job, State
 from workerpool_routing.message import Message
@@ -193,7 +193,9 @@ class Double:
     def _load(self, tier: TierPolicy, task: str) -> Load:
         has = self._tiers[tier.name]
         waiting = self._queues.get(tier.queue, 0)
-        return Load(waiting, has.busy, has.ready, has.coming, len(has.leases), has.service.get(task), limit=has.limit)
+        assumed = assumed_seconds(accelerated=tier.accelerated)
+        service = has.service.get(task)
+        return Load(waiting, has.busy, has.ready, has.coming, len(has.leases), service, limit=has.limit, assumed=assumed)
 
     def _take_side(self, candidates: Candidates, loads: Sequence[Load], task: str, *, spilling: bool) -> None:
         side = place(candidates, loads, limit=None, spilling=spilling).reason

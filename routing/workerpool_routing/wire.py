@@ -32,7 +32,7 @@ key                       type    meaning
                                   ``failed``, ``confirmed``, ``refuted``: what counts no more of ``attempts:<tier>``;
                                   ``start_seconds``: how long a worker takes to start
 ``waits:<tier>``          hash    ``jobs``, ``seconds``, ``expected``, ``right``: first starts so far, their waits, what admission
-                                  expected these to be, and how many of them were so, within 25 % or 2 s
+                                  expected these to be, and how many of them were so, see :data:`ledger.AS_EXPECTED_PART`
 ``drain``                 set     workers (by name) that are to stop consuming; written by the operator, expires by itself
 ``aside``                 hash    task id → JSON: a message or entry that nobody could read, and why; for people
 ``aside:count``           string  how many were ever set aside

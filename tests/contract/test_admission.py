@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import prometheus_client
@@ -23,7 +24,7 @@ from redis import Redis
 
 from workerpool_operator.local.redis_server import private_redis
 from workerpool_routing import Overloaded, PoolUnavailable, Reason, Tier, WorkerPool, metrics, wire
-from workerpool_routing.decide import Load, Request, place, preselect
+from workerpool_routing.decide import Load, Request, assumed_seconds, place, preselect
 from workerpool_routing.decision import LOG_FIELDS
 from workerpool_routing.errors import NoAcceleratedTier, NotConfigured
 from workerpool_routing.ledger import State
@@ -125,7 +126,12 @@ def check_against_the_rule(
     request = Request(task.name, wish, limit=limit)
     candidates = preselect(Policy(FOUR), request)
     admission = pool.store.admit(candidates, request)
-    at_that_time = [seen[tier.name].having(capacity[tier.name], admission.time) for tier in candidates.tiers]
+    at_that_time = [
+        replace(
+            seen[tier.name].having(capacity[tier.name], admission.time), assumed=assumed_seconds(accelerated=tier.accelerated)
+        )
+        for tier in candidates.tiers
+    ]
     expected = place(candidates, at_that_time, limit=limit, spilling=spilling)
     assert (admission.tier, admission.reason) == (candidates.tiers[expected.index].name, expected.reason)
     assert admission.wait == expected.wait

@@ -245,10 +245,16 @@ def two_tiers(url: str, jobs: ModuleType, tmp_path_factory: pytest.TempPathFacto
         yield jobs
 
 
+def takes_jobs(jobs: ModuleType, name: str) -> bool:
+    """Whether admission counts on that worker."""
+    return any(worker.worker == name and worker.slots for worker in jobs.pool.workers().values())
+
+
 def counts_of(jobs: ModuleType, task: Any, *args: Any, **options: Any) -> Attempts:
     """What one job adds, once it has ended."""
     client, keys = jobs.pool.connection.client, jobs.pool.keys
     client.delete(keys.attempts("gpu"), keys.checkpoint("gpu"))
+    until(lambda: takes_jobs(jobs, "gpu-a"), "it reports")
     decision = jobs.pool.submit(task, args, **{"accelerated": True, **options})
     assert decision.tier == "gpu"
     outcome(jobs, decision.task_id)
@@ -295,6 +301,7 @@ def test_a_worker_that_is_killed_is_counted_when_it_is_taken_over(
     client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
     with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-killed", tmp_path) as doomed:
         client.delete(keys.attempts("gpu"), keys.checkpoint("gpu"))
+        until(lambda: takes_jobs(two_tiers, "gpu-killed"), "it reports")
         decision = two_tiers.pool.submit(two_tiers.work, ({"gpu": "hang"},), accelerated=True)
         assert claimed(two_tiers, decision.task_id).owner.startswith("gpu-killed.")
         os.killpg(doomed.pid, signal.SIGKILL)
@@ -310,10 +317,11 @@ def test_what_a_worker_gives_back_because_it_has_to_leave_is_not_counted(url: st
     client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
     with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-leaving", tmp_path) as leaving:
         client.delete("gate", keys.attempts("gpu"), keys.checkpoint("gpu"))
+        until(lambda: takes_jobs(two_tiers, "gpu-leaving"), "it reports")
         decision = two_tiers.pool.submit(two_tiers.work, ({"gpu": "gate"},), accelerated=True)
         assert claimed(two_tiers, decision.task_id).owner.startswith("gpu-leaving.")
         leaving.send_signal(signal.SIGTERM)
-        until(lambda: not any(w.worker == "gpu-leaving" and w.slots for w in two_tiers.pool.workers().values()), "no more slots")
+        until(lambda: not takes_jobs(two_tiers, "gpu-leaving"), "no more slots")
         leaving.send_signal(signal.SIGQUIT)
         leaving.wait(30)
         assert counted(client, keys) == Attempts()

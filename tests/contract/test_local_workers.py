@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pytest
 from celery import Celery
 
 from workerpool_operator.local import LocalWorkers
+from workerpool_operator.local.workers import FIRST_START_SECONDS
 from workerpool_operator.model import WorkerPoolSpec
 from workerpool_operator.observation import Phase, Replica
 from workerpool_operator.ports import Pool
@@ -50,11 +51,10 @@ def pool(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Poo
     return make_pool(redis_url)
 
 
-def make_pool(url: str, grace: int = 30, app: str = "tasks", **worker: Any) -> Pool:
+def make_pool(url: str, grace: int = 30, app: str = "tasks", tiers: Sequence[str] = ("cpu",), **worker: Any) -> Pool:
     template = {"spec": {"terminationGracePeriodSeconds": grace, "containers": [{"name": "worker", **worker}]}}
-    spec = WorkerPoolSpec.model_validate(
-        {"app": app, "broker": {"url": url}, "tiers": [{"name": "cpu", "queue": "cpu-tasks", "template": template}]}
-    )
+    own = [{"name": name, "queue": f"{name}-tasks", "template": template} for name in tiers]
+    spec = WorkerPoolSpec.model_validate({"app": app, "broker": {"url": url}, "tiers": own})
     return Pool("test", f"pool-{uuid.uuid4().hex[:12]}", "u", 1, 0.0, spec)
 
 
@@ -146,6 +146,22 @@ def test_a_tier_goes_from_zero_to_two_ready_workers_and_back(pool: Pool, tmp_pat
             assert (observed.desired, observed.count(Phase.STOPPING)) == (0, 2)
             await driver.until([])
             assert processes(pool.id) == {}
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("pool")
+def test_a_tier_without_workers_is_told_how_long_the_last_start_of_another_took(redis_url: str, tmp_path: Path) -> None:
+    two = make_pool(redis_url, tiers=("cpu", "gpu"))
+
+    async def scenario() -> None:
+        async with driving(two, tmp_path) as driver:
+            assert {tier.first_start for tier in (await driver.workers.observe(two)).values()} == {FIRST_START_SECONDS}
+            await driver.workers.scale(two, {"cpu": 1, "gpu": 0}, frozenset())
+            (ready,) = await driver.until([Phase.READY])
+            assert ready.ready_at
+            first = (await driver.workers.observe(two))["gpu"].first_start
+            assert first == ready.ready_at - ready.ordered_at
 
     asyncio.run(scenario())
 

@@ -25,6 +25,7 @@ from workerpool_operator.ports import Pool, Report
 from workerpool_operator.reconcile import SHORTEST_PAUSE_SECONDS, TICK_SECONDS, Reconciler
 from workerpool_operator.status import ConditionType
 from workerpool_routing import WorkerPool, wire
+from workerpool_routing.decide import ACCELERATION, SERVICE_SECONDS
 from workerpool_routing.ledger import State
 from workerpool_routing.wire import CAPACITY_LIFE_MS, PRESENCE_LIFE_MS, Capacity, Policy
 
@@ -39,10 +40,11 @@ class Place:
         self.changes: list[tuple[str, dict[str, int]]] = []
         self.broken: set[str] = set()
         self.hanging: set[str] = set()
+        self.first_start: float | None = None
 
     async def observe(self, pool: Pool) -> Mapping[str, TierReplicas]:
         ordered = self.ordered.get(pool.id, {})
-        return {tier.name: TierReplicas(ordered.get(tier.name, 0)) for tier in pool.spec.tiers}
+        return {tier.name: TierReplicas(ordered.get(tier.name, 0), first_start=self.first_start) for tier in pool.spec.tiers}
 
     async def scale(self, pool: Pool, replicas: Mapping[str, int], leaving: frozenset[str]) -> None:  # noqa: ARG002 nobody runs here
         if pool.id in self.broken:
@@ -566,6 +568,22 @@ async def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.02)
+
+
+def test_the_first_jobs_are_told_what_the_place_knows_of_starts(pool: Pool) -> None:
+    async def scenario() -> None:
+        async with running(pool) as system:
+            system.place.first_start = 4.0
+            await system.after()
+            with seeds.celery_app(pool) as app:
+                library = WorkerPool(pool.id, app)
+                assert library.submit(app.tasks["tasks.work"], accelerated=True).expected_wait == 4.0, "not ordered yet"
+                await system.after()
+                told = library.submit(app.tasks["tasks.work"], accelerated=True).expected_wait
+            assert told is not None
+            assert told <= 4.0 + SERVICE_SECONDS / ACCELERATION, "on its way, with one job ahead that nobody knows"
+
+    asyncio.run(scenario())
 
 
 def test_capacity_follows_what_is_ordered(redis_url: str, pool: Pool) -> None:

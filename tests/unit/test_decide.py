@@ -16,6 +16,7 @@ from workerpool_routing import admission
 from workerpool_routing.admission import Admission, Entry
 from workerpool_routing.content import main_type
 from workerpool_routing.decide import (
+    ACCELERATION,
     MARGIN,
     PATIENCE_SECONDS,
     SERVICE_SECONDS,
@@ -26,6 +27,7 @@ from workerpool_routing.decide import (
     Reason,
     Request,
     Verdict,
+    assumed_seconds,
     explain,
     gains,
     place,
@@ -302,6 +304,8 @@ def test_a_job_that_no_tier_can_start_in_time_is_refused_or_goes_where_it_starts
         (Load(0, 1, 1, service=3.0), 3.0),
         (Load(3, 2, 2, service=3.0), 6.0),
         (Load(3, 2, 2), 2 * SERVICE_SECONDS),
+        (Load(3, 2, 2, assumed=0.2), 0.4),
+        (Load(3, 2, 2, assumed=0.2, service=3.0), 6.0),
         (Load(0, 0, 0), inf),
         (Load(0, 0, 0, soon(2)), START_SECONDS),
         (Load(3, 0, 0, soon(2), service=3.0), START_SECONDS + 3.0),
@@ -317,6 +321,10 @@ def test_a_job_that_no_tier_can_start_in_time_is_refused_or_goes_where_it_starts
 )
 def test_the_expected_wait_counts_the_jobs_ahead_over_the_slots_and_when_they_are_ready(load: Load, seconds: float) -> None:
     assert load.wait == seconds
+
+
+def test_a_job_that_nobody_has_run_is_taken_to_be_shorter_where_there_is_an_accelerator() -> None:
+    assert assumed_seconds(accelerated=True) * ACCELERATION == assumed_seconds(accelerated=False) == SERVICE_SECONDS
 
 
 @settings(max_examples=300)
@@ -470,7 +478,7 @@ def test_the_lua_twin_answers_with_the_reasons_of_the_rule() -> None:
 ENTRY = Entry("t1", Message("head", "tail", 6), idempotency_key="upload-7")
 
 
-def asked(*args: object, **options: object) -> tuple[Any, Any, list[str | bytes | int]]:
+def asked(*args: object, **options: object) -> tuple[Any, Any, list[str | bytes | int | float]]:
     given = admission.call(KEYS, *args, **options)  # type: ignore[arg-type]
     assert given.keys == []
     pool, ask, *message = given.args
@@ -492,6 +500,7 @@ def test_the_script_is_asked_with_the_keys_of_every_candidate() -> None:
         "service": KEYS.service("gpu"),
         "served": KEYS.served("gpu"),
         "spilled": KEYS.spilled("gpu"),
+        "assumed": SERVICE_SECONDS / ACCELERATION,
     }  # fmt: skip
     assert ask == {
         "id": "t1", "job": KEYS.job("t1"), "idempotent": KEYS.idempotent("upload-7"), "step": 3, "task": "media.t", "required": 0,

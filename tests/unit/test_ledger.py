@@ -151,8 +151,9 @@ def claimed(**changes: Any) -> ledger.Call:
 def test_a_claim_gives_the_script_its_arguments_in_order() -> None:
     call = claimed()
     assert call.keys == [KEYS.job("t1"), KEYS.held("w.1"), KEYS.waiting("gpu"), KEYS.unacked("gpu"), KEYS.waits("gpu")]
-    assert call.args == ["t1", 2, "tag", "w.1", "gpu", 3, ledger.LOSSES_ALLOWED, JOB_LIFE_SECONDS, 1, 0, "c1", 0, ""]
-    assert claimed(moves_on=False, no_result=True, scheduled=True, asked_by="old").args[-5:] == [0, 1, "c1", 1, "old"]
+    within = [ledger.AS_EXPECTED_SECONDS, ledger.AS_EXPECTED_PART]
+    assert call.args == ["t1", 2, "tag", "w.1", "gpu", 3, ledger.LOSSES_ALLOWED, JOB_LIFE_SECONDS, 1, 0, "c1", 0, "", *within]
+    assert claimed(moves_on=False, no_result=True, scheduled=True, asked_by="old").args[-7:] == [0, 1, "c1", 1, "old", *within]
 
 
 def test_a_job_that_cannot_move_on_survives_one_loss_and_not_two() -> None:

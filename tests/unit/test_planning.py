@@ -30,7 +30,7 @@ from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Marks, Pool
 from workerpool_operator.scaling import Memory, Reason
 from workerpool_routing import wire
-from workerpool_routing.decide import START_SECONDS, Load
+from workerpool_routing.decide import START_SECONDS, Load, assumed_seconds
 from workerpool_routing.wire import Capacity, Milliseconds, Presence, StartingSlots, TaskPolicy, TierCapacity, TierPolicy
 
 pytestmark = pytest.mark.unit
@@ -149,12 +149,12 @@ def test_a_single_job_that_spilled_on_an_empty_pool_orders_one_slot() -> None:
         assert {name: plan.decision.needed for name, plan in plans.items()} == {"gpu": 0, "cpu": 1}
 
 
-@pytest.mark.parametrize(("waiting", "replicas_of_gpu"), [(320, 4), (326, 6), (900, 8)])
+@pytest.mark.parametrize(("waiting", "replicas_of_gpu"), [(321, 4), (327, 6), (900, 8)])
 def test_a_spilled_job_that_is_not_started_in_time_where_it_waits_calls_for_the_tier_that_it_wanted(
     waiting: int, replicas_of_gpu: int
 ) -> None:
-    """160 slots start 320 jobs of 30 s within the target of 60 s; the 160 that run take the work of 4 slots of the other tier."""
-    seen = reading(gpu=served(0, 0, waiting), cpu=served(waiting, 160, 0, seconds=200.0))
+    """160 slots start 321 jobs of 29.9 s within the target of 60 s; the 160 that run take the work of 4 slots of the other."""
+    seen = reading(gpu=served(0, 0, waiting, seconds=0.75), cpu=served(waiting, 160, 0, seconds=29.9))
     plans = plan(seen, gpu=replicas(0), cpu=replicas(40, *[Phase.READY] * 40), memory={"gpu": Memory(start_seconds=20.0)})
     assert {name: plan.decision.replicas for name, plan in plans.items()} == {"gpu": replicas_of_gpu, "cpu": 40}
     assert plans["gpu"].decision.message.startswith(f"0 waiting + 0 in flight + {waiting} spilled (")
@@ -213,7 +213,7 @@ def test_no_job_orders_two_slots(state: tuple[BrokerReading, dict[str, TierRepli
 @settings(max_examples=300, deadline=None)
 @given(pools())
 def test_no_job_orders_none(state: tuple[BrokerReading, dict[str, TierReplicas]]) -> None:
-    """Where it waits it starts within the target, jobs taking 30 s, or that tier is at its maximum or has stuck workers."""
+    """Where it waits it starts within the target, as jobs are known, or that tier is at its maximum or has stuck workers."""
     seen, live = state
     new = raised(seen, live)
     late = {}
@@ -221,7 +221,8 @@ def test_no_job_orders_none(state: tuple[BrokerReading, dict[str, TierReplicas]]
         ready, slots = live[name].count(Phase.READY), tier.concurrency
         coming = live[name].starting + new[name] // slots
         free = max(0, ready * slots - seen.tiers[name].in_flight)
-        starts = free + slots * (coming + (60.0 * ready + 40.0 * coming) / 30.0)
+        seconds = scaling.Service.recalled(seen.tiers[name].served).mean
+        starts = free + slots * (coming + (60.0 * ready + 40.0 * coming) / seconds)
         bound = live[name].desired + new[name] // slots >= tier.replicas.max or live[name].desired > ready + live[name].starting
         late[name] = 0.0 if bound else seen.tiers[name].waiting - starts
     assert max(late.values()) <= 1e-6
@@ -348,6 +349,11 @@ def ordered(*ages: float, phase: Phase = Phase.STARTING) -> TierReplicas:
     return TierReplicas(len(ages), tuple(Replica(f"w{n}", phase, NOW - age) for n, age in enumerate(ages)))
 
 
+def quick(seen: TierReplicas) -> TierReplicas:
+    """The same where a start is said to take 4 s."""
+    return replace(seen, first_start=4.0)
+
+
 def ready_in(seen: TierReplicas, learnt: float | None, *present: Presence, waiting: int = 8) -> list[tuple[int, float]]:
     """What capacity says of the accelerated slots that are on their way: how many, in how many seconds."""
     queue = QueueReading(waiting, 0, 0, present)
@@ -367,6 +373,11 @@ def ready_in(seen: TierReplicas, learnt: float | None, *present: Presence, waiti
         pytest.param(ordered(9_999.0, phase=Phase.READY), 40.0, [(1, 5.0), (7, 40.0)], id="ready, and not heard of yet"),
         pytest.param(ordered(20.0), None, [(1, 10.0), (7, START_SECONDS)], id="the first start that is seen"),
         pytest.param(ordered(80.0, 60.0), None, [(1, 10.0), (1, 20.0), (6, 80.0)], id="a first start that takes long"),
+        pytest.param(quick(replicas(0)), None, [(8, 4.0)], id="nothing seen, and starts are quick there"),
+        pytest.param(quick(ordered(2.0)), None, [(1, 2.0), (7, 4.0)], id="the first start that is seen there"),
+        pytest.param(quick(ordered(8.0)), None, [(1, 1.0), (7, 8.0)], id="a first start that is not quick at all"),
+        pytest.param(quick(replicas(0)), 40.0, [(8, 40.0)], id="the tier's own starts are known better"),
+        pytest.param(replace(replicas(0), first_start=240.0), None, [(8, START_SECONDS)], id="nothing is refused for a guess"),
     ],
 )
 def test_capacity_says_when_the_slots_that_are_on_their_way_are_ready(
@@ -435,7 +446,7 @@ def test_a_load_is_what_admission_measures_with_that_capacity() -> None:
     plans = list(plan(reading(gpu=seen), gpu=replicas(1, Phase.READY)).values())
     held = Capacity({"gpu": TierCapacity((StartingSlots(2, Milliseconds(TIME + 4_000)),), 3, 9.0, 60.0), "cpu": TierCapacity()})
     assert planning.loads(plans, held, TIME) == {
-        "gpu": Load(4, 1, 1, ((2, 4.0),), 0, 2.5, 3, 9.0, 60.0), "cpu": Load(0, 0, 0),
+        "gpu": Load(4, 1, 1, ((2, 4.0),), 0, 2.5, 3, 9.0, 60.0, assumed=assumed_seconds(accelerated=True)), "cpu": Load(0, 0, 0),
     }  # fmt: skip
 
 
@@ -570,6 +581,12 @@ def test_a_learnt_start_time_is_kept_when_it_is_news(kept: float | None, told: d
     memory = {"gpu": Memory(start_seconds=40.0, newest_start=40.0)}
     found = plan(reading(gpu=QueueReading(0, 0, 0, kept=Checkpoint(start_seconds=kept))), memory=memory)
     assert {name: kept.start_seconds for name, kept in planning.checkpoints(list(found.values())).items()} == told
+
+
+def test_what_is_only_said_of_starts_sizes_the_tier_and_is_not_kept_as_learnt() -> None:
+    plans = list(plan(reading(gpu=QueueReading(3, 0, 0)), gpu=quick(replicas(0))).values())
+    assert "starts of 4 s" in plans[0].decision.message
+    assert planning.checkpoints(plans) == {}
 
 
 def test_no_job_comes_home_to_a_worker_that_has_failed_although_it_reported_a_moment_ago() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workerpool_operator.observation import Unavailable
+from workerpool_operator.observation import NOTHING_SERVED, Served, Unavailable
 from workerpool_operator.scaling import (
     HANG_FACTOR,
     MIN_LINGER_SECONDS,
@@ -228,6 +228,34 @@ def served(*seconds: float) -> Service:
     return service
 
 
+@pytest.mark.parametrize("length", [2.0, 30.0, 120.0])
+@pytest.mark.parametrize("ended", [4, 5_000])
+def test_a_new_operator_orders_what_the_one_before_it_would_have(length: float, ended: int) -> None:
+    spread = length * math.sqrt(0.5)
+    learnt = served(*[length - spread, length + spread] * (ended // 2))
+    counters = Served(ended, ended * length, 1.5 * ended * length**2, mean=length)
+    before = Memory(total=41, arrived=41, served=counters, service=learnt, start_seconds=5.0)
+    backlog = Demand(40, 1, 0, 1, ready=1, arrived=41, served=counters)
+    old, new = (decide(Policy(0, 100), backlog, memory, 0.0) for memory in (before, Memory(start_seconds=5.0)))
+    assert new.replicas == pytest.approx(old.replicas, rel=0.1)
+    assert new.memory.service.mean == pytest.approx(learnt.mean, rel=0.1)
+
+
+def test_what_a_new_operator_recalls_is_the_latest_mean_and_it_learns_on() -> None:
+    changed = Service.recalled(Served(1_000_000, 1_000_000 * 100.0, 1_000_000 * 2 * 100.0**2, mean=10.0))
+    assert changed.mean == pytest.approx(10.0, rel=0.1)
+    assert changed.variation == pytest.approx(1.0, rel=0.5)
+    assert changed.after(256, 256 * 30.0, 256 * 900.0).mean > 20, "it is no heavier than the jobs that it would have seen"
+    assert Service.recalled(Served(5, 0.0, 0.0, mean=0.0)).mean < SERVICE_SECONDS_UNTIL_KNOWN, "jobs that took no time at all"
+    assert Service.recalled(NOTHING_SERVED) == Service()
+
+
+def test_an_operator_that_has_learnt_recalls_nothing_after_an_outage() -> None:
+    learnt = decide(Policy(0, 10), Unread(1, OUTAGE), known(45.0), 1.0).memory
+    seen = Demand(0, 0, 0, 1, ready=1, served=Served(1_000, 1_000.0, 1_000.0, mean=1.0))
+    assert decide(Policy(0, 10), seen, learnt, 2.0).memory.service == known(45.0).service
+
+
 @pytest.mark.parametrize("wrong", [0.5, 1.5])
 def test_the_length_of_jobs_is_learnt_however_wrong_the_first_guess_was(wrong: float) -> None:
     truth = SERVICE_SECONDS_UNTIL_KNOWN / wrong
@@ -301,8 +329,9 @@ def test_a_worker_that_was_held_up_and_then_took_longer_than_others_counts_for_w
     assert decide(Policy(0, 9), seen, known(45.0), 700.0).memory.start_seconds == 65.0
 
 
-def test_the_first_starts_of_a_pool_are_learnt_however_far_above_the_first_guess_they_are() -> None:
-    policy, memory = Policy(0, 9), Memory()
+@pytest.mark.parametrize("memory", [Memory(), Memory(first_start=3.0)], ids=["the rule's guess", "what the place says"])
+def test_the_first_starts_of_a_pool_are_learnt_however_far_above_the_first_guess_they_are(memory: Memory) -> None:
+    policy = Policy(0, 9)
     for second in range(0, 721, 5):
         memory = decide(policy, Demand(2, 0, 0, 2, starting=(0.0, 0.0)), memory, float(second)).memory
     assert (start_seconds(memory), memory.start_seconds, memory.outlasts) == (720.0, None, True)

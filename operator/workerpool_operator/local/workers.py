@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
 from workerpool_operator.local.guardian import Guardian
 from workerpool_operator.local.launch import launch, unsupported
 from workerpool_operator.local.process import LocalWorker
 from workerpool_operator.model import Tier
-from workerpool_operator.observation import Phase, TierReplicas
+from workerpool_operator.observation import Phase, TierReplicas, newest
 from workerpool_operator.ports import Pool
+
+FIRST_START_SECONDS = 3.0
+"""How long a start is taken for while none has been seen on this machine: about what a process takes that imports an app."""
 
 _SUFFIX_LETTERS = "bcdfghjklmnpqrstvwxz2456789"
 _SUFFIX_LENGTH = 5
@@ -34,8 +38,17 @@ class LocalWorkers:
         self._workers: dict[tuple[str, str], list[LocalWorker]] = {}
 
     async def observe(self, pool: Pool) -> Mapping[str, TierReplicas]:
-        """What runs now, by tier name; a worker that is leaving is no longer counted as desired."""
-        return {tier.name: self._observe_tier(pool, tier) for tier in pool.spec.tiers}
+        """What runs now, by tier name; a worker that is leaving is no longer counted as desired.
+
+        All tiers start the same app on the same machine, so that the start of one says what that of another will take.
+        """
+        seen = {tier.name: tuple(worker.replica for worker in self._of(pool, tier)) for tier in pool.spec.tiers}
+        ready_at, last = newest(chain.from_iterable(seen.values())) or (0.0, None)
+        first = ready_at - last.ordered_at if last else FIRST_START_SECONDS
+        return {
+            tier: TierReplicas(sum(r.phase is not Phase.STOPPING for r in replicas), replicas, first_start=first)
+            for tier, replicas in seen.items()
+        }
 
     async def scale(self, pool: Pool, replicas: Mapping[str, int], leaving: frozenset[str]) -> None:
         """Start what is missing, tell what is too many to stop; waits for neither.
@@ -65,10 +78,6 @@ class LocalWorkers:
             await asyncio.gather(*(worker.life for worker in workers), return_exceptions=True)
         finally:
             self._guardian.close()
-
-    def _observe_tier(self, pool: Pool, tier: Tier) -> TierReplicas:
-        replicas = tuple(worker.replica for worker in self._of(pool, tier))
-        return TierReplicas(sum(replica.phase is not Phase.STOPPING for replica in replicas), replicas)
 
     def _of(self, pool: Pool, tier: Tier) -> list[LocalWorker]:
         workers = [worker for worker in self._workers.get((pool.id, tier.name), ()) if not worker.life.done()]

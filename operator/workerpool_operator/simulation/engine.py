@@ -49,6 +49,7 @@ class TierSetup:
         start_seconds: how long an ordered worker takes to be ready, drawn anew for each.
         slowdown: by how much a job takes longer here than the trace says.
         initial: workers that are ready at the beginning.
+        first_start: what the place says of a start before one was seen, as in :class:`TierReplicas`.
     """
 
     name: str
@@ -56,6 +57,7 @@ class TierSetup:
     concurrency: int = 1
     slowdown: float = 1.0
     initial: int = 0
+    first_start: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,8 @@ class Tier:
     def replicas(self) -> TierReplicas:
         """The workers as the operator sees them."""
         if self._replicas is None:
-            self._replicas = TierReplicas(self.desired, tuple(_replica(pod) for pod in self.pods))
+            pods = tuple(_replica(pod) for pod in self.pods)
+            self._replicas = TierReplicas(self.desired, pods, first_start=self.setup.first_start)
         return self._replicas
 
 
@@ -284,7 +287,7 @@ class _Run:
         """The library's own rule, or another one; all jobs are of one task."""
         if self.world.takes:
             return self.first if self.world.takes(self.first, self.last) else self.last
-        loads = (_load(self.first, self.now), _load(self.last, self.now))
+        loads = (_load(self.first, self.now, accelerated=True), _load(self.last, self.now, accelerated=False))
         verdict = routing.place(_CANDIDATES, loads, limit=None, spilling=self.spilling)
         if verdict.reason is routing.Reason.WAIT_TOO_LONG:
             self.spilling = True
@@ -485,8 +488,9 @@ _CANDIDATES = routing.Candidates(
 )
 
 
-def _load(tier: Tier, now: float) -> routing.Load:
+def _load(tier: Tier, now: float, *, accelerated: bool) -> routing.Load:
     ready = tier.concurrency * (tier.ready() + len(tier.ghosts))
     service = tier.served_seconds / tier.finished if tier.finished else None
-    load = routing.Load(len(tier.waiting), tier.in_flight, ready, service=service)
+    assumed = routing.assumed_seconds(accelerated=accelerated)
+    load = routing.Load(len(tier.waiting), tier.in_flight, ready, service=service, assumed=assumed)
     return load.having(tier.capacity, Milliseconds(int(now * 1000)))

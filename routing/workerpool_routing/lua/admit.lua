@@ -41,6 +41,7 @@ local function measure(tier)
   if load.coming[1] then load.next_slot = load.coming[1][2] end
   load.service = tonumber(redis.call('HGET', tier.service, ask.task) or nil)
   load.mean = tonumber(redis.call('HGET', tier.served, 'mean') or nil)
+  load.assumed = tier.assumed
   return load
 end
 
@@ -49,7 +50,7 @@ local function wait(load)
   if load.full then return math.huge end
   local free = load.ready - load.in_flight - load.waiting - load.leased
   if free > 0 then return 0 end
-  local service = math.max(load.mean or load.service or pool.service_seconds, pool.shortest_seconds)
+  local service = math.max(load.mean or load.service or load.assumed, pool.shortest_seconds)
   local place, slots, offset = load.in_flight + load.waiting + load.leased + 1, load.ready, 0
   local soonest = slots > 0 and (place - slots) * service / slots or math.huge
   for _, group in ipairs(load.coming) do

@@ -3,7 +3,7 @@
 -- KEYS: job, held:<owner>, waiting:<tier>, unacked hash, waits:<tier>. ARGV: task id, attempt, delivery tag, owner, tier, retries,
 -- losses allowed, job life, 1 when a loss moves the job on to another tier, 1 when a finishing attempt is known to have no result,
 -- a name for this request, 1 when its caller asked for a time, the delivery tag of the attempt that asked for this retry ('': none
--- did, or none that says so).
+-- did, or none that says so), the seconds and the part of a wait within which it is as expected.
 -- Returns: run | unknown | ended | stale | lost | finishing | poison | corrupt.
 local id, attempt, tag, owner, tier = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[5]
 local retries, losses_allowed, life = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
@@ -68,7 +68,7 @@ if run == 1 and expected and expected < math.huge and ARGV[12] ~= '1' then
   redis.call('HINCRBY', KEYS[5], 'jobs', 1)
   redis.call('HINCRBYFLOAT', KEYS[5], 'seconds', real)
   redis.call('HINCRBYFLOAT', KEYS[5], 'expected', expected)
-  redis.call('HINCRBY', KEYS[5], 'right', math.abs(expected - real) <= math.max(2, real / 4) and 1 or 0)
+  redis.call('HINCRBY', KEYS[5], 'right', math.abs(expected - real) <= math.max(tonumber(ARGV[14]), tonumber(ARGV[15]) * real) and 1 or 0)
   redis.call('EXPIRE', KEYS[5], life)
 end
 return 'run'
