@@ -33,6 +33,10 @@ LOST_EARLIER = "lost"
 """How the run ended that a later delivery of the same attempt finds on the ledger."""
 
 
+def _turn() -> None:
+    """One turn of a loop that waits."""
+
+
 class Outcome(Enum):
     """What became of an attempt that failed or was lost."""
 
@@ -51,14 +55,14 @@ class WorkerLife:
         tier: the tier that this worker belongs to.
         owner: its name on the ledger.
         connection: to the ledger. A child of the pool waits for Redis; the main process must go on consuming and reporting.
-        timer: of Celery's consumer, once the worker is ready; for what the main process has to ask again.
+        consumer: Celery's, once the worker is ready: its loop is where the main process asks again, and looks for work.
     """
 
     pool: WorkerPool
     tier: str
     owner: str
     connection: Connection
-    timer: Any = None
+    consumer: Any = None
 
     @cached_property
     def keys(self) -> Keyspace:
@@ -97,7 +101,11 @@ class WorkerLife:
 
     def call_later(self, seconds: float, function: Callable[[], object]) -> None:
         """Run something in the main process later."""
-        self.timer.call_after(seconds, function)
+        self.consumer.timer.call_after(seconds, function)
+
+    def look_for_work(self) -> None:
+        """Let the main process see that a slot is free: of one that a thread of the pool frees it would know a second later."""
+        self.consumer.call_soon(_turn)
 
     def set_aside(self, task_id: str, *, reason: str, message: str, tag: str = "") -> None:
         """Keep for people what nobody can read, and count it."""

@@ -308,6 +308,7 @@ class FencedRequest:
         self.acknowledged = True
         settled(self._message)
         self._settle_soon(partial(attempt.acknowledge, self._outcome))
+        self.life.look_for_work()
 
     def reject(self, requeue: bool = False) -> None:
         """A failure that is not to be acknowledged (``task_acks_on_failure=False``) ends its job all the same."""

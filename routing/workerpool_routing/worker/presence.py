@@ -43,7 +43,7 @@ class PresenceReporter:
         """Begin, when the worker is ready to consume; ``sender`` is Celery's consumer."""
         self._consumer = sender
         self._probes.watch(sender)
-        self._life.timer = sender.timer
+        self._life.consumer = sender
         if self._thread is None:
             self._thread = Thread(target=self._run, name="workerpool-presence", daemon=True)
             self._thread.start()
