@@ -109,7 +109,9 @@ def test_what_began_before_a_trial_is_not_counted_to_it(redis_url: str, pool: Po
 
 def keep(url: str, pool: Pool, **checkpoints: Checkpoint) -> None:
     policy = planning.policy(pool.spec)
-    assert ask(lambda broker: broker.publish(url, pool, policy, Capacity(), checkpoints=checkpoints)) is None
+    until(
+        lambda: ask(lambda broker: broker.publish(url, pool, policy, Capacity(), checkpoints=checkpoints)) is None, "it is kept"
+    )
 
 
 def test_what_an_operator_keeps_is_read_as_it_was_left_with_what_was_counted_since(redis_url: str, pool: Pool) -> None:
@@ -436,8 +438,9 @@ def test_jobs_that_fail_on_either_tier_leave_the_accelerated_one_in_routing(
 
 
 def test_a_worker_whose_attempts_fail_while_those_of_another_succeed_takes_no_jobs_until_a_pause_is_over(
-    redis_url: str, pool: Pool
+    redis_url: str, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("workerpool_operator.broker.CAPACITY_LIFE_MS", 3_600_000)
     open_for_jobs(redis_url, pool)
 
     def one_job(owner: str, *, works: bool, cpu_works: bool = True) -> None:
