@@ -340,6 +340,7 @@ def move(
     """
     message = json.loads(raw)[0]
     renewed = rewrite(message, queue=to.tier.queue, attempt=to.attempt, delivery_tag=delivery_tag)
+    renewed["headers"].pop("expires", None)  # a deadline is for the first start
     return Call(
         [
             keys.job(job.task_id),

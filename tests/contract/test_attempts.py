@@ -135,6 +135,16 @@ def test_a_job_past_its_deadline_expires_and_never_starts(two_tiers: ModuleType)
     assert outcome(two_tiers, blocking.task_id)[0] is State.DONE
 
 
+def test_a_job_that_began_before_its_deadline_falls_back_after_it(two_tiers: ModuleType) -> None:
+    client, clock = two_tiers.pool.connection.client, two_tiers.pool.connection.client.time
+    decision = submit(two_tiers, two_tiers.work, {"gpu": "gate, raise"}, deadline=10)
+    began = claimed(two_tiers, decision.task_id).times[State.ADMITTED] / 1000
+    until(lambda: clock()[0] > began + 11, "its deadline is over")
+    client.set("gate", "open")
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
+    client.delete("gate")
+
+
 def test_a_message_that_was_never_admitted_runs_as_plain_celery(two_tiers: ModuleType) -> None:
     result = two_tiers.work.apply_async(({},), queue="cpu-jobs")
     assert result.get(timeout=20) == "cpu"

@@ -250,6 +250,15 @@ def test_a_worker_that_leaves_is_struck_from_presence_slots_and_claims() -> None
     assert (call.keys, call.args) == ([*of_tier, KEYS.outlier("w.1")], ["w.1"])
 
 
+def test_a_deadline_is_for_the_first_start() -> None:
+    message, *rest = json.loads(RAW)
+    due = json.dumps([{**message, "headers": {**message["headers"], "expires": "2026-01-01T00:00:00+00:00"}}, *rest])
+    again = ledger.move(KEYS, JOB, Move(CPU, 2, Reason.ATTEMPT_LOST), held_as="held", raw=due, delivery_tag="fresh", how="lost")
+    assert "expires" not in json.loads(str(again.args[8]))["headers"]
+    unclaimed = ledger.requeue(KEYS, "gpu", tag="held", raw=due, delivery_tag="fresh")
+    assert json.loads(str(unclaimed.args[1]))["headers"]["expires"] == "2026-01-01T00:00:00+00:00"
+
+
 def test_a_message_whose_headers_hold_words_is_put_back_all_the_same() -> None:
     message, *rest = json.loads(RAW)
     worded = {**message, "headers": {**message["headers"], "workerpool": "required", "retries": "x"}}
