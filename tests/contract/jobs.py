@@ -314,6 +314,12 @@ def acknowledged_early() -> str:
     return TIER
 
 
+@app.task(rate_limit="1/h")  # type: ignore[untyped-decorator]
+def limited() -> str:
+    """A task that a worker may run once."""
+    return TIER
+
+
 @app.task  # type: ignore[untyped-decorator]
 def count(key: str, seconds: float = 0) -> None:
     """Count how often it ran, and take some time."""

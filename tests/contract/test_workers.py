@@ -293,6 +293,48 @@ def test_a_drained_worker_hands_back_what_waits_for_its_eta(url: str, two_tiers:
         client.srem(keys.drain, "back")
 
 
+def test_a_worker_that_is_told_to_stop_hands_back_what_it_has_not_begun(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    with worker(url, "back", "back-jobs", "back-term", tmp_path) as leaving:
+        two_tiers.count.apply_async(("back-count",), queue="back-jobs", countdown=3600)
+        two_tiers.limited.apply_async(queue="back-jobs").get(timeout=20)
+        two_tiers.limited.apply_async(queue="back-jobs")
+        until(lambda: client.hlen(keys.unacked("back")) == 2 and not client.llen("back-jobs"), "both are held")
+        until(lambda: int(client.get(keys.scheduled("back")) or 0) == 1, "it has reported so")
+        leaving.send_signal(signal.SIGTERM)
+        assert leaving.wait(30) == 0
+    assert (client.llen("back-jobs"), client.hlen(keys.unacked("back"))) == (2, 0)
+    assert int(client.get(keys.scheduled("back")) or 0) == 0
+    client.delete("back-jobs")
+
+
+def test_a_drain_outlasts_the_connection_and_a_cancelled_consumer_reports_no_slots(
+    url: str, two_tiers: ModuleType, tmp_path: Path
+) -> None:
+    client, keys, log = two_tiers.pool.connection.client, two_tiers.pool.keys, tmp_path / "lone.log"
+    control, only = two_tiers.app.control, ["lone@test"]
+
+    def report() -> Any:
+        return json.loads(next(iter(client.hvals(keys.presence("lone")))))
+
+    with worker(url, "lone", "lone-jobs", "lone", tmp_path):
+        client.sadd(keys.drain, "lone")
+        until(lambda: report()["draining"], "it drains")
+        client.client_kill_filter(_type="normal", skipme=True)
+        until(lambda: log.read_text().count("takes nothing new") > 1, "it drains again, on its new connection")
+        later = two_tiers.count.apply_async(("lone-count",), queue="lone-jobs")
+        seen = report()["at"]
+        until(lambda: report()["at"] > seen + 3000, "it has reported for three seconds")
+        assert (report()["draining"], report()["slots"], client.llen("lone-jobs")) == (True, 0, 1)
+        client.srem(keys.drain, "lone")
+        later.get(timeout=20)
+        until(lambda: report()["slots"] == 1, "it takes jobs")
+        control.cancel_consumer("lone-jobs", destination=only)
+        until(lambda: (report()["slots"], report()["draining"]) == (0, False), "it says that it takes none")
+        control.add_consumer("lone-jobs", destination=only)
+        until(lambda: report()["slots"] == 1, "it takes jobs again")
+
+
 def test_a_message_that_nobody_holds_goes_back_and_one_that_is_nowhere_is_published_again(
     url: str, two_tiers: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

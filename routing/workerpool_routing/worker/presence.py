@@ -33,6 +33,7 @@ class PresenceReporter:
     def __init__(self, life: WorkerLife, *, worker: str, queue: str, probes: Probes) -> None:
         self._life, self._worker, self._queue, self._probes = life, worker, queue, probes
         self._consumer: Any = None
+        self._qos: Any = None
         self._retiring = False
         self._marked = self._ejected = False
         self._draining = False
@@ -40,16 +41,13 @@ class PresenceReporter:
         self._thread: Thread | None = None
 
     def start(self, sender: Any, **_: Any) -> None:
-        """Begin when the worker is ready to consume, and again after each reconnect; ``sender`` is Celery's consumer."""
+        """Begin when the worker is ready to consume; ``sender`` is Celery's consumer, which outlasts its connections."""
         self._consumer = sender
         self._probes.watch(sender)
         self._life.consumer = sender
-        if self._thread is None:
-            self._thread = Thread(target=self._run, name="workerpool-presence", daemon=True)
-            self._thread.start()
-            atexit.register(self.stop)  # a cold shutdown does not send worker_shutdown
-        elif self._draining:
-            self._apply_mark()  # a new connection consumes again
+        self._thread = Thread(target=self._run, name="workerpool-presence", daemon=True)
+        self._thread.start()
+        atexit.register(self.stop)  # a cold shutdown does not send worker_shutdown
 
     def retire(self) -> None:
         """Report no slots from now on: the worker only finishes its jobs."""
@@ -80,8 +78,9 @@ class PresenceReporter:
                 else:
                     with unavailable_when_down():
                         self._marked = bool(self._life.connection.client.sismember(self._life.keys.drain, self._worker))
-                if (self._marked or self._ejected) != self._draining:
-                    self._draining = not self._draining
+                leaves = self._marked or self._ejected
+                if leaves != self._draining or (leaves and self._consumes()):  # a new connection consumes again
+                    self._draining = leaves
                     self._consumer.call_soon(self._apply_mark)
                     due = 0.0
             except PoolUnavailable as unavailable:
@@ -99,10 +98,10 @@ class PresenceReporter:
             "worker": self._worker,
             "tier": life.tier,
             "queue": self._queue,
-            "slots": 0 if self._retiring or self._draining else self._consumer.pool.num_processes,
+            "slots": self._consumer.pool.num_processes if self._consumes() and not (self._retiring or self._draining) else 0,
             "busy": len(state.reserved_requests),
             "scheduled": len(state.scheduled_requests),
-            "draining": self._draining and self._marked,
+            "draining": self._draining and self._marked and not self._consumes(),
         }
         answer = int(life.connection.run("presence", ledger.report(life.keys, presence, self._held_tags())))
         self._marked, self._ejected = bool(answer & ledger.MARKED), bool(answer & ledger.EJECTED)
@@ -113,6 +112,8 @@ class PresenceReporter:
         if consumer.task_consumer is None:
             return
         if self._draining:
+            if not self._consumes():
+                return
             why = "marked to drain" if self._marked else "its attempts fail while those of other workers succeed"
             logger.warning("%s: finishes what it has and takes nothing new", why)
             consumer.task_consumer.cancel()
@@ -121,6 +122,11 @@ class PresenceReporter:
         elif not self._retiring:
             logger.warning("no longer marked to drain or ejected: consumes again")
             consumer.task_consumer.consume()
+
+    def _consumes(self) -> bool:
+        """Whether it takes messages from the queue of its tier."""
+        task_consumer = self._consumer.task_consumer
+        return task_consumer is not None and bool(task_consumer.consuming_from(self._queue))
 
     def _hand_back(self, request: Any) -> None:
         """Give a message with a future ETA to a worker that stays."""
@@ -136,7 +142,10 @@ class PresenceReporter:
         those of jobs that have been running since before a reconnect.
         """
         task_consumer = self._consumer.task_consumer
-        qos = task_consumer.channel.qos if task_consumer else None
+        if task_consumer is not None:
+            self._qos = task_consumer.channel.qos
+        # At the end of a warm shutdown the consumer is gone, and not what it held; between two connections that is for others.
+        qos = self._qos if task_consumer is not None or self._stopped.is_set() else None
         held = set(qos._delivered) - qos._dirty if qos else set()  # noqa: SLF001 kombu has no public name for it
         running = {request.message.delivery_tag for request in tuple(state.reserved_requests) if not request.acknowledged}
         return [*held | running]
