@@ -418,7 +418,7 @@ def requeue(keys: Keyspace, tier: str, *, tag: str, raw: str, delivery_tag: str)
         keys: the pool's.
         tier: the tier whose workers hold it.
         tag: the delivery tag under which it is in flight.
-        raw: the value under that tag, as Kombu wrote it.
+        raw: the value under that tag, as ``hold.lua`` has kept it: the message, "", and the queue that it came from.
         delivery_tag: a fresh one.
     """
     message, _, queue = json.loads(raw)

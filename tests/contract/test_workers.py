@@ -386,11 +386,15 @@ def test_a_dead_workers_unclaimed_messages_are_delivered_again(
     client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
     with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-eta", tmp_path) as doomed:
         result = two_tiers.add.apply_async((1,), queue="gpu-jobs", countdown=8)
-        until(lambda: "received" in (tmp_path / "gpu-eta.log").read_text(), "it is held")
+        routed = two_tiers.add.apply_async((2,), queue="shelf", countdown=8)
+        message = json.loads(client.rpop("shelf"))
+        message["properties"]["delivery_info"] = {"exchange": "media", "routing_key": "video"}
+        client.lpush("gpu-jobs", json.dumps(message))  # as Kombu does where a binding says so
+        until(lambda: (tmp_path / "gpu-eta.log").read_text().count("received") == 2, "both are held")
         time.sleep(1.5)
         os.killpg(doomed.pid, signal.SIGKILL)
     until(lambda: any("held by nobody" in sentence for sentence in sweep(url)), "its worker is lost")
-    assert result.get(timeout=20) == 2
+    assert (result.get(timeout=20), routed.get(timeout=20)) == (2, 3)
     until(lambda: client.hlen(keys.unacked("gpu")) == 0, "it is acknowledged")
 
 

@@ -41,8 +41,8 @@ class QoS(_OfThisWorker, kombu_redis.QoS):  # type: ignore[misc,unused-ignore]
 
     def append(self, message: Any, delivery_tag: str) -> None:
         """Record a message that was just received."""
-        delivery = message.delivery_info
-        value = dumps([message._raw, delivery["exchange"], delivery["routing_key"]])  # noqa: SLF001 as Kombu stores it
+        # Kombu would note its exchange and routing key: only a connection that knows the binding can tell the queue from them.
+        value = dumps([message._raw, "", self.channel.connection.queue])  # noqa: SLF001 as Kombu stores it
         call = ledger.hold(self.life.keys, self.life.tier, tag=delivery_tag, value=value)
         with self.channel.conn_or_acquire() as client:  # the channel's own connection: Celery handles it when that breaks
             client.eval(ledger.script("hold"), len(call.keys), *call.keys, *call.args)
@@ -122,7 +122,7 @@ class Transport(_OfThisWorker, kombu_redis.Transport):  # type: ignore[misc,unus
 
     def _deliver(self, message: Any, queue: str) -> None:
         """Start what has come. What cannot be started is set aside; Celery would end this worker, and then the next one."""
-        task_id = tag = ""
+        task_id, tag, self.queue = "", "", queue
         try:
             task_id, tag = _names_in(message)
             super()._deliver(message, queue)
@@ -144,6 +144,8 @@ class Transport(_OfThisWorker, kombu_redis.Transport):  # type: ignore[misc,unus
 
 
 def _names_in(message: Any) -> tuple[str, str]:
+    queue = ""
+    """From which the message comes that is being delivered."""
     """The task id of a message, or "", and its delivery tag; some error where they, or what Kombu needs, are not there."""
     headers, properties = message["headers"] or {}, message["properties"]
     task_id, tag = headers.get("id") or "", properties["delivery_tag"]
