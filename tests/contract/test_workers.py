@@ -521,6 +521,10 @@ def test_the_probe_files_follow_the_worker(url: str, two_tiers: ModuleType, tmp_
             {"JOBS_START_METHOD": "spawn"},
             "workerpool: worker_pool_start_method='spawn': a WorkerPool needs 'fork', or -P solo or -P threads",
         ),
+        (
+            {"JOBS_CONF": '{"worker_pool": "gevent"}'},
+            "workerpool: worker_pool='gevent': a WorkerPool needs -P prefork, solo or threads",
+        ),
     ],
 )
 def test_a_worker_that_cannot_keep_the_promise_is_refused_in_one_line(

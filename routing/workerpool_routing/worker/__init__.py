@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from uuid import uuid4
 
 from celery import Celery, signals
+from celery.concurrency import get_implementation
 
 from workerpool_routing.connection import Connection
 from workerpool_routing.errors import NotConfigured, PoolUnavailable
@@ -136,6 +137,9 @@ def refuse_what_cannot_be_kept(life: WorkerLife, controller: Any) -> None:
     if policy and policy.tiers and policy.tier(life.tier) is None:
         tiers = ", ".join(tier.name for tier in policy.tiers)
         _refuse(f"{ENV_TIER}={life.tier!r}: pool {life.pool.name} has the tiers {tiers}")
+    kind = get_implementation(controller.pool_cls).__module__.rpartition(".")[2]
+    if kind in ("eventlet", "gevent"):
+        _refuse(f"worker_pool={kind!r}: a WorkerPool needs -P prefork, solo or threads")
     if getattr(controller, "pool_start_method", "fork") != "fork":
         _refuse("worker_pool_start_method='spawn': a WorkerPool needs 'fork', or -P solo or -P threads")
     if controller.prefetch_multiplier != 1:
