@@ -398,6 +398,16 @@ def test_a_dead_workers_unclaimed_messages_are_delivered_again(
     until(lambda: client.hlen(keys.unacked("gpu")) == 0, "it is acknowledged")
 
 
+def test_workers_alone_deliver_again_what_nobody_renews(two_tiers: ModuleType) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    result = two_tiers.add.apply_async((1,), queue="shelf")
+    seconds, _ = client.time()
+    client.hset(keys.unacked("cpu"), "of nobody", json.dumps([json.loads(client.rpop("shelf")), "", "cpu-jobs"]))
+    client.zadd(keys.unacked_index("cpu"), {"of nobody": seconds - 100})
+    assert result.get(timeout=60) == 2
+    until(lambda: not client.zcard(keys.unacked_index("cpu")), "it is held no more")
+
+
 @pytest.mark.parametrize("garbage", ["no json", '{"no": "message"}', "[]", '"text"'])
 def test_what_is_no_message_is_set_aside_and_the_worker_goes_on(url: str, two_tiers: ModuleType, garbage: str) -> None:
     client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys

@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from json import JSONDecodeError
 from typing import TYPE_CHECKING, Any
@@ -23,11 +25,25 @@ from redis import RedisError
 from workerpool_routing import ledger
 from workerpool_routing.connection import unavailable_when_down
 from workerpool_routing.errors import PoolUnavailable
+from workerpool_routing.wire import PRESENCE_LIFE_MS
 
 if TYPE_CHECKING:
     from workerpool_routing.worker.attempt import WorkerLife
 
 OVERDUE_AT_ONCE = 100
+
+Overdue = Mapping[str, tuple[float, float]]
+"""Delivery tag → the time of its last renewal, by Redis, and the time at which it was first seen with that, by this worker."""
+
+
+def seen_overdue(before: Overdue, found: Iterable[tuple[str, float]], now: float) -> Overdue:
+    """What is overdue now, with its renewals, and since when it has been seen so."""
+    return {tag: before[tag] if tag in before and before[tag][0] == renewed else (renewed, now) for tag, renewed in found}
+
+
+def held_by_nobody(overdue: Overdue, now: float) -> list[str]:
+    """What nobody has renewed for a presence life while this worker watched: a step of Redis's clock makes all look old."""
+    return [tag for tag, (_, since) in overdue.items() if now - since > PRESENCE_LIFE_MS / 1000]
 
 
 class _OfThisWorker:
@@ -38,6 +54,10 @@ class QoS(_OfThisWorker, kombu_redis.QoS):  # type: ignore[misc,unused-ignore]
     """What a channel of this worker has received and not acknowledged."""
 
     restore_at_shutdown = False
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._overdue: Overdue = {}
 
     def append(self, message: Any, delivery_tag: str) -> None:
         """Record a message that was just received."""
@@ -69,12 +89,17 @@ class QoS(_OfThisWorker, kombu_redis.QoS):  # type: ignore[misc,unused-ignore]
             self.ack(delivery_tag)
 
     def restore_visible(self, *_: Any, **__: Any) -> None:
-        """Put back messages that nobody has renewed for the visibility time-out: the last resort if no operator runs."""
+        """Put back messages that nobody has renewed for the visibility time-out and then a presence life: the last resort if no
+        operator runs.
+        """
         life = self.life
         client, index = life.connection.client, life.keys.unacked_index(life.tier)
         with suppress(PoolUnavailable), unavailable_when_down():
             seconds, _ = client.time()
-            for tag in client.zrangebyscore(index, "-inf", seconds - self.visibility_timeout, 0, OVERDUE_AT_ONCE):
+            end = seconds - self.visibility_timeout
+            found = client.zrangebyscore(index, "-inf", end, 0, OVERDUE_AT_ONCE, withscores=True)
+            self._overdue = seen_overdue(self._overdue, found, time.monotonic())
+            for tag in held_by_nobody(self._overdue, time.monotonic()):
                 give_back(life, tag)
 
     def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
@@ -119,6 +144,8 @@ class Transport(_OfThisWorker, kombu_redis.Transport):  # type: ignore[misc,unus
     """The transport of this worker."""
 
     Channel = Channel
+    queue = ""
+    """From which the message comes that is being delivered."""
 
     def _deliver(self, message: Any, queue: str) -> None:
         """Start what has come. What cannot be started is set aside; Celery would end this worker, and then the next one."""
@@ -144,8 +171,6 @@ class Transport(_OfThisWorker, kombu_redis.Transport):  # type: ignore[misc,unus
 
 
 def _names_in(message: Any) -> tuple[str, str]:
-    queue = ""
-    """From which the message comes that is being delivered."""
     """The task id of a message, or "", and its delivery tag; some error where they, or what Kombu needs, are not there."""
     headers, properties = message["headers"] or {}, message["properties"]
     task_id, tag = headers.get("id") or "", properties["delivery_tag"]
