@@ -17,6 +17,7 @@ from redis import Redis
 from tests.contract import seeds
 from tests.contract.seeds import claim, consumer, make_pool, publish, take
 from tests.contract.test_attempts import operator_pool, outcome
+from tests.contract.test_breaker import fail
 from tests.contract.test_broker import ask, read, submit
 from tests.contract.test_reconcile import Place, running
 from tests.contract.workers import until, worker
@@ -103,6 +104,19 @@ def test_the_oldest_go_first_and_take_the_place_of_their_age_among_foreign_messa
         assert mine == [ids[n] for n in (0, 1, 2, 3, 4, 5, 7)]
         assert {first, last}.isdisjoint(ids)
         assert line(client, pool.keys.queue_list("gpu-tasks", 0)) == [ids[6]]
+
+
+def test_what_moves_overtakes_no_job_that_was_started_before_and_is_to_run_again(redis_url: str, pool: Pool) -> None:
+    with consumer(pool, "gpu") as connection, Redis.from_url(redis_url, decode_responses=True) as client:
+        failing = submit(pool)
+        held = claim(redis_url, pool, connection, "gpu", "w.1")
+        waiting = [submit(pool) for _ in range(2)]
+        fail(redis_url, pool, held)
+        assert move(pool, Transfer("gpu", "cpu", 1, "")) == 1
+        with seeds.celery_app(pool) as app:
+            there = WorkerPool(pool.id, app).submit(app.tasks["tasks.work"]).task_id
+        assert move(pool, AWAY) == 1
+        assert line(client, pool.keys.queue_list("celery", 0)) == [failing, *waiting, there]
 
 
 def test_the_place_is_looked_for_near_the_head_alone(redis_url: str, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +267,7 @@ def test_the_pass_moves_what_waits_for_workers_that_cannot_be_placed(redis_url: 
             nodes.down = True
             await system.after()
             told = next(c for c in system.reports[-1].status.conditions if c.type is ConditionType.REBALANCING)
-            moved = "1 waiting jobs have gone from gpu to cpu: gpu: no accelerated slot is free and none can be started "
+            moved = "1 of the waiting jobs moved from gpu to cpu: gpu: no accelerated slot is free and none can be started "
             assert (told.status, told.message.startswith(moved)) == (("True", True) if tier == "cpu" else ("False", False))
 
     asyncio.run(scenario())

@@ -1,4 +1,5 @@
--- Move the message of a job that no worker has started to the queue of another tier, behind what has waited longer there.
+-- Move the message of a job that no worker has started to the queue of another tier, behind what has waited longer there, and behind
+-- what has been started before and was put at the head to run again.
 -- A message that a worker has taken is in no list, so that it cannot be moved; of several callers one wins.
 --
 -- KEYS: job, queue list, new queue list, waiting:<tier>, waiting:<new tier>, spilled:<wanted tier>, routes.
@@ -11,8 +12,12 @@ if job[1] ~= 'admitted' or job[2] ~= ARGV[2] or job[3] ~= tier or job[4] == '1' 
 if redis.call('LREM', KEYS[2], -1, ARGV[4]) == 0 then return 0 end
 local since = tonumber(redis.call('ZSCORE', KEYS[4], id) or job[7])
 
+local jobs = string.sub(KEYS[1], 1, -#id - 1)
 local function queued_at(text)
-  local known, score = pcall(function() return redis.call('ZSCORE', KEYS[5], cjson.decode(text).headers.id) end)
+  local known, score = pcall(function()
+    local other = cjson.decode(text).headers.id
+    return redis.call('HEXISTS', jobs .. other, 'runs') == 0 and redis.call('ZSCORE', KEYS[5], other)
+  end)
   return known and tonumber(score or nil) or -math.huge
 end
 local line = redis.call('LRANGE', KEYS[3], -far, -1)
