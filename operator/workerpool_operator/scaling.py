@@ -32,7 +32,7 @@ SERVICE_SECONDS_UNTIL_KNOWN = 30.0
 """Assumed length of a job before one has been seen to end."""
 
 LEAST_START_SECONDS = 1.0
-"""No worker is taken to start sooner: pods tell in whole seconds when they were ordered and when they were ready, by two clocks."""
+"""No worker is taken to start sooner: when a pod was ordered and when it was ready is told in whole seconds, by two clocks."""
 
 CONFIDENCE = 2.33
 """Standard deviations by which fewer starts are counted on than expected: one deadline in a hundred, were it never looked at
