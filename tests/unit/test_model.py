@@ -330,7 +330,6 @@ def test_a_password_in_a_mistyped_url_is_not_repeated() -> None:
     assert "opensesame" not in str(problems[0])
 
 
-
 def test_everything_that_is_wrong_is_told_at_once() -> None:
     problems = parse_spec({"app": "a b", "broker": {"url": "http://x"}, "tiers": [{"name": "X"}]})
     assert isinstance(problems, list)
