@@ -130,10 +130,18 @@ def _broker(found: Findings) -> _Verdict:
     return "True", "Answering", "the queues are read every second"
 
 
+_OUT = (
+    (Phase.UNSCHEDULABLE, "Unschedulable"),
+    (Phase.FAILING, "WorkersFailing"),
+    (Phase.EJECTED, "WorkersEjected"),
+)
+"""Workers that were ordered and take no jobs, and the reason that is told."""
+
+
 def _capacity(found: Findings) -> _Verdict:
     if unseen := _unseen(found):
         return unseen
-    for phase, reason in ((Phase.UNSCHEDULABLE, "Unschedulable"), (Phase.FAILING, "WorkersFailing")):
+    for phase, reason in _OUT:
         stuck = [_details(plan, phase) for plan in found.plans if plan.workers.count(phase)]
         if stuck:
             return "False", reason, "; ".join(stuck)
@@ -172,7 +180,9 @@ def _unread(found: Findings) -> _Verdict | None:
 def _spilling(found: Findings) -> _Verdict:
     if unread := _unread(found):
         return unread
-    spilled = [f"{plan.spilled} jobs that wanted {plan.tier.name} wait or run elsewhere" for plan in found.plans if plan.spilled]
+    spilled = [
+        f"jobs that wanted {plan.tier.name} and wait or run elsewhere: {plan.spilled}" for plan in found.plans if plan.spilled
+    ]
     if spilled:
         return "True", "JobsElsewhere", "; ".join(spilled)
     return "False", "NoJobsElsewhere", "every job is on the tier that it wanted"
@@ -200,7 +210,7 @@ def _rivals(found: Findings) -> _Verdict:
     if rivals := [f"{plan.tier.name}: {plan.workers.rival} scales it too" for plan in found.plans if plan.workers.rival]:
         message = f"{'; '.join(rivals)}; its count is left alone until that is deleted"
         return "True", "AnotherAutoscaler", message
-    return "False", "NoOtherAutoscaler", "nobody else scales a tier"
+    return "False", "NoOtherAutoscaler", "no other autoscaler scales a tier"
 
 
 def _grace(found: Findings) -> _Verdict:

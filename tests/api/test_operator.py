@@ -361,7 +361,7 @@ def test_without_a_cluster_the_command_says_so_in_one_line(tmp_path: Path) -> No
 def test_a_port_in_use_is_named_in_one_line(operator: Operator) -> None:
     operator.healthy()
     said = last_words([*COMMAND, f"--port={operator.port}"], operator.kubeconfig)
-    assert f"port {operator.port} cannot be had" in said
+    assert f"port {operator.port} cannot be opened" in said
 
 
 def last_words(command: list[str], kubeconfig: Path) -> str:
