@@ -1,8 +1,8 @@
 """The whole system on one machine: ``python -m examples.media.demo``, with ``--help`` for its options.
 
-A private Redis, the dev mode with the sample pool, the sample API, and a burst of real uploads over HTTP. Meanwhile a GPU worker
-drains, then all GPUs are gone for a while, one of them in the middle of a job, and come back. Exit 0 only if every job took
-effect exactly once; 1 says what went wrong; 2 is a bad argument.
+A private Redis, dev mode with the sample pool, the sample API, and a burst of real uploads over HTTP. While they are processed a
+GPU worker drains, then all GPU workers are killed (one of them in the middle of a job), and later come back. The exit code is 0
+only if every job took effect exactly once; 1 if something went wrong, which it says; 2 for a bad argument.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LONGEST_SECONDS = 240.0
 """From the start until every job has ended and the GPU tier is back at zero; some five times what it takes on two idle cores."""
 
 STOP_SECONDS = 6.0
-"""What the workers then get to end."""
+"""How long the workers then have to end."""
 
 UPLOADS_AT_ONCE = 2
 SAMPLE_FILES = 9
@@ -56,8 +56,22 @@ PLAIN_EVERY = 6
 """Every so many uploads, one does not ask for a GPU."""
 
 PATIENCE_SECONDS = 5.0
-"""For one answer of Redis: jobs are counted here, and a busy machine is no outage."""
+"""How long the API waits for Redis: every upload has to be accepted, on a slow machine too."""
 
+INTRODUCTION = """\
+A private Redis, the sample API and the sample pool, all on this machine;
+numpy stands in for the GPUs. {jobs} pictures and recordings are uploaded, then
+one more every second, while three things happen:
+
+  1 drain     the GPU tier is limited to one worker: any other one finishes its
+              job and leaves
+  2 outage    every GPU worker is killed, one of them in the middle of a job
+  3 way back  GPU workers may start again
+
+In the view ● is a ready worker, ○ a starting one and ▇ a waiting job;
+"→ cpu 9 QueueTooLong" means that 9 jobs were sent to cpu for that reason.
+At the end every job is counted.
+"""
 ONE_MORE_EVERY_SECONDS = 1.0
 FOLLOW_EVERY_SECONDS = 0.5
 SPARK_WIDTH = 22
@@ -135,7 +149,7 @@ async def send_burst(client: httpx.AsyncClient, uploads: Sequence[Upload]) -> No
 
 
 async def send_on(client: httpx.AsyncClient, uploads: list[Upload], more: Iterator[Upload], enough: asyncio.Event) -> None:
-    """Upload one file after the other, slowly."""
+    """Upload one file every :data:`ONE_MORE_EVERY_SECONDS` until it is enough."""
     for upload in more:
         if enough.is_set():
             return
@@ -145,7 +159,7 @@ async def send_on(client: httpx.AsyncClient, uploads: list[Upload], more: Iterat
 
 
 async def follow(client: httpx.AsyncClient, uploads: Sequence[Upload], enough: asyncio.Event) -> None:
-    """Ask after each task, until all have ended and no more come."""
+    """Ask the API for the state of each task, until all have ended and no more come."""
     while not (enough.is_set() and all(upload.ended for upload in uploads)):
         for upload in [upload for upload in uploads if upload.accepted and not upload.ended]:
             answer = await client.get(f"/tasks/{upload.accepted['task_id']}")
@@ -170,11 +184,11 @@ async def perform(dev: Session, recorder: Recorder, console: Console, uploads: l
 
 
 async def run(recorder: Recorder, console: Console, directory: Path, uploads: list[Upload], more: Iterator[Upload]) -> bool:
-    """The run from Redis to the end of the last worker; whether it came to its end in time."""
+    """The run, from the start of Redis to the end of the last worker; returns whether it finished in time."""
     in_time = False
     pool = manifest.parse(RESOURCE.read_text())
     assert isinstance(pool, Pool), pool
-    # The outer limit cancels the stop of workers that do not end.
+    # The outer limit is for workers that do not stop.
     with suppress(TimeoutError):
         async with asyncio.timeout(LONGEST_SECONDS + STOP_SECONDS):
             async with session(pool, directory=directory / "logs", reporter=recorder, broker_url=None) as dev:
@@ -191,6 +205,7 @@ def demo(options: argparse.Namespace, console: Console, directory: Path) -> list
     expected = measured(options.files or samples.write(directory / "samples", SAMPLE_FILES), options.jobs)
     more = (Upload(path, asked=n % PLAIN_EVERY != 0) for n, path in enumerate(cycle(expected), start=1))
     uploads = list(islice(more, options.jobs))
+    console.print(INTRODUCTION.format(jobs=options.jobs), markup=False, highlight=False)
     with LiveView(console) as view:
         recorder = Recorder(view)
         in_time = asyncio.run(run(recorder, console, directory, uploads, more))
@@ -202,32 +217,33 @@ def demo(options: argparse.Namespace, console: Console, directory: Path) -> list
         options.json.write_text(json.dumps(summary, indent=2) + "\n")
     if options.picture:
         save_picture(recorder.picture, options.picture)
-    late = [] if in_time else [f"not at its end after {LONGEST_SECONDS:.0f} s"]
+    late = [] if in_time else [f"it did not finish within {LONGEST_SECONDS:.0f} s"]
     return late + problems(summary)
 
 
 def show(console: Console, summary: Mapping[str, Any], recorder: Recorder) -> None:
-    """The run in one table, with its course in small pictures."""
-    table = Table(title="what came of it", title_justify="left")
-    for heading in ("tier", "jobs", "peak", "final", "replicas over time", "waiting over time"):
+    """The summary for people: each tier in a row with its course in small, then the counts in sentences."""
+    table = Table(title="summary", title_justify="left")
+    for heading in ("tier", "jobs", "peak", "final", "workers over time", "waiting over time"):
         table.add_column(heading, no_wrap=True)
     for name, tier in summary["tiers"].items():
         counts = [str(tier[key]) for key in ("jobs", "peak_replicas", "final_replicas")]
         table.add_row(name, *counts, sparkline(recorder.ready(name), SPARK_WIDTH), sparkline(recorder.waiting(name), SPARK_WIDTH))
     console.print(table)
-    jobs = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["jobs"].items())
-    console.print(f"jobs: {jobs}", highlight=False)
-    console.print(
-        f"{summary['spilled']} spilled to CPU, {summary['fell_back']} fell back to CPU; "
-        f"a decision took {summary['decision_ms_p50']} ms (median); {summary['seconds']} s",
-        highlight=False,
-    )
-    outage, drained = summary["outage"], ", ".join(f"{count} {tier}" for tier, count in summary["drained"].items())
-    console.print(
-        f"workers drained: {drained}; no GPU for {outage['seconds']} s: {outage['moved']} waiting jobs moved to CPU, "
-        f"{outage['spilled']} spilled for it; the next job on a GPU {outage['back_after']} s later",
-        highlight=False,
-    )
+    outage, jobs = summary["outage"], summary["jobs"]
+    for name, words in {
+        "jobs": ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in jobs.items()),
+        "routing": f"jobs that asked for a GPU and were sent to a CPU: {summary['spilled']}; "
+        f"deciding and queueing took {summary['decision_ms_p50']} ms (median)",
+        "fallback": f"jobs that lost their GPU worker and ran once more on a CPU: {summary['fell_back']}",
+        "drain": "workers that took nothing new before they left: "
+        + ", ".join(f"{tier} {count}" for tier, count in summary["drained"].items()),
+        "outage": f"{outage['seconds']} s without a GPU; waiting jobs that moved to a CPU: {outage['moved']}, "
+        f"new jobs sent to one: {outage['spilled']}",
+        "way back": f"the next job started on a GPU {outage['back_after']} s after the outage",
+        "time": f"{summary['seconds']} s in all",
+    }.items():
+        console.print(f"{name:<9} {words}", markup=False, highlight=False, soft_wrap=True)
 
 
 def save_picture(picture: RenderableType, path: Path) -> None:
@@ -239,11 +255,17 @@ def save_picture(picture: RenderableType, path: Path) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends with exit code 2 on a bad one."""
-    parser = argparse.ArgumentParser(prog="python -m examples.media.demo", description="The whole system on one machine.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what happened")
-    parser.add_argument("--files", type=Path, metavar="DIR", help="pictures and recordings of your own")
-    parser.add_argument("--jobs", type=int, default=24, metavar="N", help="how many uploads (default %(default)s)")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="save the live view at its busiest, as SVG")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.media.demo",
+        description="Run Redis, the sample API and a pool of workers on this machine, upload files, drain and kill workers "
+        "meanwhile, and check that every job took effect exactly once.",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary as JSON")
+    parser.add_argument(
+        "--files", type=Path, metavar="DIR", help="upload the pictures and recordings of this folder, not samples"
+    )
+    parser.add_argument("--jobs", type=int, default=24, metavar="N", help="how many uploads to begin with (default %(default)s)")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="save the live view at its busiest moment as SVG")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error(f"argument --jobs: {options.jobs} is not a number of uploads")
@@ -277,6 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"FAILED: {problem}", style="bold red", highlight=False)
     if found:
         console.print(f"The workers' logs are in {directory / 'logs'}", highlight=False)
+    else:
+        console.print("Every job took effect exactly once.", style="bold green", highlight=False)
     return int(bool(found))
 
 

@@ -30,8 +30,8 @@ class Scenes:
         dev: the running pool.
         pool: the library's side of it.
         recorder: knows the passes.
-        uploads: those that were sent so far; somebody adds to them all the time.
-        console: where it is said what happens.
+        uploads: those that were sent so far; the demo goes on adding to them.
+        console: where the scenes are announced.
     """
 
     dev: Session
@@ -41,7 +41,7 @@ class Scenes:
     console: Console
 
     async def play(self) -> None:
-        """All of them."""
+        """Play all of them, in order."""
         await self.drain()
         await self.outage()
         await self.way_back()
@@ -50,21 +50,21 @@ class Scenes:
         """Lower the maximum of the GPU tier to one worker, and wait until any other has finished what it has and is gone."""
         await self.recorder.until(lambda tiers: tiers["gpu"].ready >= max(1, tiers["gpu"].desired))
         self._bound(1)
-        self._say("the GPU tier may have one worker now: any other takes nothing new, finishes its job and leaves")
+        self._say("1 drain: the GPU tier may have one worker now; any other takes nothing new, finishes its job and leaves")
         await self.recorder.until(lambda tiers: tiers["gpu"].desired <= 1 >= tiers["gpu"].ready and not tiers["gpu"].draining)
 
     async def outage(self) -> None:
         """Kill a GPU worker at work, and each that comes up, until new jobs go to CPUs for it, and nothing waits for a GPU."""
         killed = await self._kill_one_at_work()
         began, moved = time.monotonic(), self._moved()
-        self._say(f"an outage of all GPUs: killed {killed}")
+        self._say(f"2 outage: killed {killed}; each GPU worker that starts is killed too")
         unseen = len(self.uploads)
         while not (self._spilled(unseen) and self.recorder.last("gpu").waiting == 0):
             for replica in (await self.dev.workers.observe(self.dev.pool))["gpu"].replicas:
                 if group := self.dev.workers.process_group(replica.worker):
                     kill_group(group)
             if any(worker.tier == "gpu" for worker in self.pool.workers().values()):
-                unseen = len(self.uploads)  # whoever was sent until now was sent to those who are dead
+                unseen = len(self.uploads)  # jobs admitted until now may count on workers that are dead
             await asyncio.sleep(LOOK_EVERY_SECONDS)
         course = self.recorder.course
         course.outage_seconds = time.monotonic() - began
@@ -73,17 +73,17 @@ class Scenes:
     async def way_back(self) -> None:
         """Let workers come up again, two of them, and wait until a job has begun on a GPU."""
         self._bound(2)
-        self._say("the outage is over: workers of the GPU tier may come up again, two of them")
+        self._say("3 way back: the outage is over, two GPU workers may start again")
         over, at = time.monotonic(), time.time() * 1000
         while True:
             if any(run.tier == "gpu" and run.began > at for job in self._jobs(self.uploads) for run in job.runs):
                 break
             await asyncio.sleep(LOOK_AT_ALL_EVERY_SECONDS)
         self.recorder.course.back_seconds = time.monotonic() - over
-        self._say("a job has begun on a GPU again")
+        self._say("3 way back: a job has started on a GPU again")
 
     def _bound(self, maximum: int) -> None:
-        """As an edit of the resource would reach the pass."""
+        """Set the GPU tier's maximum, as an edit of the resource would reach the pass."""
         pool = self.dev.reconciler.pools[self.dev.pool.id]
         self.dev.reconciler.pools[pool.id] = bounded(pool, maximum)
 
@@ -113,16 +113,16 @@ class Scenes:
 
 
 def bounded(pool: Pool, maximum: int) -> Pool:
-    """The same pool with that many GPU workers at most."""
+    """The same pool, with at most that many GPU workers."""
     gpu, *others = pool.spec.tiers
     gpu = gpu.model_copy(update={"replicas": gpu.replicas.model_copy(update={"max": maximum})})
     return replace(pool, generation=pool.generation + 1, spec=pool.spec.model_copy(update={"tiers": (gpu, *others)}))
 
 
 def kill_at_work(pool: WorkerPool, job: Job, group: int | None) -> bool:
-    """Kill the worker that has claimed this job; whether it did.
+    """Kill the worker that has claimed this job, if it still has it; returns whether it was killed.
 
-    It is frozen first, and killed only if the ledger says that it still has the job: a job that ends in between is no loss.
+    It is frozen first, so that the job cannot end between the look at the ledger and the kill.
     """
     if job.state is not State.CLAIMED or group is None:
         return False

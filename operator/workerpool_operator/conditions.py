@@ -162,7 +162,9 @@ def _unread(found: Findings) -> _Verdict | None:
 def _spilling(found: Findings) -> _Verdict:
     if unread := _unread(found):
         return unread
-    spilled = [f"{plan.spilled} jobs that wanted {plan.tier.name} wait or run elsewhere" for plan in found.plans if plan.spilled]
+    spilled = [
+        f"jobs that wanted {plan.tier.name} and wait or run elsewhere: {plan.spilled}" for plan in found.plans if plan.spilled
+    ]
     if spilled:
         return "True", "JobsElsewhere", "; ".join(spilled)
     return "False", "NoJobsElsewhere", "every job is on the tier that it wanted"
@@ -190,7 +192,7 @@ def _rivals(found: Findings) -> _Verdict:
     if rivals := [f"{plan.tier.name}: {plan.workers.rival} scales it too" for plan in found.plans if plan.workers.rival]:
         message = f"{'; '.join(rivals)}; its count is left alone until that is deleted"
         return "True", "AnotherAutoscaler", message
-    return "False", "NoOtherAutoscaler", "nobody else scales a tier"
+    return "False", "NoOtherAutoscaler", "no other autoscaler scales a tier"
 
 
 def _grace(found: Findings) -> _Verdict:

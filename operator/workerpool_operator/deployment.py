@@ -1,7 +1,7 @@
-"""The Deployment that runs one tier: a pure function of the WorkerPool.
+"""The Deployment that runs one tier, as a pure function of the WorkerPool.
 
-The replica count is left out, because it belongs to another field manager. Nothing measured goes in: each change of the pod
-template replaces every worker of the tier.
+It has no replica count, which belongs to another field manager. Nothing measured goes into the pod template, because every change
+of it replaces all workers of the tier.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POOL_LABEL = "workerpool.dev/pool"
 TIER_LABEL = "workerpool.dev/tier"
 
 BROKER_MARK = "workerpool.dev/broker-mark"
-"""Annotation of the pods that changes with the broker's URL, so that a new password reaches every worker."""
+"""An annotation of the pods that changes with the broker's URL, so that a new password replaces every worker."""
 
 _PROBES_MOUNT = "/run/workerpool"
 
@@ -34,7 +34,7 @@ def name_of(pool: Pool, tier: Tier) -> str:
 
 
 def selector_of(pool: Pool, tier: Tier) -> dict[str, str]:
-    """The labels by which the Deployment and its pods are found; they never change."""
+    """The labels by which the Deployment finds its pods, and the operator both; they never change."""
     return {MANAGED_BY: MANAGER, POOL_LABEL: _fit(pool.name), TIER_LABEL: tier.name}
 
 
@@ -44,7 +44,7 @@ def build(pool: Pool, tier: Tier, broker_mark: str = "") -> dict[str, Any]:
     Args:
         pool: the pool.
         tier: one of its tiers.
-        broker_mark: what :data:`BROKER_MARK` says; empty for a broker whose URL stands in the pool itself.
+        broker_mark: the value of :data:`BROKER_MARK`; empty if the URL is in the WorkerPool itself.
     """
     owner = {"apiVersion": API_VERSION, "kind": KIND, "name": pool.name, "uid": pool.uid}
     return {
@@ -64,7 +64,7 @@ def build(pool: Pool, tier: Tier, broker_mark: str = "") -> dict[str, Any]:
     }
 
 
-# A new worker takes the accelerator of an old one: a rollout must not wait for one more than the tier has.
+# A rollout must not need an extra accelerator, so an old worker stops before a new one starts.
 _ON_SCARCE_NODES = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": "25%"}}
 
 
@@ -89,7 +89,7 @@ def _template(pool: Pool, tier: Tier, broker_mark: str) -> dict[str, Any]:
 
 
 def _spread(pool: Pool, tier: Tier) -> dict[str, Any]:
-    """So that a node that is lost takes as few workers along as may be; never a reason not to start one."""
+    """Spread the workers, so that a lost node takes few of them along; this never keeps a worker from starting."""
     return {
         "maxSkew": 1,
         "topologyKey": "kubernetes.io/hostname",
@@ -125,9 +125,9 @@ def _probe(which: str, **more: int) -> dict[str, Any]:
     return {"exec": {"command": probe(which, _PROBES_DIRECTORY)}, "timeoutSeconds": 10, **more}
 
 
-_PROBES_DIRECTORY = f"{_PROBES_MOUNT}/probes"  # made by the library alone: that it is there says that the library is
+_PROBES_DIRECTORY = f"{_PROBES_MOUNT}/probes"  # only the library creates it, so it exists only if the app has the library
 _PROBES = {
-    # A container that is started again finds the files of the one before: until it writes its own they say nothing.
+    # A container that is restarted finds the files of the one before; they say nothing until it has written its own.
     "startupProbe": _probe("alive", periodSeconds=5, failureThreshold=240),
     "livenessProbe": _probe("alive", periodSeconds=10, failureThreshold=3),
     "readinessProbe": _probe("up", periodSeconds=5, failureThreshold=1),
@@ -148,7 +148,7 @@ def _environment(pool: Pool, tier: Tier) -> list[dict[str, Any]]:
 
 
 def _fit(text: str) -> str:
-    """The text itself, or its beginning and a hash where it is longer than a label's value may be."""
+    """The text itself, or its beginning and a hash if it is too long for the value of a label."""
     if len(text) <= _LONGEST_LABEL:
         return text
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]

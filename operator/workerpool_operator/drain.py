@@ -198,10 +198,13 @@ def _waits_for(left: int, chosen: list[_Worker], endangered: str | None, *, roll
     if left <= 0:
         return ""
     if rolling:
-        return f"{left} more leave when the rollout is through"
-    if endangered:
-        return f"{left} more leave when {endangered} is ready again: it holds a job and would be removed first"
-    busy = sum(one.busy > 0 for one in chosen)
-    if silent := sum(one.silent for one in chosen):
-        return f"{silent} do not report and leave when the queue has been empty for {EMPTY_WINDOW_SECONDS:.0f} s"
-    return f"{left} leave when they have finished their jobs" if busy else f"{left} take nothing new and leave"
+        why = "once the rollout is over"
+    elif endangered:
+        why = f"once {endangered} is ready again: it holds a job and would be removed first"
+    elif silent := sum(one.silent for one in chosen):
+        why = f"{silent} of them do not report, so not before the queue has been empty for {EMPTY_WINDOW_SECONDS:.0f} s"
+    elif any(one.busy for one in chosen):
+        why = "once their jobs are finished"
+    else:
+        why = "they take nothing new"
+    return f"workers still to leave: {left} ({why})"

@@ -1,8 +1,8 @@
-"""Who of several operators acts: a Lease that its holder renews and that ends by itself.
+"""Which of several operators acts: the holder of a Lease, which it has to renew and which expires by itself.
 
 Pure: times are seconds of the reader's own monotonic clock, never those written in the Lease, which come from another machine.
-A holder counts from before it asked for a renewal, everybody else from when they saw it: so a holder's lease is over first
-by its own clock, and no two hold it at once.
+A holder counts from before it asked for a renewal, everybody else from when they saw the renewal. So the holder's time ends
+first, and no two hold the Lease at once.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 LEASE_SECONDS = 10.0
-"""How long a holder that went silent keeps others waiting."""
+"""How long others wait after the last renewal that they saw."""
 
 TENURE_SECONDS = 8.0
-"""How long after a renewal its holder may act; less than the lease, to give a request under way time to end."""
+"""How long a holder may act after a renewal: less than :data:`LEASE_SECONDS`, so that a request under way can end."""
 
 RENEW_SECONDS = 2.5
 
@@ -25,10 +25,10 @@ class Lease:
     """A Lease as the API server holds it.
 
     Attributes:
-        holder: who holds it; empty once it was given back.
+        holder: who holds it; empty if it was given back.
         seconds: how long it lasts after a renewal.
-        transitions: how often it changed hands.
-        version: the API server's, another one after every renewal.
+        transitions: how often it has changed hands.
+        version: its resource version, which every renewal changes.
     """
 
     holder: str
@@ -39,36 +39,36 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """A Lease, None where there is none, and when it was first seen as it is."""
+    """A Lease (None if there is none), and since when it has been seen unchanged."""
 
     lease: Lease | None
     since: float
 
     @property
     def free_at(self) -> float:
-        """When whoever sees it may take it."""
+        """From when on the reader may take it."""
         if self.lease is None or not self.lease.holder:
             return self.since
         return self.since + self.lease.seconds
 
 
 def look(before: Sighting | None, lease: Lease | None, now: float) -> Sighting:
-    """What is known after the Lease was read: what has not changed since the sighting before has been so since then."""
+    """What is known after the Lease was read again; if it is unchanged, the earlier sighting stands."""
     if before is not None and before.lease == lease:
         return before
     if lease is None and before is not None:
-        # Somebody deleted it, and whoever held it has not been told.
+        # Somebody has deleted it, and its holder does not know yet.
         return Sighting(None, max(now, before.free_at))
     return Sighting(lease, now)
 
 
 def tenure_ends(asked_at: float) -> float:
-    """Until when the holder may act whose last successful renewal was asked for at that time."""
+    """Until when a holder may act that asked for its last successful renewal at that time."""
     return asked_at + TENURE_SECONDS
 
 
 def parse(raw: Mapping[str, Any]) -> Lease:
-    """Read a ``coordination.k8s.io/v1`` Lease; what another client left out of it counts as given back."""
+    """Parse a ``coordination.k8s.io/v1`` Lease; one without a holder counts as given back."""
     spec = raw.get("spec") or {}
     return Lease(
         holder=spec.get("holderIdentity") or "",

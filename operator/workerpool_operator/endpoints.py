@@ -17,8 +17,8 @@ class Endpoints:
 
     Args:
         collector: what ``/metrics`` shows.
-        ailing: why the process should be restarted, empty while it should not.
-        unready: why it cannot do its work yet, empty when it can.
+        ailing: why the process should be restarted; empty if it should not.
+        unready: why it cannot do its work yet; empty if it can.
     """
 
     def __init__(self, collector: Collector, ailing: Callable[[], str], unready: Callable[[], str]) -> None:
@@ -31,12 +31,12 @@ class Endpoints:
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=_CLOSING_SECONDS)
 
     async def open(self, port: int) -> None:
-        """Listen on every address; raises OSError where the port cannot be had."""
+        """Listen on every address; raises OSError if the port cannot be opened."""
         await self._runner.setup()
         await web.TCPSite(self._runner, port=port).start()
 
     async def close(self) -> None:
-        """End it and its connections; a second time does nothing."""
+        """Stop listening and close the connections; a second call does nothing."""
         await self._runner.cleanup()
 
 

@@ -1,6 +1,6 @@
-"""The live view of what each pass saw and decided: a panel on a terminal, plain lines where there is none.
+"""The live view of ``workerpool dev`` and of the demo: a panel on a terminal, plain lines elsewhere.
 
-:func:`render` and :func:`line` are pure; :class:`LiveView` keeps the last report of each pool and says when to show it.
+:func:`render` and :func:`line` are pure; :class:`LiveView` keeps the last report of each pool and decides when to show it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from workerpool_operator.ports import Report
 from workerpool_operator.status import WARNS_WHEN, Condition, ConditionType, Event, TierStatus
 
 LINES_EVERY_SECONDS = 1.0
-"""Plain lines of one pool come at most this often."""
+"""A pool's plain line is printed at most this often."""
 
 _EVENTS_SHOWN = 4
 _BAR_CELLS = 16
@@ -35,18 +35,18 @@ _GOOD_WHEN_TRUE = {ConditionType.READY, ConditionType.BROKER_REACHABLE, Conditio
 
 @dataclass(frozen=True, slots=True)
 class TimedEvent:
-    """An event and the wall-clock seconds at which a pass reported it."""
+    """An Event, and when a pass reported it, in wall-clock seconds."""
 
     at: float
     event: Event
 
 
 def render(report: Report, events: Iterable[TimedEvent] = ()) -> RenderableType:
-    """One pool as a panel: what is wrong, its tiers, its routes, its last events.
+    """One pool as a panel: conditions that need a look, its tiers, where its jobs went, its last Events.
 
     Args:
-        report: the last pass.
-        events: what to list below, oldest first.
+        report: of the last pass.
+        events: oldest first.
     """
     pool = report.pool
     title = Text.assemble((pool.id, "bold"), "  ", (pool.spec.mode.value, "cyan"))
@@ -61,7 +61,7 @@ def render(report: Report, events: Iterable[TimedEvent] = ()) -> RenderableType:
 
 
 def line(report: Report) -> str:
-    """The same pool in one plain line, without the time."""
+    """One pool in one plain line, without the time."""
     tiers = "   ".join(_tier_words(tier) for tier in report.status.tiers).rstrip()
     outage = f"   broker unreachable: {report.reading.why}" if isinstance(report.reading, Unavailable) else ""
     return f"{report.pool.name}  {tiers}{outage}"
@@ -78,10 +78,10 @@ class _Shown:
 
 
 class LiveView:
-    """A ``Reporter`` for people; used as a context manager, which gives the terminal back.
+    """A ``Reporter`` for people. It is a context manager, whose exit restores the terminal.
 
     Args:
-        console: where to show; whether it is a terminal decides between panel and lines.
+        console: where to print: a panel on a terminal, else lines.
         clock: wall-clock seconds.
     """
 
@@ -112,7 +112,7 @@ class LiveView:
             self._print(shown, now)
 
     def view(self) -> RenderableType:
-        """All pools as panels, as they are now; later reports do not change it."""
+        """All pools as panels: a snapshot, which later reports do not change."""
         return Group(*(render(shown.report, tuple(shown.events)) for shown in self._pools.values()))
 
     def _print(self, shown: _Shown, now: float) -> None:
@@ -128,12 +128,12 @@ class LiveView:
 
 
 def worth_seeing(condition: Condition) -> bool:
-    """Whether a condition is other than it should be."""
+    """Whether a condition is not as it is in a healthy pool at rest."""
     return (condition.status == "True") != (condition.type in _GOOD_WHEN_TRUE)
 
 
 def condition_name(condition: Condition) -> Text:
-    """What of a condition holds, in the colour of its weight."""
+    """The condition's type, with "not" if its status is not True, coloured by severity."""
     style = "bold red" if WARNS_WHEN.get(condition.type) == condition.status else "yellow"
     return Text(condition.type.value if condition.status == "True" else f"not {condition.type.value}", style)
 

@@ -1,4 +1,4 @@
-"""The operator as a process in a cluster: kopf watches, the reconcile pass decides, and this module only connects the two."""
+"""The operator as a process in a cluster: kopf watches, the pass decides, and this module connects the two."""
 
 from __future__ import annotations
 
@@ -36,20 +36,21 @@ from workerpool_operator.ports import Pool, Report
 from workerpool_operator.reconcile import Reconciler
 
 RELIST_SECONDS = 60.0
-"""What a watch has missed is seen after so long."""
+"""How often everything is listed, so that an event that a watch has missed is noticed."""
 
 RETRY_SECONDS = 2.0
 
 LAST_PASS_SECONDS = 3.0
+"""How long a pass that began before a pool was deleted may still write about it."""
 
 LEASE_PATIENCE_SECONDS = 2.5
-"""For one request about the Lease: several of them have to fit into a tenure."""
+"""Time-out of one request about the Lease: several of them have to fit into a tenure."""
 
 STUCK_SECONDS = 60.0
-"""A process without a pass for so long is restarted."""
+"""Without a pass for so long, the process is unhealthy."""
 
 SILENT_SECONDS = 180.0
-"""A process whose watch has done nothing for so long is restarted; a watch that hears nothing is begun anew every 70 s."""
+"""With a watch that has made no request for so long, the process is unhealthy: even without events one is made every 70 s."""
 
 _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
@@ -57,18 +58,18 @@ logger = logging.getLogger(__name__)
 
 
 class CannotStart(Exception):
-    """The operator cannot work here; the message says what is missing and what to do."""
+    """The operator cannot run here; the message says what is missing, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How the operator is run.
+    """The options of ``workerpool run``.
 
     Attributes:
-        namespaces: those whose WorkerPools are served; all when empty.
-        port: where ``/metrics``, ``/healthz`` and ``/readyz`` are served.
-        lease_name: of the Lease by which one of several operators acts.
-        lease_namespace: where it is; the pod's own when None.
+        namespaces: those whose WorkerPools are served; empty for all.
+        port: of ``/metrics``, ``/healthz`` and ``/readyz``.
+        lease_name: of the Lease that elects the operator that acts.
+        lease_namespace: the Lease's; None for the pod's own.
     """
 
     namespaces: Sequence[str]
@@ -78,7 +79,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Run until SIGTERM or SIGINT; exit with one plain message where it cannot start."""
+    """Run until SIGTERM or SIGINT; exit with a one-line message if it cannot start."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for chatty in ("kopf", "aiohttp.access"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -103,7 +104,7 @@ async def _serve(options: Options) -> None:
         try:
             await operator.endpoints.open(options.port)
         except OSError as error:
-            raise CannotStart(f"port {options.port} cannot be had: {error.strerror}; end what holds it") from error
+            raise CannotStart(f"port {options.port} cannot be opened: {error.strerror}; choose another --port") from error
         if await _before(stop, _become_leader(api, candidate)):
             logger.info("serving the WorkerPools of %s at %s", ", ".join(options.namespaces) or "all namespaces", api.host)
             await _lead(operator, candidate)
@@ -114,7 +115,7 @@ async def _serve(options: Options) -> None:
 
 
 async def _before(stop: asyncio.Event, work: Any) -> bool:
-    """Whether the work was done before somebody asked to stop."""
+    """Do some work, or cancel it when the process is told to stop; returns whether it was done."""
     task, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
     await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
     if done := task.done():
@@ -146,7 +147,7 @@ async def _lead(operator: Operator, candidate: Candidate) -> None:
 
 
 def _leave(why: str) -> NoReturn:
-    """End without another word to anybody: whatever was under way may be another operator's by now."""
+    """Exit on the spot, without cleaning up: another operator may be acting by now."""
     logger.critical("leaving: %s", why)
     os._exit(1)
 
@@ -160,7 +161,7 @@ def _own_namespace() -> str:
 
 
 async def _wait_for_resource(api: Api) -> None:
-    """Wait out an outage; raise where the API server answers that it knows no WorkerPools."""
+    """Wait until the API server answers; raise if it does not know WorkerPools."""
     while True:
         try:
             await api.get(f"/apis/{API_VERSION}")
@@ -178,10 +179,10 @@ _WATCHED = (PLURAL, "deployments", "pods", AUTOSCALERS)
 
 
 class Operator:
-    """What is watched, handed to the reconcile pass. Made inside the event loop.
+    """Hands what the watches see to the pass. To be created inside the event loop.
 
     Attributes:
-        endpoints: its HTTP server, which the maker opens; :meth:`run` closes it at its end.
+        endpoints: its HTTP server. Whoever creates the operator opens it; :meth:`run` closes it in the end.
     """
 
     def __init__(self, api: Api, namespaces: Sequence[str], candidate: Candidate) -> None:
@@ -203,14 +204,14 @@ class Operator:
         self._began: float | None = None
 
     async def run(self) -> None:
-        """Serve until a signal stops it; raises what a task of its own died of."""
+        """Serve until a signal stops it; raises the error that one of its own tasks died of."""
         self._began = time.monotonic()
         await kopf.operator(
             registry=self._registry(),
             settings=_settings(),
             standalone=True,
-            # Else kopf asks for the name of the user, and a container's has none.
-            identity=socket.gethostname(),  # type: ignore[arg-type]  # a type that kopf keeps to itself
+            # Otherwise kopf looks up the user's name, and a container's user has none.
+            identity=socket.gethostname(),  # type: ignore[arg-type]  # a private type of kopf's
             clusterwide=not self._namespaces,
             namespaces=self._namespaces,
             stop_flag=self._stop,
@@ -220,12 +221,12 @@ class Operator:
                 raise error
 
     async def report(self, report: Report) -> None:
-        """Show the outcome of a pass wherever somebody may look."""
+        """Show the outcome of a pass: in the metrics, the status, Events and the log."""
         self._metrics.saw(report)
         await self._reporter.report(report)
 
     def ailing(self) -> str:
-        """Why the process should be restarted; empty while it should not. An outage of anything else is no reason."""
+        """Why the process should be restarted; empty if it should not. An outage of another system is never a reason."""
         if self._began is None:
             return ""
         now = time.monotonic()
@@ -237,14 +238,14 @@ class Operator:
         return ""
 
     def unready(self) -> str:
-        """Why it cannot do its work yet, or take over at once; empty when it can."""
+        """Why it cannot do its work yet, or, as a standby, not take over at once; empty if it can."""
         if self._began is None:
             return "" if self._candidate.follows else "the Lease is not known yet"
         return "" if self._seen.complete else "the first listing is not complete"
 
     def _registry(self) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()
-        # kopf waits 5 s at its end for tasks that it does not know: ours start and end inside its own life.
+        # In the end kopf waits 5 s for tasks that it does not know, so ours start and end within its own life.
         kopf.on.startup(registry=registry)(self._start)
         kopf.on.cleanup(registry=registry)(self._end)
         kopf.on.login(registry=registry)(self._log_in)
@@ -268,7 +269,7 @@ class Operator:
         await self.endpoints.close()
 
     async def _log_in(self, **details: Any) -> kopf.AiohttpSession | None:
-        """As kopf does, with a name of our own and an eye on what its watches do."""
+        """Log in as kopf does, with our own user agent, and note when its watches make requests."""
         info = kopf.login_via_client(**details)
         if info is None:
             return None
@@ -318,11 +319,11 @@ class Operator:
                     try:
                         await self._reflect(namespace, name)
                     except Exception:
-                        logger.exception("%s/%s: not taken in, the next listing tries again", namespace, name)
+                        logger.exception("%s/%s: could not be processed, the next listing tries again", namespace, name)
             await asyncio.sleep(RELIST_SECONDS if self._seen.complete else RETRY_SECONDS)
 
     async def _reflect(self, namespace: str, name: str) -> None:
-        """Make the pass know a WorkerPool as it is stored now."""
+        """Tell the pass about a WorkerPool as it is stored now."""
         stored = self._seen.pools.get(namespace, name)
         known = self._reconciler.pools.pop(f"{namespace}/{name}", None)
         if known is not None and (stored is None or stored.uid != known.uid):
@@ -339,7 +340,7 @@ class Operator:
         return url if isinstance(url, Unavailable) else await self._broker.holds_jobs(url, pool, tier, queue)
 
     async def _forget(self, pool: Pool) -> None:
-        """Clear up after a deleted WorkerPool; its Deployments go by their owner references."""
+        """Clean up after a deleted WorkerPool; its Deployments are deleted by their owner references."""
         self._workers.forget(pool)
         self._reporter.forget(pool.uid)
         url = await self._urls.broker_url(pool)
@@ -348,7 +349,7 @@ class Operator:
             await asyncio.sleep(LAST_PASS_SECONDS)
             await self._broker.forget(url, pool)
         else:
-            logger.warning("%s is deleted, what it published stays in Redis: %s", pool.id, url.why)
+            logger.warning("%s is deleted, but what was published for it stays in Redis: %s", pool.id, url.why)
 
 
 def _take_in(cache: Cache[Any], event: kopf.RawEvent) -> None:
@@ -359,7 +360,7 @@ def _take_in(cache: Cache[Any], event: kopf.RawEvent) -> None:
 
 
 class _Backoffs:
-    """Pauses without an end: kopf gives up, and the process with it, when they run out."""
+    """Pauses without an end: when a finite list runs out, kopf gives up, and the process with it."""
 
     def __iter__(self) -> Iterator[float]:
         yield from (1, 2, 3, 5)
@@ -370,7 +371,7 @@ class _Backoffs:
 def _settings() -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
-    # Namespaces and kinds are given, so the operator needs no right to watch them.
+    # Namespaces and kinds are given, so kopf need not scan for them, and the operator needs no right to.
     settings.scanning.disabled = True
     settings.networking.error_backoffs = _Backoffs()
     for kind in (("apps", "v1", "deployments"), ("", "v1", "pods")):

@@ -1,4 +1,4 @@
-"""Moves waiting jobs from one queue to another in Redis: one script a message, so that it is always in one place."""
+"""Moves waiting jobs from one queue to another in Redis, one script call a message, so that each is always in one place."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CHUNK = 200
 
 
 async def move(client: Any, keys: Keyspace, policy: Policy, transfer: Transfer) -> int:
-    """Carry out a transfer as far as there are jobs that may move; return how many did."""
+    """Carry out a transfer, as far as there are jobs that may move; return how many have moved."""
     source, target = policy.tier(transfer.source), policy.tier(transfer.target)
     assert source is not None
     assert target is not None
@@ -37,7 +37,7 @@ async def move(client: Any, keys: Keyspace, policy: Policy, transfer: Transfer) 
 async def _waiting(client: Any, keys: Keyspace, tier: TierPolicy) -> AsyncIterator[tuple[str, Job]]:
     """The messages of a queue with their ledger entries, in the order in which workers would take them.
 
-    What leaves the queue meanwhile makes the next look skip as many: a later pass finds them.
+    If messages leave the queue meanwhile, the next chunk skips as many; a later pass finds those.
     """
     left = LOOKED_AT
     for name in keys.queue_lists(tier.queue):
@@ -55,7 +55,7 @@ async def _waiting(client: Any, keys: Keyspace, tier: TierPolicy) -> AsyncIterat
 
 
 def _ours(raw: str) -> str | None:
-    """The task id of a message that admission has seen; it stays itself wherever it is put."""
+    """The task id of a message in its first attempt that was admitted by the pool; None for any other."""
     try:
         headers = json.loads(raw)["headers"]
         return str(headers["id"]) if headers[HEADER]["attempt"] == 1 else None
@@ -64,7 +64,7 @@ def _ours(raw: str) -> str | None:
 
 
 def _job(task_id: str, stored: dict[str, str]) -> Job | None:
-    """None for what nobody has admitted, and for what a sweep will set aside."""
+    """The ledger entry; None if there is none, or if it cannot be read (the sweep will set it aside)."""
     try:
         return Job.load(task_id, stored)
     except (VersionMismatch, CorruptEntry):

@@ -1,4 +1,4 @@
-"""What the pass needs of the world, each defined by what the pass asks of it."""
+"""What the pass needs of the world, as protocols; the adapters provide it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Pool:
     """One valid WorkerPool.
 
     Attributes:
-        created_at: wall-clock seconds; of two pools on one queue the older keeps it.
-        status: the status as last stored, so that a new operator continues where the old one stopped.
-        unknown: fields of the spec that whoever stored it does not know, and drops.
+        created_at: wall-clock seconds; of two pools on one queue, the older one keeps it.
+        status: as last stored, so that a new operator goes on from there.
+        unknown: fields of the spec that the stored CustomResourceDefinition does not have, so that the API server drops them.
     """
 
     namespace: str
@@ -48,12 +48,12 @@ class Urls(Protocol):
     """Where the broker URL of a pool comes from."""
 
     async def broker_url(self, pool: Pool) -> str | Unavailable:
-        """The URL, password included: never logged; of sentinels with the name of their master (``Broker.address``)."""
+        """The URL, with its password: never log it. For sentinels it contains the master's name (``Broker.address``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """Which workers are to take nothing new from now on, and which may again."""
+    """Workers that are to take nothing new from now on, and workers that may again."""
 
     add: frozenset[str] = frozenset()
     remove: frozenset[str] = frozenset()
@@ -64,10 +64,10 @@ NO_NEWS: Mapping[str, Checkpoint] = {}
 
 
 class Broker(Protocol):
-    """The Redis servers of all pools. No method raises for a broker that is down."""
+    """The Redis servers of all pools. No method raises if a broker is down."""
 
     async def read(self, url: str, pools: Sequence[Pool]) -> Mapping[str, BrokerReading | Unavailable] | Unavailable:
-        """Read all pools of one broker in one pipeline; by pool id. What one pool alone has wrong is unavailable there."""
+        """Read all pools of one broker in one pipeline, by pool id. A fault of one pool alone makes only that one unavailable."""
 
     async def publish(
         self,
@@ -85,40 +85,40 @@ class Broker(Protocol):
         """
 
     async def take_over(self, url: str, pool: Pool, tier: str, worker: str) -> list[str]:
-        """Give every job that a lost worker held to whoever the ledger says; return a sentence for each."""
+        """Hand on every job that a lost worker held, as the ledger says; return a sentence for each."""
 
     async def sweep(self, url: str, pool: Pool) -> list[str]:
-        """Find jobs that no worker holds any more and that no lost worker accounts for; return a sentence for each."""
+        """Find jobs that fell between two steps, so that no worker holds them; return a sentence for each."""
 
     async def rebalance(self, url: str, pool: Pool, policy: Policy, transfer: Transfer) -> int:
         """Move waiting jobs from one tier's queue to another's; return how many moved."""
 
     async def keep_only(self, pools: Sequence[tuple[str, Pool]]) -> None:
-        """Let go of every broker but those of these URLs and pools."""
+        """Close the connections to all brokers but those of these URLs and pools."""
 
     async def forget(self, url: str, pool: Pool) -> None:
         """Remove what was published for a pool that is gone."""
 
 
 class Workers(Protocol):
-    """The place where workers run: Deployments, or local processes."""
+    """Where workers run: Deployments, or local processes."""
 
     async def observe(self, pool: Pool) -> Mapping[str, TierReplicas] | Unavailable:
         """What runs now, by tier name."""
 
     async def scale(self, pool: Pool, replicas: Mapping[str, int], leaving: frozenset[str]) -> None:
-        """Make every tier exist as its spec says, with that many replicas; writes nothing when nothing changed.
+        """Make every tier exist as its spec says, with that many replicas; write nothing if nothing has changed.
 
         Args:
             pool: the pool.
             replicas: by tier name.
-            leaving: the workers that go where a count is lowered.
+            leaving: the workers that go if a count is lowered.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one pass saw of a pool and made of it; ``events`` are what flipped since the pass before."""
+    """What one pass saw of a pool and decided; ``events`` are what has changed since the pass before."""
 
     pool: Pool
     status: Status

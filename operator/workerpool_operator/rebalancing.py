@@ -1,17 +1,15 @@
 """Which waiting jobs go to another tier: how many, from where to where, and why.
 
-Admission decides once, by what it sees then; an outage, its end, or jobs that took longer than most leave jobs in a queue where
-they would not be put now. They move by admission's own rule (:func:`workerpool_routing.decide.place`), so that the two never
-disagree:
+Admission decides once, by what it sees then. After an outage, after its end, or after jobs that took longer than most, jobs wait
+in a queue to which admission would not send them now. They move by admission's own rule
+(:func:`workerpool_routing.decide.place`), so that the two never disagree:
 
-* *Away* from an accelerated tier goes what admission would send elsewhere now: everything where no slot is ready or may still
-  start, or its attempts fail; else no more than can start at once on the other side.
-* *Home* goes what the slots that are ready there start sooner, until both queues are expected to take as long.
+* *Away* from an accelerated tier go the jobs that admission would send elsewhere now: all of them if no slot there is ready or
+  may still start, or if its attempts fail; otherwise no more than can start at once on the other tier.
+* *Home* go the jobs that ready slots there start sooner, until both queues are expected to take equally long.
 
-What came home does not leave again for its own sake: it came because the wait there was shorter, and to leave it has to be longer
-by the threshold of admission.
-
-The oldest go first, and what the ledger holds for bound to its tier never goes.
+Jobs do not go back and forth: they come home because the wait there is shorter, and to leave again it would have to be longer by
+admission's threshold. The oldest go first. A job that is bound to its tier, by the ledger, never moves.
 """
 
 from __future__ import annotations
@@ -27,12 +25,12 @@ AT_ONCE = 100
 """The most jobs that one pass moves between two tiers."""
 
 TOLD_SECONDS = 60.0
-"""How long it is told that jobs have moved; moves with no longer pauses between them are told as one."""
+"""How long the condition tells that jobs have moved; moves with shorter pauses between them are told as one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Up to ``jobs`` of the oldest jobs that may move go from one tier's queue to another's."""
+    """A move of up to ``jobs`` jobs, the oldest that may move, from one tier's queue to another's."""
 
     source: str
     target: str
@@ -41,7 +39,7 @@ class Transfer:
 
     @property
     def way(self) -> tuple[str, str]:
-        """From which tier to which."""
+        """(source, target)."""
         return self.source, self.target
 
 
@@ -50,9 +48,9 @@ class Moved:
     """Waiting jobs that have changed their tier.
 
     Attributes:
-        last: the newest transfer of those that are told as one.
-        jobs: how many moved in all of them.
-        at: seconds, when the last one did.
+        last: the newest of the transfers that are told as one.
+        jobs: how many jobs moved in all of them.
+        at: when the last one moved, in seconds.
     """
 
     last: Transfer
@@ -62,16 +60,16 @@ class Moved:
     @property
     def message(self) -> str:
         """In a sentence."""
-        return f"{self.jobs} waiting jobs have gone {self.last.message}"
+        return f"{self.jobs} of the waiting jobs moved {self.last.message}"
 
 
 def told(moved: Sequence[Moved], now: float) -> list[Moved]:
-    """Those that are still news."""
+    """The moves that are still to be told."""
     return [one for one in moved if now - one.at < TOLD_SECONDS]
 
 
 def tell(moved: Sequence[Moved], transfer: Transfer, jobs: int, now: float) -> list[Moved]:
-    """What is to be told after jobs have moved once more, one for each way between two tiers."""
+    """What is to be told after one more transfer: one entry for each pair of tiers."""
     news = told(moved, now)
     before = sum(one.jobs for one in news if one.last.way == transfer.way)
     return [*(one for one in news if one.last.way != transfer.way), Moved(transfer, before + jobs, now)]
@@ -113,7 +111,7 @@ def _away(fast: TierPolicy, plain: list[TierPolicy], loads: Mapping[str, Load]) 
 
 def _home(fast: TierPolicy, plain: list[TierPolicy], loads: Mapping[str, Load], spilled: Mapping[str, int]) -> Transfer | None:
     source = max(plain, key=lambda tier: (loads[tier.name].waiting > 0, loads[tier.name].wait))
-    # What is only on its way may not come, and would send them back.
+    # Slots that are only starting may never come, and then the jobs would have to go back.
     there, slow, jobs = replace(loads[fast.name], coming=(), startable=0), loads[source.name], 0
     most = min(spilled.get(fast.name, 0), slow.waiting, AT_ONCE)
     while jobs < most:

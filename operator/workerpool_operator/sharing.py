@@ -19,13 +19,13 @@ class Conflict:
 def conflicts(
     pools: Iterable[Pool], places: Mapping[str, Hashable], sure: Collection[str], before: Mapping[str, Conflict]
 ) -> dict[str, Conflict]:
-    """The pools that have to wait, by id, each with the first queue that it may not serve.
+    """The pools that are held, by id, each with the first queue that it may not serve.
 
     Args:
         pools: all pools.
-        places: what tells the broker of each from all others, as last known, by id; a pool of which nothing was ever known owns
-            nothing.
-        sure: the pools whose place was read just now. Until it and its owner are among them a pool that was held stays held.
+        places: by pool id, what identifies its broker, as last known. A pool without a known place owns no queue.
+        sure: the pools whose place was read just now. A pool that was held stays held until it and the queue's owner are both
+            among them.
         before: the last answer.
     """
     by_age = sorted(pools, key=lambda pool: (pool.created_at, pool.id))

@@ -1,7 +1,7 @@
-"""The status of a pool: tiers, conditions, and the events that say what changed.
+"""The status of a pool: tiers, conditions, and the Events that say what has changed.
 
-Pure: the previous status and the time come in, the next one goes out. Conditions, replicas and reasons change at once;
-numbers alone are written at most every :data:`NUMBERS_EVERY_SECONDS`.
+Pure: the previous status and the time go in, the next status comes out. Changed conditions, replicas and reasons are written at
+once; if only numbers have changed, at most every :data:`NUMBERS_EVERY_SECONDS`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NUMBERS_EVERY_SECONDS = 10.0
 
 
 class ConditionType(StrEnum):
-    """The closed list of conditions."""
+    """The closed list of conditions; ``conditions.py`` has a function for each."""
 
     READY = "Ready"
     BROKER_REACHABLE = "BrokerReachable"
@@ -51,7 +51,7 @@ WARNS_WHEN = {
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """One condition as Kubernetes spells it; ``status`` is True, False or Unknown."""
+    """One condition, in Kubernetes' terms; ``status`` is "True", "False" or "Unknown"."""
 
     type: ConditionType
     status: str
@@ -63,7 +63,7 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class TierStatus:
-    """One tier at a glance; numbers are None when the broker could not be read."""
+    """One tier at a glance; numbers that come from the broker are None if it could not be read."""
 
     name: str
     desired: int
@@ -85,8 +85,8 @@ _NUMBERS = ("waiting", "in_flight", "spilled", "message")
 class Status:
     """What ``kubectl get wp`` and ``kubectl describe wp`` show.
 
-    ``waiting``, ``in_flight`` and ``replicas`` sum up the tiers for the printer columns; ``replicas`` reads ``gpu 1/2, cpu 3/3``
-    (ready/desired).
+    ``waiting``, ``in_flight`` and ``replicas`` sum up the tiers for the printer columns; ``replicas`` is ready/desired, such as
+    ``gpu 1/2, cpu 3/3``.
     """
 
     observed_generation: int
@@ -97,12 +97,12 @@ class Status:
     replicas: str
 
     def dump(self) -> dict[str, Any]:
-        """As the resource stores it; None is left out."""
+        """The status as the resource stores it; fields that are None are left out."""
         return {to_camel(name): _camel(value) for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def load(cls, stored: Mapping[str, Any]) -> Status | None:
-        """As the resource stores it, None where nobody has told yet; what another release has told besides is left out."""
+        """Read the status as the resource stores it; None if none was written yet. Fields of another release are ignored."""
         if "observedGeneration" not in stored:
             return None
         tiers = [TierStatus(**_known(TierStatus, tier)) for tier in stored.get("tiers", ())]
@@ -131,13 +131,13 @@ def summary(tiers: Sequence[TierStatus]) -> str:
 
 
 def total(numbers: Sequence[int | None]) -> int | None:
-    """The sum, or None when any part is unknown."""
+    """The sum; None if any part is unknown."""
     known = [number for number in numbers if number is not None]
     return sum(known) if len(known) == len(numbers) else None
 
 
 def stamp(conditions: Sequence[Condition], previous: Mapping[str, Any], now: float) -> tuple[Condition, ...]:
-    """Give each condition the time of its last transition: the stored one unless its status changed."""
+    """Give each condition the time of its last transition: the stored one, or ``now`` if its status has changed."""
     stored = {condition.get("type"): condition for condition in previous.get("conditions", ())}
     stamped = []
     for condition in conditions:
@@ -148,7 +148,7 @@ def stamp(conditions: Sequence[Condition], previous: Mapping[str, Any], now: flo
 
 
 def flips(status: Status, previous: Mapping[str, Any]) -> list[Event]:
-    """One Event for each condition whose status changed, and for each that starts out as a warning."""
+    """One Event for each condition whose status has changed, and for each that is a warning from the start."""
     stored = {condition.get("type"): condition.get("status") for condition in previous.get("conditions", ())}
     events = []
     for condition in status.conditions:
@@ -160,7 +160,7 @@ def flips(status: Status, previous: Mapping[str, Any]) -> list[Event]:
 
 
 def worth_writing(status: Status, previous: Mapping[str, Any], since_last: float) -> bool:
-    """Whether to write: at once when more than numbers changed, numbers only every :data:`NUMBERS_EVERY_SECONDS`."""
+    """Whether to write now: at once if more than numbers has changed, else every :data:`NUMBERS_EVERY_SECONDS`."""
     new = status.dump()
     if new == previous:
         return False
@@ -176,7 +176,7 @@ def _without_numbers(status: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _known(kind: type[Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass by their stored names; what is not there is None."""
+    """The fields of a dataclass, read by their stored names; those that are not stored are None."""
     return {one.name: stored.get(to_camel(one.name)) for one in fields(kind)}
 
 

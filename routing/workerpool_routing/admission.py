@@ -42,8 +42,8 @@ class Entry:
     """What the ledger stores of a new job.
 
     Attributes:
-        publish: whether the script publishes the message; Celery's own calls do it themselves.
-        idempotency_key: whoever comes second with it gets the decision of the first.
+        publish: whether the script publishes the message; for a plain ``delay()`` Celery does.
+        idempotency_key: a second call with the same key gets the decision of the first.
     """
 
     task_id: str
@@ -54,12 +54,12 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Where the job goes: its tier and queue, why, and the expected wait in seconds, which is infinite where nothing is ready.
+    """Where the job goes: its tier and queue, why, and the expected wait in seconds, infinite if no slot is ready or starting.
 
     Attributes:
-        task_id: of the job; that of an earlier call when an idempotency key says so, empty when nothing was asked to be admitted.
-        load: what the tier that was asked for held, all slots that come as from the first of them; None when the decision is an
-            earlier one.
+        task_id: of the job; that of an earlier call if the idempotency key was used before, empty if no job was to be admitted.
+        load: what the tier that was asked for held; all of its starting slots count as ready with the first of them. None if
+            the decision is an earlier one.
         time: of Redis's clock, at the decision.
     """
 
@@ -83,17 +83,18 @@ def call(
     refuses: bool = True,
     until: Milliseconds | None = None,
 ) -> Call:
-    """Arguments of the script; with neither entry nor lease it decides and changes nothing.
+    """Arguments of the script; with neither entry nor lease it decides and writes nothing.
 
     Args:
         keys: the pool's.
         candidates: from :func:`~workerpool_routing.decide.preselect`, or the one that a lease was given for.
         request: what the caller asks for.
         entry: the job to write to the ledger.
-        lease: an id under which the decision counts until it is released.
-        wanted: the tier whose demand the job is; None: the first candidate where that is accelerated, else the one it gets.
+        lease: an id under which the job counts on its tier until the lease is released.
+        wanted: the tier to whose demand the job counts; None for the first candidate if that is accelerated, else for the tier
+            that the job gets.
         refuses: whether the answer may be a refusal.
-        until: Redis's time after which nobody waits for the answer any more; the script then does nothing.
+        until: Redis's time after which nobody waits for the answer any more; after it the script does nothing.
     """
     ask: dict[str, Any] = {"task": request.task, "refuses": refuses, "limit": request.limit, "lease": lease, "until_ms": until}
     parts: list[str] = []
@@ -107,7 +108,7 @@ def call(
 
 
 def parse(reply: Sequence[Any]) -> Admission | Milliseconds:
-    """Read the script's answer; only a time when the caller had given up before the script ran."""
+    """Parse the script's answer; only Redis's time if ``until`` had passed before the script ran."""
     if len(reply) == 1:
         return Milliseconds(int(reply[0]))
     time, task_id, tier, queue, reason, wait, *load = reply

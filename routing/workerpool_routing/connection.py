@@ -1,6 +1,4 @@
-"""The library's own Redis connection: the app's broker, with time-outs, so that no call hangs on a server that does not
-answer.
-"""
+"""The library's own connection to the app's broker, with time-outs, so that no call hangs if Redis does not answer."""
 
 from __future__ import annotations
 
@@ -65,7 +63,7 @@ class Connection:
             return self._scripts[name](keys=call.keys, args=call.args)
 
     def now(self) -> Milliseconds:
-        """Redis's time by this host's monotonic clock; asks Redis only the first time."""
+        """Redis's time, reckoned by this host's monotonic clock; Redis is asked only the first time."""
         if self._ahead is None:
             with unavailable_when_down():
                 seconds, micros = self.client.time()
@@ -74,7 +72,7 @@ class Connection:
         return Milliseconds(int(time.monotonic() * 1000 + self._ahead))
 
     def set_clock(self, now: Milliseconds) -> None:
-        """Note what Redis has just said of its time."""
+        """Note the time that Redis has just told."""
         self._ahead = now - time.monotonic() * 1000
 
 
@@ -84,7 +82,8 @@ def unavailable_when_down() -> Iterator[None]:
     try:
         yield
     except redis.ResponseError as error:
-        # Redis 6 quotes what a script ran into, Redis 7 answers with it, and then redis-py takes the code out of the text.
+        # If a command within a script is refused, Redis 6 quotes the refusal; Redis 7 answers with it, and redis-py then takes
+        # the code out of the text.
         said = f"{error.status_code or ''} {error}".strip()
         if any(refusal in said for refusal in _REFUSALS):
             raise PoolUnavailable(f"Redis refuses: {said}") from error
@@ -94,7 +93,9 @@ def unavailable_when_down() -> Iterator[None]:
 
 
 def connect(app: Celery, **options: Any) -> Any:
-    """A client of the app's broker as Kombu would reach it; raises :class:`NotConfigured` when it is no Redis or no valid URL."""
+    """A client of the app's broker, as Kombu would connect to it; raises :class:`NotConfigured` if it is not Redis, or its URL is
+    not valid.
+    """
     url = app.conf.broker_write_url or app.conf.broker_url or ""
     urls = [part for one in ([url] if isinstance(url, str) else url) for part in one.split(";")]
     transport = app.conf.broker_transport_options or {}
@@ -103,12 +104,12 @@ def connect(app: Celery, **options: Any) -> Any:
         if urls[0].startswith("sentinel://"):
             return _sentinel(urls, transport, options, ssl)
         return redis.Redis.from_url(_url(urls[0], encrypted=bool(ssl)), **options, **(ssl if isinstance(ssl, Mapping) else {}))
-    except ValueError:  # what it says may quote a part of the password
+    except ValueError:  # not chained: its text may quote a part of the password
         raise NotConfigured("broker_url cannot be read; a password with any of :/?#[]@ in it has to be percent-encoded") from None
 
 
 def _url(url: str, *, encrypted: bool) -> str:
-    """The same address in the words of redis-py."""
+    """The same address as redis-py spells it."""
     if not url.startswith(("redis://", "rediss://", "unix://", "redis+socket://")):
         scheme = url.partition("://")[0] if "://" in url else "none"
         raise NotConfigured(
@@ -124,9 +125,9 @@ def _url(url: str, *, encrypted: bool) -> str:
 
 
 class _MasterConnection(SentinelManagedConnection):
-    """Drops a line on which no answer came, so that the sentinels are asked again and no late answer is taken for the next.
+    """Disconnects after a time-out, so that the sentinels are asked again and a late answer is not taken for the next one's.
 
-    Every other connection of redis-py does so by itself; the one to a sentinel's master keeps the line.
+    Every other connection of redis-py does so by itself; the one to a sentinel's master stays connected.
     """
 
     def read_response(self, *args: Any, disconnect_on_error: bool | None = True, **options: Any) -> Any:
@@ -160,7 +161,7 @@ def _sentinel(urls: list[str], transport: Mapping[str, Any], options: dict[str, 
 
 
 def keyspace(pool: str, app: Celery) -> Keyspace:
-    """The pool's keys, by the app's own transport options."""
+    """The names of the pool's keys, by the app's own transport options."""
     options = app.conf.broker_transport_options or {}
     steps = tuple(options.get("priority_steps") or PRIORITY_STEPS)
     return Keyspace(pool, options.get("global_keyprefix", ""), steps)

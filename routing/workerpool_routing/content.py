@@ -1,4 +1,4 @@
-"""What kind of content a job works on, in any of the words that callers have for it."""
+"""What kind of content a job works on, from whatever the caller gives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MAIN_TYPES = frozenset(
 
 
 def main_type(given: str) -> str:
-    """The main type of a MIME type (``image/png``), of a file name (``scan.PNG``), or the word itself (``image``)."""
+    """The main type of a MIME type (``image/png``) or of a file name (``scan.PNG``), or the word itself (``image``)."""
     word = given.strip().lower()
     head, slash, _ = word.partition("/")
     if slash and head in _MAIN_TYPES:

@@ -15,7 +15,7 @@ from workerpool_routing.wire import CAPACITY_LIFE_MS
 logger = logging.getLogger("workerpool_routing")
 
 LOG_FIELDS = ("pool", "task_id", "task", "tier", "queue", "content_type", "reason", "expected_wait")
-"""The attributes of the one log record that each decision makes; its message holds the same as ``key=value``."""
+"""The attributes of the log record that each decision makes; its message has the same as ``key=value``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +23,14 @@ class Decision:
     """Where a job goes, and why.
 
     Attributes:
-        task_id: None when nothing was submitted.
-        tier: None when nothing is known of the pool.
+        task_id: None if nothing was submitted.
+        tier: None while nothing is known of the pool.
         queue: where its message waits.
         reason: from the closed list.
-        message: the reason in a sentence, with the numbers that it stands on.
-        expected_wait: seconds until it starts, as far as is known: until a job has ended on a tier each counts as one second
-            there, a quarter of one where it is accelerated, and until a worker has started a start as 30 s, or under
-            ``workerpool dev`` as long as another took; None while no worker is there or on its way.
+        message: the reason in a sentence, with the numbers behind it.
+        expected_wait: estimated seconds until it starts; None while no worker is ready or starting. Before a job has ended on a
+            tier, each counts as one second there (a quarter of one on an accelerated tier). Before a worker has started, a start
+            counts as 30 s (under ``workerpool dev``: as long as another one took).
     """
 
     task_id: str | None
@@ -42,10 +42,10 @@ class Decision:
 
 
 def decision(admission: Admission, request: Request) -> Decision:
-    """Put an admission into words; raises :class:`Overloaded` where it is a refusal."""
+    """Put an admission into words; raises :class:`Overloaded` if it is a refusal."""
     message = explain(admission.reason, admission.tier, admission.load)
     if admission.reason is Reason.OVERLOADED:
-        # Without any slot there is nothing to reckon with: by then what the operator knows has been renewed.
+        # Without any slot there is no wait to reckon with: the operator will have published a new capacity by then.
         seconds = CAPACITY_LIFE_MS / 1000 if isinf(admission.wait) else admission.wait - (request.limit or 0)
         raise Overloaded(message, retry_after=max(1, ceil(seconds)), reason=admission.reason)
     wait = None if admission.wait == inf else admission.wait
@@ -53,12 +53,12 @@ def decision(admission: Admission, request: Request) -> Decision:
 
 
 def undecided(task_id: str | None, queue: str) -> Decision:
-    """The decision where nothing is known of the pool."""
+    """The decision while nothing is known of the pool: the app's own routing applies."""
     return Decision(task_id, None, queue, Reason.POLICY_UNKNOWN, explain(Reason.POLICY_UNKNOWN, queue))
 
 
 def log(pool: str, request: Request, decided: Decision | None) -> None:
-    """One record and one count for each decision; None: it was refused."""
+    """Log and count one decision; None is a refusal."""
     values = (
         pool,
         decided.task_id if decided else None,

@@ -1,4 +1,4 @@
-"""What the library raises; all of it derives from :class:`WorkerPoolError`."""
+"""The exceptions of the library; all derive from :class:`WorkerPoolError`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from workerpool_routing.decide import Reason
 
 
 class WorkerPoolError(Exception):
-    """Something about the pool keeps the call from doing what it says; the message names it and the next step."""
+    """The base class; the message names what is wrong, and what to do."""
 
 
 class PoolUnavailable(WorkerPoolError):
-    """Redis, which is the broker too, did not answer in time. Worth trying again.
+    """Redis did not answer in time, or refuses writes, or no decision can be made. It is worth trying again.
 
-    Nothing was queued, unless Redis decided and its answer was lost on the way; an idempotency key makes trying again safe.
+    Nothing was queued, unless Redis decided and its answer was lost on the way; with an idempotency key it is safe to try again.
     """
 
 
 class Overloaded(WorkerPoolError):
-    """No tier can start the job before its deadline or the longest wait allowed: nothing was queued.
+    """No tier can start the job before its deadline or within the longest wait that is accepted; nothing was queued.
 
     Attributes:
-        retry_after: whole seconds after which trying again makes sense.
+        retry_after: after how many seconds it makes sense to try again.
         reason: why, from the closed list.
     """
 
@@ -31,16 +31,16 @@ class Overloaded(WorkerPoolError):
 
 
 class NoAcceleratedTier(WorkerPoolError):
-    """A job requires an accelerator and the pool has no tier with one."""
+    """The job requires an accelerator, and the pool has no tier with one."""
 
 
 class NotConfigured(WorkerPoolError):
-    """The pool's name, broker or environment is unusable; trying again does not help."""
+    """The pool's name, broker or environment is not usable; trying again does not help."""
 
 
 class JobLost(WorkerPoolError):
-    """The workers that ran this job were lost each time: it is not run again."""
+    """Every worker that ran this job was lost, so it is not run again."""
 
 
 class TaskExited(WorkerPoolError):
-    """The task's own code called ``sys.exit``: a failure like any other."""
+    """The task's code called ``sys.exit``, which is a failure like any other."""

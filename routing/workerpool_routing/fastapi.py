@@ -1,4 +1,4 @@
-"""What a FastAPI app plugs in: a status endpoint, and HTTP answers for what :meth:`WorkerPool.submit` raises."""
+"""For FastAPI apps: a status endpoint, and HTTP answers for the exceptions of :meth:`WorkerPool.submit`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from workerpool_routing.errors import Overloaded, PoolUnavailable
 from workerpool_routing.pool import WorkerPool
 
 RETRY_AFTER_SECONDS = 5
-"""When to come back after an outage of Redis."""
+"""``Retry-After`` while Redis is unavailable."""
 
 
 def router(pool: WorkerPool) -> APIRouter:
@@ -20,15 +20,16 @@ def router(pool: WorkerPool) -> APIRouter:
 
     @routes.get("/api/v1/status/workers")
     def workers() -> dict[str, Any]:
-        """Who works, what waits, and whether a GPU is free."""
+        """Workers, queues, and whether a GPU worker has a free slot."""
         return pool.status()
 
     return routes
 
 
 def add_exception_handlers(api: FastAPI) -> None:
-    """Answer :class:`Overloaded` with 429 and :class:`PoolUnavailable` with 503, both with ``Retry-After`` and a JSON body of
-    ``detail`` and ``reason``.
+    """Answer :class:`Overloaded` with 429 and :class:`PoolUnavailable` with 503.
+
+    Both have a header ``Retry-After`` and a JSON body with ``detail`` and ``reason``.
     """
 
     @api.exception_handler(Overloaded)
@@ -37,7 +38,7 @@ def add_exception_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(PoolUnavailable)
     async def unavailable(_: Request, __: PoolUnavailable) -> JSONResponse:
-        # What the error says names hosts and ports: that is for the log.
+        # The error's own text names hosts and ports, which clients need not know.
         return _answer(503, "Redis, which is the queue, cannot take a job now", "PoolUnavailable", RETRY_AFTER_SECONDS)
 
 

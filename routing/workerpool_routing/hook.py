@@ -1,8 +1,11 @@
-"""Plain ``delay()``, ``apply_async()``, ``send_task()`` and canvases, routed through Celery's own hooks.
+"""Routing of plain ``delay()``, ``apply_async()``, ``send_task()`` and canvases, through Celery's own hooks.
 
-The router function sees neither the task id nor the message, ``before_task_publish`` cannot change the queue, and Celery
-publishes: so the first decides under a lease, the second, which Celery calls right after it in the same thread, writes the
-ledger, and ``after_task_publish`` releases the lease, since the message is in the queue now and counted there.
+No hook of Celery's sees everything, so there are three steps, all in the publishing thread:
+
+1. The router function may choose the queue, but knows neither task id nor message: it decides, and takes a lease so that the job
+   counts at once.
+2. ``before_task_publish`` has the message, but cannot change the queue any more: it writes the ledger.
+3. ``after_task_publish`` comes when Celery has put the message into the queue, where it is counted: it releases the lease.
 """
 
 from __future__ import annotations
@@ -45,13 +48,15 @@ _routed: ContextVar[_Routed | None] = ContextVar("workerpool_routed", default=No
 
 
 class RoutingHook:
-    """Routes what ``routing.tasks`` names; never raises and never refuses: whatever goes wrong, the app's own routing holds."""
+    """Routes the tasks that ``routing.tasks`` names. Never raises and never refuses: if anything goes wrong, the app's own
+    routing applies.
+    """
 
     def __init__(self, pool: WorkerPool) -> None:
         self._pool = pool
 
     def install(self, app: Celery) -> None:
-        """Put the router before the app's own, and listen to what it publishes."""
+        """Put the router in front of the app's own routes, and connect the two signals."""
         own = app.conf.task_routes
         rest = [] if own is None else list(own) if isinstance(own, list | tuple) else [own]
         app.conf.task_routes = [self.route, *rest]
@@ -62,14 +67,14 @@ class RoutingHook:
     def route(
         self, name: str, _args: Sequence[Any], _kwargs: Mapping[str, Any], options: dict[str, Any], **_: Any
     ) -> dict[str, Any] | None:
-        """Choose the queue of one message, as Celery's ``task_routes`` asks for it; None leaves it to the app's own routes."""
+        """Choose the queue of one message, as an entry of Celery's ``task_routes``; None leaves it to the app's own routes."""
         _routed.set(None)
         if any(options.get(given) for given in ("queue", "exchange", "routing_key")):
             return None
         try:
             routed = self._decide(name, options)
         except Exception:  # an error here would break a chain that nobody watches
-            logger.exception("pool %s cannot route %s, the app's own routing holds", self._pool.name, name)
+            logger.exception("pool %s cannot route %s: the app's own routing applies", self._pool.name, name)
             return None
         _routed.set(routed)
         return {"queue": routed.tier.queue} if routed else None
@@ -100,8 +105,8 @@ class RoutingHook:
             chosen = Candidates((routed.tier,), reason=routed.admission.reason)
             entry = Entry(headers["id"], message, publish=False)
             self._pool.store.admit(chosen, routed.request, entry=entry, wanted=routed.wanted, refuses=False)
-        except Exception:  # the message itself may still be published: unfenced, like any plain one
-            logger.exception("job %s is not on the ledger: a lost attempt of it falls to the visibility time-out", headers["id"])
+        except Exception:  # the message may still be published: without the header it is not fenced, like any plain one
+            logger.exception("job %s is not on the ledger: after a loss only the visibility time-out helps", headers["id"])
             return
         headers[HEADER] = stamped[HEADER]
         log(self._pool.name, routed.request, replace(decision(routed.admission, routed.request), task_id=headers["id"]))
@@ -113,8 +118,8 @@ class RoutingHook:
         _routed.set(None)
         try:
             self._pool.store.release(routed.tier.name, routed.lease)
-        except Exception:  # the message is in its queue, and its caller is to know no less
-            logger.exception("pool %s: a lease was not released and ends by itself", self._pool.name)
+        except Exception:  # the message is in its queue, so the caller's publish has succeeded
+            logger.exception("pool %s: a lease could not be released; it expires by itself", self._pool.name)
 
     def _mine(self, sender: str) -> _Routed | None:
         routed = _routed.get()
@@ -122,7 +127,7 @@ class RoutingHook:
 
 
 def _request(policy: Policy | None, name: str, wishes: Mapping[str, Any]) -> Request | None:
-    """What one call asks for: its own header first, then the pool's policy for the task; None when neither names it."""
+    """What one call asks for, by its own header or else by the pool's policy for the task; None if neither says anything."""
     if policy is None:
         return None
     named = next((task for task in policy.tasks if fnmatchcase(name, task.name)), None)

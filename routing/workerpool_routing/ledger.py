@@ -1,11 +1,11 @@
 """The states of a job, and who may change them.
 
 ``admitted → claimed(tier, attempt, owner) → finishing → done | failed | expired``. Every step is one Lua script that compares
-before it sets, so that of all who see an attempt end exactly one acts on it. An attempt is named by its number and by the
-delivery tag under which it was claimed; whoever still holds an older pair changes nothing.
+before it sets, so that of all processes that see an attempt end exactly one acts on it. An attempt is named by its number and by
+the delivery tag under which it was claimed; a process that still holds an older pair changes nothing.
 
-The module does no I/O: it names the scripts, builds their arguments and reads what they leave, for the workers (blocking) and
-for the operator (asyncio) alike.
+The module does no I/O. It names the scripts, builds their arguments and parses their entries, both for the workers (blocking) and
+for the operator (asyncio).
 """
 
 from __future__ import annotations
@@ -35,21 +35,19 @@ from workerpool_routing.wire import (
 )
 
 LOSSES_ALLOWED = 1
-"""How often a job that cannot move on is delivered again after its worker was lost; the next loss is final."""
-
+"""How often a job that cannot move to another tier is delivered again after its worker was lost; the next loss is final."""
 
 AS_EXPECTED_SECONDS, AS_EXPECTED_PART = 2.0, 0.25
 """By how much a job's wait may differ from what was expected to have been as expected: so long, or such a part of it."""
 
 ERROR_CHARACTERS = 1_000
-"""How much of an error the ledger keeps."""
+"""How much of an error's text the ledger keeps."""
 
 MISSING_MS = 4_000
-"""A message that is nowhere for this long was lost by a worker that died between taking and recording it."""
-
+"""A message that is nowhere for so long was lost by a worker that died between taking and recording it."""
 
 PLACES = 100
-"""How far from the head of a queue a job that moves there looks for its place by age."""
+"""How many messages at the head of a queue a job that moves there is compared with, to find its place by age."""
 
 
 class State(StrEnum):
@@ -83,7 +81,7 @@ class Claim(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One start of a job. ``how`` it ended and its ``error`` are empty while it runs; times are Redis milliseconds."""
+    """One start of a job. ``how`` it ended (in a word) and ``error`` are empty while it runs; times are Redis milliseconds."""
 
     attempt: int
     tier: str
@@ -95,7 +93,7 @@ class Run:
 
 
 class CorruptEntry(ValueError):
-    """A ledger entry that no release wrote."""
+    """A ledger entry that no release of this library has written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +106,14 @@ class Job:
         wanted: the tier that it asked for.
         required: whether it may run nowhere else.
         reason: why it is on its tier.
-        owner: the worker life that has claimed it, empty between attempts.
+        owner: the worker life that has claimed it; empty between attempts.
         tag: the delivery tag under which it was claimed.
         losses: how often its worker was lost on a tier that it could not leave.
-        starts: how often each tier started it.
-        times: milliseconds of Redis's clock at which it entered a state.
-        runs: every start, in order (the last sixteen); the errors of all attempts are here.
-        stays: whether its task or its tier keeps it where it is when its worker is lost.
-        message: the Celery message as Kombu queues it, while nobody has claimed the job; else empty.
+        starts: how often each tier has started it.
+        times: when it entered each state, in milliseconds of Redis's clock.
+        runs: every start, in order (the last sixteen), with the errors of all attempts.
+        stays: whether it stays on its tier when its worker is lost, by a rule of its task or of its tier.
+        message: the Celery message as Kombu queues it, while nobody has claimed the job; otherwise empty.
     """
 
     task_id: str
@@ -137,11 +135,11 @@ class Job:
 
     @classmethod
     def load(cls, task_id: str, stored: Mapping[str, str]) -> Job | None:
-        """Parse the hash; None when there is no entry.
+        """Parse the entry's hash; None if there is no entry.
 
         Raises:
-            VersionMismatch: another release wrote it.
-            CorruptEntry: none did.
+            VersionMismatch: another release has written it.
+            CorruptEntry: no release can have written it.
         """
         if not stored.get("state"):
             return None
@@ -177,7 +175,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Another run: where, as which attempt, and why."""
+    """Where a job runs next, as which attempt, and why."""
 
     tier: TierPolicy
     attempt: int
@@ -185,14 +183,14 @@ class Move:
 
 
 def after_failure(policy: Policy, job: Job) -> Move | None:
-    """What follows when an attempt raised or ran over its time: one more on the plain tier, or None, the failure is final."""
+    """What follows when an attempt raised or exceeded its time limit: one more on the plain tier; None if it is final."""
     fallback = _fallback(policy, job) if policy.fallback_on_failure else None
     return Move(fallback, job.attempt + 1, Reason.ATTEMPT_FAILED) if fallback else None
 
 
 def after_loss(policy: Policy, job: Job) -> Move | None:
-    """What follows when a worker is gone: the plain tier, or once more on its own; None when its tier is no longer in the
-    policy.
+    """What follows when an attempt's worker is lost: one more attempt on the plain tier, or the same attempt again on its own
+    tier; None if its tier is no longer in the policy.
     """
     fallback = _fallback(policy, job) if policy.fallback_on_loss and not job.stays else None
     if fallback:
@@ -229,17 +227,17 @@ def claim(
     Args:
         keys: the pool's.
         task_id: the job.
-        attempt: as the message says it.
+        attempt: its number, as in the message.
         tag: of this delivery.
         owner: the worker life that asks.
         tier: its tier.
-        retries: Celery's count of the retries that the task's author asked for.
-        moves_on: whether a loss on this tier takes the job to another one.
-        no_result: whether an attempt found finishing is known to have stored nothing.
-        name: of this request; the same again, when its answer was lost, gets the same answer.
-        scheduled: whether its caller asked for a time (ETA): then its wait says nothing of what was expected.
-        asked_by: the delivery tag of the attempt that asked for this retry; empty for a message that is none, or that a release
-            before this field has published.
+        retries: Celery's count of the retries that the task's code asked for.
+        moves_on: whether the job moves to another tier if it is lost on this one.
+        no_result: if the entry is found ``finishing``: whether that attempt is known to have stored no result.
+        name: of this request; when it is repeated because its answer was lost, it gets the same answer.
+        scheduled: whether the caller asked for a time (ETA), so that its wait is not to be compared with the expected one.
+        asked_by: the delivery tag of the attempt that asked for this retry; empty if the message is not a retry, or was
+            published by a release without this field.
     """
     return Call(
         [keys.job(task_id), keys.held(owner), keys.waiting(tier), keys.unacked(tier), keys.waits(tier)],
@@ -250,9 +248,11 @@ def claim(
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a job came to, as its Celery backend keeps it in the same Redis: ``seconds`` of 0 are for ever.
+    """A job's result, as its Celery backend keeps it on the same Redis server.
 
-    ``database`` is None where it is the ledger's own: not every user may change it, nor has every Redis more than one.
+    Attributes:
+        seconds: until it expires; 0 for never.
+        database: None for the ledger's own. (Not every Redis user may change the database, and not every Redis has several.)
     """
 
     key: str | bytes
@@ -273,18 +273,18 @@ def settle(
         policy: names all tiers.
         task_id: the job.
         attempt: its number.
-        tag: under which it was claimed; empty where nobody has claimed it.
-        owner: who claimed it; empty likewise.
+        tag: the delivery tag under which it was claimed; empty if nobody has claimed it.
+        owner: who has claimed it; empty if nobody has.
         tier: where it runs or waits.
-        before: the state that it must be in.
+        before: the state that it has to be in.
         after: the state that it enters.
         how: how its run ended, in a word; empty while it goes on.
         error: what it raised, if anything.
-        retries: how many its author has asked for, where that has changed.
-        held_as: the delivery tag of a message to acknowledge in the same step, whatever the ledger says of the attempt.
-        message: of the retry that was published, to be found again should it get lost on its way.
-        queue: that it went to.
-        result: to be stored in the same step, by the attempt that counts and no other.
+        retries: the number of retries that the task's code has asked for, if it has changed.
+        held_as: the delivery tag of a message to acknowledge in the same step, whether or not the attempt counts.
+        message: the retry's message as published, so that a sweep can publish it again if it gets lost.
+        queue: the queue that the retry went to.
+        result: to be stored in the same step, if this attempt counts.
     """
     life = ENDED_JOB_LIFE_SECONDS if after.ended else JOB_LIFE_SECONDS
     spilled = [keys.spilled(tier.name) for tier in policy.tiers]
@@ -315,14 +315,14 @@ def move(
 
     Args:
         keys: the pool's.
-        job: as the caller has read it; the script refuses when that is no longer so.
-        to: from :func:`after_failure` or :func:`after_loss`, or :func:`again`.
-        held_as: the delivery tag under which the message is in flight (of the caller's own delivery, or the lost one).
+        job: as the caller has read it; the script does nothing if it has changed since.
+        to: from :func:`after_failure`, :func:`after_loss` or :func:`again`.
+        held_as: the delivery tag under which the message is in flight: the caller's own delivery, or the lost one.
         raw: the value under that tag, as Kombu wrote it.
         delivery_tag: a fresh one.
         how: how the run ended, in a word.
         error: what it raised, if anything.
-        counts: False when it was nobody's failure: then another run on the same tier is not a loss.
+        counts: False if it was nobody's failure: then another run on the same tier does not count as a loss.
     """
     message = json.loads(raw)[0]
     renewed = rewrite(message, queue=to.tier.queue, attempt=to.attempt, delivery_tag=delivery_tag)
@@ -347,8 +347,10 @@ def move(
 
 
 def may_move(job: Job, source: TierPolicy, target: TierPolicy) -> bool:
-    """Whether a job that waits on ``source`` may wait on ``target`` instead: one that nobody has started and that is not bound to
-    its tier, away from the accelerated tier that it asked for, or home again.
+    """Whether a job that waits on ``source`` may wait on ``target`` instead.
+
+    It may if nobody has started it and it is not bound to its tier, and if the move is away from the accelerated tier that it
+    asked for, or home again.
     """
     waits = job.state is State.ADMITTED and job.tier == source.name and not job.required and not job.runs
     leaves = job.tier == job.wanted and source.accelerated and not target.accelerated
@@ -356,14 +358,14 @@ def may_move(job: Job, source: TierPolicy, target: TierPolicy) -> bool:
 
 
 def rebalance(keys: Keyspace, job: Job, source: TierPolicy, target: TierPolicy, *, raw: str, delivery_tag: str) -> Call:
-    """Arguments of ``rebalance.lua``: a waiting job goes to the queue of another tier, to the place of its age.
+    """Arguments of ``rebalance.lua``: a waiting job goes to the queue of another tier, to its place by age.
 
     Args:
         keys: the pool's.
-        job: as the caller has read it; the script refuses when that is no longer so.
+        job: as the caller has read it; the script does nothing if it has changed since.
         source: where it waits.
         target: where it goes.
-        raw: its message as it stands in its list.
+        raw: its message, as it is in its list.
         delivery_tag: a fresh one.
     """
     message = json.loads(raw)
@@ -382,7 +384,7 @@ def rebalance(keys: Keyspace, job: Job, source: TierPolicy, target: TierPolicy, 
 
 
 def again(policy: Policy, job: Job) -> Move | None:
-    """The same attempt on the same tier, for a worker that has to leave; None when the tier is no longer in the policy."""
+    """The same attempt on the same tier, for a worker that has to leave; None if the tier is no longer in the policy."""
     own = policy.tier(job.tier)
     return Move(own, job.attempt, job.reason) if own else None
 
@@ -397,8 +399,8 @@ def requeue(keys: Keyspace, tier: str, *, tag: str, raw: str, delivery_tag: str)
 
     Args:
         keys: the pool's.
-        tier: whose workers hold it.
-        tag: under which it is in flight.
+        tier: the tier whose workers hold it.
+        tag: the delivery tag under which it is in flight.
         raw: the value under that tag, as Kombu wrote it.
         delivery_tag: a fresh one.
     """
@@ -424,7 +426,7 @@ def republish(keys: Keyspace, job: Job, tier: TierPolicy, *, delivery_tag: str) 
 
 
 def aside(keys: Keyspace, tier: str, task_id: str, *, tag: str, reason: str, message: str) -> Call:
-    """Arguments of ``aside.lua``: a message, or the entry of its job, that nobody can read."""
+    """Arguments of ``aside.lua``: set aside a message that nobody can read, or whose ledger entry nobody can read."""
     return Call(
         [keys.job(task_id), keys.unacked(tier), keys.unacked_index(tier), keys.aside, keys.aside_count],
         [task_id, tag, reason, message],
@@ -432,12 +434,12 @@ def aside(keys: Keyspace, tier: str, task_id: str, *, tag: str, reason: str, mes
 
 
 def leave(keys: Keyspace, tier: str, owner: str) -> Call:
-    """Arguments of ``leave.lua``: a worker life is over and nothing of it is left to take over."""
+    """Arguments of ``leave.lua``: a worker life is over, and it holds nothing that somebody has to take over."""
     return Call([keys.presence(tier), keys.slots(tier), keys.held(owner), keys.scheduled(tier)], [owner])
 
 
 def report(keys: Keyspace, presence: Mapping[str, str | int | bool], tags: Sequence[str]) -> Call:
-    """Arguments of ``presence.lua``: a worker is there and holds these deliveries."""
+    """Arguments of ``presence.lua``: a worker reports that it lives and holds the deliveries of these ``tags``."""
     tier = str(presence["tier"])
     return Call(
         [keys.presence(tier), keys.slots(tier), keys.unacked_index(tier), keys.scheduled(tier), keys.drain],

@@ -1,4 +1,4 @@
-"""The Celery message of a job as Kombu would put it into Redis, made without a connection, so that a script can put it there."""
+"""A job's Celery message as Kombu would put it into Redis, made without a connection, so that a script can put it there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _mine = local()
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A message, cut open where the name of its queue stands."""
+    """A message, cut in two where the name of its queue belongs."""
 
     head: str
     tail: str
@@ -46,13 +46,13 @@ def prepare(
 ) -> Message:
     """The message that ``task.apply_async(...)`` would publish as the first attempt of a job.
 
-    Everything is Celery's own doing, its signals included; what cannot be serialised raises here, before anything is admitted.
+    Celery does all of it, its signals included. Arguments that cannot be serialised raise here, before anything is admitted.
     """
     headers = options.pop("headers", None) or {}
     ignore_result = options.pop("ignore_result", None)
     headers = {**headers, HEADER: {**headers.get(HEADER, {}), "attempt": 1}}
     producer = _Recorder(_channel())
-    # A result backend would subscribe to the result here, before anyone has asked for it: a call to Redis without a bound.
+    # Else the result backend would subscribe to the result here, before anyone has asked for it: a call to Redis without a bound.
     task.apply_async(
         args, kwargs, task_id=task_id, expires=expires, headers=headers, queue=_ANY_QUEUE, producer=producer, retry=False,
         ignore_result=True, **options,
@@ -63,14 +63,14 @@ def prepare(
 
 
 def serialise(body: Any, headers: Mapping[str, Any], properties: Mapping[str, Any], *, encoding: Mapping[str, Any]) -> Message:
-    """The message of a task that Celery is about to publish itself; ``encoding`` is its serializer and compression."""
+    """The message of a task that Celery itself is about to publish; ``encoding`` is its serializer and compression."""
     producer = _Recorder(_channel())
     producer.publish(body, exchange="", routing_key=_PLACEHOLDER, headers=dict(headers), **encoding, **properties)
     return _cut(producer.recorded[0])
 
 
 class _Recorder(Producer):
-    """A producer that keeps what it is told to publish."""
+    """A producer that records what it is told to publish."""
 
     def __init__(self, channel: Any) -> None:
         super().__init__(channel, auto_declare=False)

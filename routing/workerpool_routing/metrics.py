@@ -1,4 +1,4 @@
-"""Counts decisions for Prometheus, where prometheus-client is installed; where it is not, nothing happens."""
+"""Counts decisions for Prometheus if prometheus-client is installed; otherwise does nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def count(pool: str, tier: str | None, reason: Reason) -> None:
 
 
 def took(pool: str, seconds: float) -> None:
-    """``workerpool_decision_seconds{pool}``: from the question to Redis's answer."""
+    """``workerpool_decision_seconds{pool}``: from the request to Redis's answer."""
     if instruments := _instruments():
         instruments[1].labels(pool).observe(seconds)
 
@@ -34,7 +34,7 @@ def _instruments() -> tuple[Counter, Histogram] | None:
 
 @cache
 def _registered() -> tuple[Counter, Histogram] | None:
-    """Imported at the first decision, so that the library's own import stays short."""
+    """Import prometheus-client at the first decision, so that the library's own import stays short."""
     try:
         from prometheus_client import Counter, Histogram
     except ImportError:

@@ -1,4 +1,4 @@
-"""What this process knows of the pool's policy: given in code, or read from Redis and kept for a few seconds."""
+"""The pool's policy in this process: given in code, or read from Redis and cached for a few seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger("workerpool_routing")
 
 @dataclass(slots=True)
 class PolicySource:
-    """The policy that the operator published, or the one that the code gave."""
+    """The policy that the operator has published, or the one that was given in code."""
 
     connection: Connection
     keys: Keyspace
@@ -26,7 +26,7 @@ class PolicySource:
     _read_at: float = field(default=float("-inf"), init=False)
 
     def get(self) -> Policy | None:
-        """The policy, or None when there is none that this release understands; raises PoolUnavailable."""
+        """The policy; None if there is none that this release understands. Raises PoolUnavailable."""
         if self.given is not None:
             return self.given
         if time.monotonic() - self._read_at >= KEPT_SECONDS:

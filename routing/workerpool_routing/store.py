@@ -1,4 +1,4 @@
-"""Where a pool's state is kept: what the library asks of it, and the answer of Redis."""
+"""Where a pool's state is kept: what the library needs of it (:class:`Store`), and how Redis provides it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ from workerpool_routing.wire import Capacity, Keyspace, Milliseconds, Policy, Pr
 
 @dataclass(frozen=True, slots=True)
 class TierState:
-    """One tier at one instant; ``starting`` counts slots, ``oldest_wait`` is seconds, None while nothing waits."""
+    """One tier at one instant.
+
+    Attributes:
+        workers: the live ones.
+        starting: slots that are on their way.
+        waiting: messages in its queue, over all priority steps.
+        in_flight: messages that its workers hold, without those of a future ETA.
+        oldest_wait: seconds since the oldest waiting job was admitted; None if no admitted job waits.
+    """
 
     tier: TierPolicy
     workers: tuple[Presence, ...]
@@ -32,15 +40,15 @@ class TierState:
 
     @property
     def ready(self) -> int:
-        """Slots of workers that live."""
+        """Slots of live workers."""
         return sum(worker.slots for worker in self.workers)
 
 
 class Store(Protocol):
-    """The state of one pool. Every method raises :class:`PoolUnavailable` when it cannot be reached in time."""
+    """The state of one pool. Every method raises :class:`PoolUnavailable` if it cannot be reached in time."""
 
     def policy(self) -> Policy | None:
-        """What is known of the pool."""
+        """The pool's policy; None while none is known."""
 
     def admit(
         self,
@@ -52,31 +60,31 @@ class Store(Protocol):
         wanted: TierPolicy | None = None,
         refuses: bool = True,
     ) -> Admission:
-        """Decide, and do what :func:`workerpool_routing.admission.call` says."""
+        """Decide, and write what the arguments ask for: see :func:`workerpool_routing.admission.call`."""
 
     def release(self, tier: str, lease: str) -> None:
-        """The message of that lease is in its queue."""
+        """End a lease: its message is in the queue now."""
 
     def push(self, queue: str, message: Message) -> None:
-        """Publish a message that could not be admitted."""
+        """Publish a message without a decision."""
 
     def state(self, policy: Policy) -> Sequence[TierState]:
         """All tiers, in order of preference."""
 
     def queue_length(self, queue: str) -> int:
-        """Messages that wait in a queue, over all priority steps."""
+        """Messages waiting in a queue, over all priority steps."""
 
     def job(self, task_id: str) -> Job | None:
-        """The ledger's entry of a job, None when it has none (any more)."""
+        """A job's ledger entry; None if it has none, or none any more."""
 
 
 class RedisStore:
-    """The state as the broker has it."""
+    """The state in the app's broker."""
 
     def __init__(self, connection: Connection, keys: Keyspace, given: Policy | None) -> None:
         self.keys = keys
         self._connection = connection
-        self._client = connection.client  # a broker URL that cannot be read is told before anything else happens
+        self._client = connection.client  # raises NotConfigured for an unusable broker URL before anything else happens
         self._source = PolicySource(connection, keys, given)
 
     def policy(self) -> Policy | None:
@@ -93,7 +101,7 @@ class RedisStore:
         wanted: TierPolicy | None = None,
         refuses: bool = True,
     ) -> Admission:
-        """Run the script; a script that Redis gets to after the time-out does nothing."""
+        """Run the script. If it reaches Redis only after the time-out, it does nothing."""
         connection = self._connection
         for _ in range(2):
             until = Milliseconds(connection.now() + int(connection.timeout * 1000))
@@ -106,33 +114,33 @@ class RedisStore:
                 metrics.took(self.keys.pool, time.perf_counter() - asked)
                 connection.set_clock(answer.time)
                 return answer
-            connection.set_clock(answer)  # after a failover another server's clock counts
+            connection.set_clock(answer)  # perhaps only our reckoning was off: after a failover another server's clock counts
         raise PoolUnavailable("Redis does not answer in time")
 
     def release(self, tier: str, lease: str) -> None:
-        """One command."""
+        """Remove the lease, by one command."""
         with unavailable_when_down():
             self._client.zrem(self.keys.leases(tier), lease)
 
     def push(self, queue: str, message: Message) -> None:
-        """As Kombu would."""
+        """Push it as Kombu would."""
         with unavailable_when_down():
             self._client.lpush(self.keys.queue_list(queue, message.priority), message.to(queue))
 
     def queue_length(self, queue: str) -> int:
-        """One pipeline."""
+        """Sum the lists of all priority steps, in one pipeline."""
         with unavailable_when_down(), self._client.pipeline(transaction=False) as pipe:
             for name in self.keys.queue_lists(queue):
                 pipe.llen(name)
             return sum(pipe.execute())
 
     def job(self, task_id: str) -> Job | None:
-        """One command."""
+        """Read the entry, by one command."""
         with unavailable_when_down():
             return Job.load(task_id, self._client.hgetall(self.keys.job(task_id)))
 
     def state(self, policy: Policy) -> Sequence[TierState]:
-        """One pipeline, and a second one for the age of the oldest messages."""
+        """Read all tiers in one pipeline, and the age of their oldest messages in a second one."""
         with unavailable_when_down(), self._client.pipeline(transaction=False) as pipe:
             pipe.time()
             pipe.get(self.keys.capacity)
@@ -161,7 +169,7 @@ class RedisStore:
         ]
 
     def _ages(self, oldest: list[list[str]], now: Milliseconds) -> list[float | None]:
-        """Seconds since the oldest of each tier's messages was admitted; those that never were have no age."""
+        """Seconds since the oldest of each tier's messages was admitted; messages that never were admitted have no age."""
         with unavailable_when_down(), self._client.pipeline(transaction=False) as pipe:
             for raw in [raw for messages in oldest for raw in messages]:
                 pipe.hget(self.keys.job(_task_id(raw)), "admitted_at")

@@ -35,7 +35,7 @@ from workerpool_routing.wire import Milliseconds, Policy, Presence, TierPolicy
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """One job that was submitted: where it went, and what its worker would get."""
+    """One submitted job: where it went, and what its worker would get."""
 
     task_id: str
     task: str
@@ -87,24 +87,24 @@ class Double:
         service: Mapping[str, float] | None = None,
         limit: int | None = None,
     ) -> None:
-        """Say what a tier has.
+        """Set what a tier has.
 
         Args:
             tier: its name.
-            ready: slots of workers that are there.
-            starting: slots that are on their way.
-            ready_in: seconds until these are ready.
-            busy: jobs that its workers have.
+            ready: slots of ready workers.
+            starting: slots of starting workers.
+            ready_in: seconds until those are ready.
+            busy: jobs that its workers hold.
             waiting: jobs in its queue.
-            service: mean seconds of each task on it; others are unknown.
-            limit: how many jobs it may have at once while its attempts fail: 0, it is out of routing; 1, single jobs try it.
+            service: mean seconds of each task on it; other tasks are unknown.
+            limit: how many jobs it may have at once because its attempts fail: 0, out of routing; 1, single jobs try it.
         """
         self._queues[self._named(tier).queue] = waiting
         coming = ((starting, ready_in),) if starting else ()
         self._tiers[tier] = _Tier(ready, coming, busy, dict(service or {}), self._tiers[tier].leases, limit)
 
     def assert_routed(self, task: str, *, tier: str, reason: Reason | None = None) -> Submitted:
-        """The last job of that task, which must have gone to that tier, for that reason if one is given."""
+        """Assert that the last job of a task went to that tier (for that reason, if one is given), and return the job."""
         found = next((job for job in reversed(self.submitted) if job.task == task), None)
         assert found is not None, f"no job of {task} was submitted; there were {sorted({job.task for job in self.submitted})}"
         assert found.tier == tier, f"{task} went to {found.tier} ({found.reason}), not to {tier}"
@@ -112,7 +112,7 @@ class Double:
         return found
 
     def policy(self) -> Policy | None:
-        """As the test or the code gave it."""
+        """As given by the test or in the code."""
         self._reach()
         return self._policy
 
@@ -153,11 +153,11 @@ class Double:
         self._tiers[tier].leases.discard(lease)
 
     def push(self, queue: str, message: Message) -> None:
-        """Never called: the rule does not fail here as a script may."""
+        """Never called: it is for a script that fails, and there is none here."""
         raise NotImplementedError
 
     def state(self, policy: Policy) -> Sequence[TierState]:
-        """All tiers; the workers of a tier are one that has all of its slots."""
+        """All tiers, each with one worker that has all of the tier's slots."""
         self._reach()
         states = []
         for tier in policy.tiers:
@@ -172,12 +172,12 @@ class Double:
         return states
 
     def queue_length(self, queue: str) -> int:
-        """Messages that wait in a queue."""
+        """Messages waiting in a queue."""
         self._reach()
         return self._queues.get(queue, 0)
 
     def job(self, task_id: str) -> Job | None:
-        """The ledger's entry of a job."""
+        """A job's ledger entry."""
         self._reach()
         return self._jobs.get(task_id)
 
@@ -216,11 +216,11 @@ class Double:
 
 @contextmanager
 def in_memory(pool: WorkerPool, *, tiers: Sequence[TierPolicy] | None = None) -> Iterator[Double]:
-    """Keep a pool's state in memory for a while.
+    """Keep a pool's state in memory inside the block.
 
     Args:
         pool: the app's own.
-        tiers: as the WorkerPool resource has them; left out: those that the code gave.
+        tiers: as in the WorkerPool resource. Leave it out if the tiers are given in the code.
     """
     double = Double(Policy(tuple(tiers)) if tiers else pool.given)
     with pool.kept_in(double):
@@ -229,6 +229,6 @@ def in_memory(pool: WorkerPool, *, tiers: Sequence[TierPolicy] | None = None) ->
 
 @pytest.fixture
 def workerpool_in_memory() -> Iterator[Callable[..., Double]]:
-    """Call it as :func:`in_memory`; the state stays in memory until the end of the test."""
+    """A pytest fixture; call it like :func:`in_memory`. The state is in memory until the end of the test."""
     with ExitStack() as stack:
         yield lambda pool, **options: stack.enter_context(in_memory(pool, **options))

@@ -64,7 +64,7 @@ def kubeconfig(control_plane: ControlPlane, kubectl: Kubectl) -> Path:
     """An administrator's kubeconfig of a control plane that serves WorkerPools."""
     for command in (
         ("apply", "--server-side", "-f", str(CRD)),
-        ("wait", "--for=condition=Established", "--timeout=20s", "-f", str(CRD)),
+        ("wait", "--for=condition=Established", "--timeout=60s", "-f", str(CRD)),
     ):
         answer = kubectl(*command)
         assert answer.returncode == 0, answer.stderr

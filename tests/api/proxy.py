@@ -80,8 +80,11 @@ def proxy(kubeconfig: Path, to: Path) -> Iterator[Proxy]:
     trust = ssl.create_default_context(cadata=base64.b64decode(cluster["certificate-authority-data"]).decode())
     ready = threading.Event()
     stop = asyncio.Event()
+    loop: asyncio.AbstractEventLoop
 
     async def serve() -> None:
+        nonlocal loop
+        loop = asyncio.get_running_loop()
         timeout = aiohttp.ClientTimeout(total=None)
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, ssl=trust), timeout=timeout) as session:
             application = web.Application()
@@ -96,10 +99,9 @@ def proxy(kubeconfig: Path, to: Path) -> Iterator[Proxy]:
             await stop.wait()
             await runner.cleanup()
 
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(60)
     login["clusters"][0]["cluster"] = {"server": proxy.url}
     to.write_text(json.dumps(login))
     try:
@@ -107,4 +109,3 @@ def proxy(kubeconfig: Path, to: Path) -> Iterator[Proxy]:
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join(10)
-        loop.close()

@@ -78,6 +78,7 @@ def test_an_image_that_cannot_be_pulled_is_named(ml: Namespace) -> None:
     ml.eventually(lambda: told(ml, "container worker: ImagePullBackOff", "media:typo"))
 
 
+@pytest.mark.long
 def test_a_resource_definition_that_is_older_than_the_operator_is_told(ml: Namespace, kubectl: Kubectl) -> None:
     definition: Object = yaml.safe_load(CRD.read_text())
     older: Object = yaml.safe_load(CRD.read_text())

@@ -124,7 +124,9 @@ def test_jobs_do_not_wait_for_gpus_whose_pods_do_not_come_up(
     assert ml.replicas()["media-gpu"] >= 1, "what waits is what makes room be found"
 
 
-def test_jobs_are_on_the_cpus_within_2_s_of_pods_being_unschedulable(ml: Namespace, kubeconfig: Path) -> None:
+def test_jobs_are_on_the_cpus_within_2_s_of_pods_being_unschedulable(
+    ml: Namespace, kubeconfig: Path, show: Callable[[str], None]
+) -> None:
     """Timed from just before the status is written until all that waited is in the CPU tier's queue and the next job goes there.
 
     The best of some attempts counts: a machine that is busy with something else adds to any of them, and takes nothing away.
@@ -143,6 +145,7 @@ def test_jobs_are_on_the_cpus_within_2_s_of_pods_being_unschedulable(ml: Namespa
             time.sleep(0.01)
         took.append(time.monotonic() - began)
         say(kubeconfig, ml.name, pods, SCHEDULED)
+    show(f"{min(took):.2f} s from pods being unschedulable until their jobs are on the CPUs, the best of {len(took)}")
     assert min(took) <= BOUND_SECONDS, took
 
 

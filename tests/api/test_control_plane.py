@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from e2e.cluster.control_plane import ControlPlane, ControlPlaneFailed
 from tests.api.conftest import Kubectl
+from tests.api.operators import PATIENCE_SECONDS
 
 pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
 
@@ -70,19 +71,19 @@ def test_nothing_is_left_when_the_owner_is_killed(owner: subprocess.Popen[str], 
         Path(command.split()[0]).name for command in processes_of(tmp_path)
     }
     owner.kill()
-    assert until(lambda: not processes_of(tmp_path) and not any(tmp_path.iterdir()), 10), processes_of(tmp_path)
+    assert until(lambda: not processes_of(tmp_path) and not any(tmp_path.iterdir()), PATIENCE_SECONDS), processes_of(tmp_path)
 
 
 def test_nothing_is_left_when_the_owner_is_killed_while_it_starts(owner: subprocess.Popen[str], tmp_path: Path) -> None:
-    assert until(lambda: any("kube-apiserver" in command for command in processes_of(tmp_path)), 20)
+    assert until(lambda: any("kube-apiserver" in command for command in processes_of(tmp_path)), PATIENCE_SECONDS)
     owner.kill()
-    assert until(lambda: not processes_of(tmp_path) and not any(tmp_path.iterdir()), 10), processes_of(tmp_path)
+    assert until(lambda: not processes_of(tmp_path) and not any(tmp_path.iterdir()), PATIENCE_SECONDS), processes_of(tmp_path)
 
 
 def test_ctrl_c_ends_it_without_a_traceback(owner: subprocess.Popen[str], tmp_path: Path) -> None:
     printed_kubeconfig(owner)
     owner.send_signal(signal.SIGINT)
-    assert owner.wait(30) == 0
+    assert owner.wait(PATIENCE_SECONDS) == 0
     assert not processes_of(tmp_path)
     assert not any(tmp_path.iterdir())
 

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import shutil
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,44 +59,51 @@ def run(cluster: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture
-def helm(cluster: ControlPlane, run: Run) -> Iterator[Config]:
-    """Helm in a namespace of its own; whatever a test left in the cluster goes."""
-    run("create", "namespace", "system")
-    with Config(kubeconfig_path=cluster.kubeconfig, namespace="system") as config:
+def system(run: Run) -> Iterator[str]:
+    """A namespace of the test's own; nobody waits until all that was in it is gone."""
+    name = f"system-{uuid.uuid4().hex[:8]}"
+    run("create", "namespace", name)
+    yield name
+    run("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+def helm(cluster: ControlPlane, run: Run, system: str) -> Iterator[Config]:
+    """Helm in that namespace; what a test left in the cluster beside it goes."""
+    with Config(kubeconfig_path=cluster.kubeconfig, namespace=system) as config:
         yield config
     run("delete", "--ignore-not-found", "-f", str(CRD))
     run("delete", "clusterrole,clusterrolebinding", "-l", f"app.kubernetes.io/name={NAME}")
-    run("delete", "namespace", "system")
 
 
-def add_pool(run: Run) -> None:
-    run("wait", "--for=condition=Established", "--timeout=20s", "crd/workerpools.workerpool.dev")
-    run("create", "--namespace=system", "-f", str(SAMPLE), "--validate=false")
+def add_pool(run: Run, system: str) -> None:
+    run("wait", "--for=condition=Established", "--timeout=60s", "crd/workerpools.workerpool.dev")
+    run("create", f"--namespace={system}", "-f", str(SAMPLE), "--validate=false")
 
 
 def names(run: Run, *what: str) -> list[str]:
     return run("get", *what, "--ignore-not-found", "-o", "name").split()
 
 
-def test_an_uninstall_leaves_the_pools_and_the_next_install_takes_them_over(helm: Config, run: Run) -> None:
-    helm.install(CHART, NAME, namespace="system")
-    add_pool(run)
+def test_an_uninstall_leaves_the_pools_and_the_next_install_takes_them_over(helm: Config, run: Run, system: str) -> None:
+    helm.install(CHART, NAME, namespace=system)
+    add_pool(run, system)
     helm.uninstall(NAME)
-    assert names(run, "deployments,serviceaccounts,roles,poddisruptionbudgets", "-n", "system") == ["serviceaccount/default"]
+    assert names(run, "deployments,serviceaccounts,roles,poddisruptionbudgets", "-n", system) == ["serviceaccount/default"]
     assert names(run, "clusterroles", "-l", f"app.kubernetes.io/name={NAME}") == []
-    assert names(run, "workerpools", "-n", "system") == ["workerpool.workerpool.dev/media"]
-    helm.install(CHART, NAME, namespace="system")
-    assert names(run, "workerpools", "-n", "system") == ["workerpool.workerpool.dev/media"]
+    assert names(run, "workerpools", "-n", system) == ["workerpool.workerpool.dev/media"]
+    helm.install(CHART, NAME, namespace=system)
+    assert names(run, "workerpools", "-n", system) == ["workerpool.workerpool.dev/media"]
 
 
-def test_an_upgrade_brings_the_resource_definition_up_to_date(helm: Config, run: Run, tmp_path: Path) -> None:
-    helm.install(old_chart(tmp_path), NAME, namespace="system")
-    add_pool(run)
+def test_an_upgrade_brings_the_resource_definition_up_to_date(helm: Config, run: Run, system: str, tmp_path: Path) -> None:
+    helm.install(old_chart(tmp_path), NAME, namespace=system)
+    add_pool(run, system)
     columns = "jsonpath={.spec.versions[0].additionalPrinterColumns[*].name}"
     before = run("get", "crd", "workerpools.workerpool.dev", "-o", columns)
-    helm.upgrade(CHART, NAME, namespace="system")
+    helm.upgrade(CHART, NAME, namespace=system)
     assert run("get", "crd", "workerpools.workerpool.dev", "-o", columns) == f"{before} Age"
-    assert names(run, "workerpools", "-n", "system") == ["workerpool.workerpool.dev/media"]
+    assert names(run, "workerpools", "-n", system) == ["workerpool.workerpool.dev/media"]
 
 
 def old_chart(directory: Path, kube_version: str = "") -> Path:
@@ -110,41 +118,43 @@ def old_chart(directory: Path, kube_version: str = "") -> Path:
     return chart
 
 
-def test_with_keep_off_an_uninstall_takes_the_resource_definition_along(helm: Config, run: Run) -> None:
-    helm.install(CHART, NAME, {"crds": {"keep": False}}, namespace="system")
+def test_with_keep_off_an_uninstall_takes_the_resource_definition_along(helm: Config, run: Run, system: str) -> None:
+    helm.install(CHART, NAME, {"crds": {"keep": False}}, namespace=system)
     assert names(run, "crds")
     helm.uninstall(NAME)
-    run("wait", "--for=delete", "--timeout=20s", "crd/workerpools.workerpool.dev")
+    run("wait", "--for=delete", "--timeout=60s", "crd/workerpools.workerpool.dev")
 
 
-def test_a_resource_definition_of_somebody_else_is_named_and_is_taken_over_as_the_how_to_says(helm: Config, run: Run) -> None:
+def test_a_resource_definition_of_somebody_else_is_named_and_is_taken_over_as_the_how_to_says(
+    helm: Config, run: Run, system: str
+) -> None:
     run("apply", "--server-side", "-f", str(CRD))
-    add_pool(run)
+    add_pool(run, system)
     with pytest.raises(HelmError, match=r"workerpools\.workerpool\.dev.*invalid ownership metadata"):
-        helm.install(CHART, NAME, namespace="system")
+        helm.install(CHART, NAME, namespace=system)
     how_to = (ROOT / "docs" / "how-to" / "install.md").read_text().replace(" \\\n    ", " ")
     for command in (
         "kubectl label crd workerpools.workerpool.dev app.kubernetes.io/managed-by=Helm",
         f"kubectl annotate crd workerpools.workerpool.dev meta.helm.sh/release-name={NAME} meta.helm.sh/release-namespace={NAME}",
     ):
         assert command in how_to
-        run(*command.replace(f"release-namespace={NAME}", "release-namespace=system").split()[1:])
-    helm.install(CHART, NAME, namespace="system")
-    assert names(run, "workerpools", "-n", "system") == ["workerpool.workerpool.dev/media"]
+        run(*command.replace(f"release-namespace={NAME}", f"release-namespace={system}").split()[1:])
+    helm.install(CHART, NAME, namespace=system)
+    assert names(run, "workerpools", "-n", system) == ["workerpool.workerpool.dev/media"]
 
 
-def test_a_cluster_that_is_too_old_is_told_so_before_anything_is_made(helm: Config, run: Run, tmp_path: Path) -> None:
+def test_a_cluster_that_is_too_old_is_told_so_before_anything_is_made(
+    helm: Config, run: Run, system: str, tmp_path: Path
+) -> None:
     with pytest.raises(HelmError, match=r"chart requires kubeVersion: >=99\.0\.0-0 which is incompatible with Kubernetes v1\."):
-        helm.install(old_chart(tmp_path, ">=99.0.0-0"), NAME, namespace="system")
+        helm.install(old_chart(tmp_path, ">=99.0.0-0"), NAME, namespace=system)
     assert names(run, "crds") == []
 
 
 @pytest.fixture
-def installed(run: Run) -> Iterator[None]:
-    """The manifests, applied in one go to a cluster that knows nothing of WorkerPools."""
+def installed(run: Run) -> None:
+    """The manifests, applied in one go; the first time to a cluster that knows nothing of WorkerPools. They go with it."""
     run("apply", "--server-side", "-f", str(INSTALL))
-    yield
-    run("delete", "--ignore-not-found", "-f", str(INSTALL))
 
 
 @pytest.mark.usefixtures("installed")
@@ -154,7 +164,7 @@ def test_the_manifests_are_applied_in_one_go_and_a_second_time_change_nothing(ru
         got = [run("get", each, "-o", "jsonpath={.metadata.generation}{.metadata.uid}") for each in listed]
         return [*got, run("get", "deployment", NAME, "-n", NAME, "-o", "jsonpath={.metadata.generation}")]
 
-    run("wait", "--for=condition=Established", "--timeout=20s", "crd/workerpools.workerpool.dev")
+    run("wait", "--for=condition=Established", "--timeout=60s", "crd/workerpools.workerpool.dev")
     before = versions()
     run("apply", "--server-side", "-f", str(INSTALL))
     assert versions() == before
@@ -162,7 +172,7 @@ def test_the_manifests_are_applied_in_one_go_and_a_second_time_change_nothing(ru
 
 @pytest.mark.usefixtures("installed")
 def test_the_operator_may_do_what_the_reviewed_file_says_and_nothing_else(run: Run) -> None:
-    run("wait", "--for=condition=Established", "--timeout=20s", "crd/workerpools.workerpool.dev")
+    run("wait", "--for=condition=Established", "--timeout=60s", "crd/workerpools.workerpool.dev")
     found = rights(run)
     _, _, reviewed = RIGHTS.read_text().partition("\n\n")
     assert found == reviewed, f"review what changed, then write it into {RIGHTS}:\n{found}"
@@ -205,7 +215,7 @@ class HelmTest:
 
 @pytest.fixture
 def helm_test(run: Run, cluster: ControlPlane, installed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HelmTest:
-    run("wait", "--for=condition=Established", "--timeout=20s", "crd/workerpools.workerpool.dev")
+    run("wait", "--for=condition=Established", "--timeout=60s", "crd/workerpools.workerpool.dev")
     login = json.loads(cluster.kubeconfig.read_text())["clusters"][0]["cluster"]
     (tmp_path / "ca.crt").write_bytes(base64.b64decode(login["certificate-authority-data"]))
     (tmp_path / "token").write_text(run("create", "token", NAME, "--namespace", NAME).strip())

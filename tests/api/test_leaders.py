@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from workerpool_operator.local.redis_server import private_redis
 pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
 
 TAKEOVER_SECONDS = 15.0
+WITHOUT_WAITING = timedelta(seconds=LEASE_SECONDS - RENEW_SECONDS)
+"""A lease that nobody gives back lasts longer than that after its holder is gone."""
+
 Start = Callable[[], Operator]
 
 
@@ -116,22 +120,31 @@ def test_a_standby_is_ready_and_does_nothing(ml: Namespace, start: Callable[[], 
     assert {request.path.rpartition("/")[2] for request in standby.proxy.requests} == {"v1alpha1", "leases", "celery-workerpool"}
 
 
-def test_after_a_kill_the_standby_leads_within_15_s_and_acts(ml: Namespace, start: Start) -> None:
+def taken_at(ml: Namespace) -> datetime:
+    """When whoever leads asked for the Lease that it got, as stands in there."""
+    return datetime.fromisoformat(ml.get("lease", "celery-workerpool")["spec"]["acquireTime"])
+
+
+def test_after_a_kill_the_standby_leads_within_15_s_and_acts(ml: Namespace, start: Start, show: Callable[[str], None]) -> None:
+    """By the stamp in the Lease: how long it then takes this test to look is not the operators' time."""
     standby = second(ml, start)
+    killed = datetime.now(UTC)
     ml.operator.end(signal.SIGKILL)
-    killed = time.monotonic()
     eventually(standby.leads, standby)
-    assert time.monotonic() - killed < TAKEOVER_SECONDS
+    took = (taken_at(ml) - killed).total_seconds()
+    show(f"{took:.1f} s from the kill of a leader until the standby took its lease, which lasts {LEASE_SECONDS:.0f} s")
+    assert 0 < took < TAKEOVER_SECONDS
     ml.publish("gpu", 2)
     eventually(lambda: ml.replicas() == {"media-gpu": 2, "media-cpu": 1}, standby)
 
 
 def test_a_leader_that_is_told_to_stop_hands_over_at_once(ml: Namespace, start: Start) -> None:
     standby = second(ml, start)
+    told = datetime.now(UTC)
     assert ml.operator.end(signal.SIGTERM) == 0
-    gone = time.monotonic()
+    gone = datetime.now(UTC)
     eventually(standby.leads, standby)
-    assert time.monotonic() - gone < LEASE_SECONDS - RENEW_SECONDS, "it did not wait for the lease to end by itself"
+    assert told < taken_at(ml) < gone + WITHOUT_WAITING, "it did not wait for the lease to end by itself"
     lease = ml.get("lease", "celery-workerpool")["spec"]
     assert lease["leaseTransitions"] == 1
 
@@ -195,6 +208,7 @@ def test_a_leader_that_was_paused_for_longer_than_its_lease_wakes_up_and_writes_
     assert [request for request in old.proxy.since(woken) if request.method != "GET"] == []
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_at_rest_two_operators_write_nothing_but_the_lease_and_ask_little(ml: Namespace, start: Callable[[], Replica]) -> None:
     leader, standby = ml.operator, second(ml, start)

@@ -107,6 +107,7 @@ def test_a_deployment_edited_or_deleted_by_hand_is_repaired(ml: Namespace) -> No
     ml.settled()
 
 
+@pytest.mark.long
 def test_at_rest_and_across_a_kill_nothing_is_written(ml: Namespace, operator: Operator) -> None:
     ml.create_pool()
     ml.publish("gpu", 2)
@@ -146,8 +147,8 @@ def test_a_redis_that_stops_answering_changes_a_condition_and_no_replicas(ml: Na
 
 @pytest.mark.parametrize("mode", ["Advisory", "Paused"])
 def test_a_pool_that_is_not_active_is_reported_and_not_touched(ml: Namespace, mode: str) -> None:
-    ml.create_pool(mode=mode)
     ml.publish("gpu", 2)
+    ml.create_pool(mode=mode)
     ml.eventually(lambda: ml.condition("Paused")["status"] == "True")
     ml.eventually(lambda: ml.get("workerpool", "media")["status"].get("waiting") == 2)
     assert ml.replicas() == {}
@@ -360,7 +361,7 @@ def test_without_a_cluster_the_command_says_so_in_one_line(tmp_path: Path) -> No
 def test_a_port_in_use_is_named_in_one_line(operator: Operator) -> None:
     operator.healthy()
     said = last_words([*COMMAND, f"--port={operator.port}"], operator.kubeconfig)
-    assert f"port {operator.port} cannot be had" in said
+    assert f"port {operator.port} cannot be opened" in said
 
 
 def last_words(command: list[str], kubeconfig: Path) -> str:

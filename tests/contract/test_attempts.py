@@ -372,6 +372,7 @@ def test_the_job_of_a_killed_worker_is_taken_over_once_and_runs_on_the_plain_tie
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
 
 
+@pytest.mark.long
 def test_a_zombie_changes_neither_the_ledger_nor_the_result(
     url: str, two_tiers: ModuleType, tmp_path: Path, short_life: float
 ) -> None:
@@ -479,12 +480,14 @@ def test_an_ignore_whose_end_does_not_get_through_is_entered_as_soon_as_redis_ta
 
 def test_a_warm_shutdown_finishes_and_a_cold_one_gives_back_uncounted(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
     with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-leaving", tmp_path) as leaving:
-        decision = submit(two_tiers, two_tiers.work, {}, 3)
+        decision = submit(two_tiers, two_tiers.work, {"gpu": "gate"})
         assert claimed(two_tiers, decision.task_id).owner.startswith("gpu-leaving.")
         leaving.send_signal(signal.SIGTERM)
         until(lambda: not any(w.worker == "gpu-leaving" and w.slots for w in two_tiers.pool.workers().values()), "no more slots")
         leaving.send_signal(signal.SIGQUIT)
         assert leaving.wait(20) is not None
+    two_tiers.app.backend.client.set("gate", "open")
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 2})
+    two_tiers.app.backend.client.delete("gate")
     assert two_tiers.pool.job(decision.task_id).attempt == 1
     assert not [owner for owner in two_tiers.pool.workers() if owner.startswith("gpu-leaving")]

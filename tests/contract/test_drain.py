@@ -25,6 +25,7 @@ def pool(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Poo
     return small_pool(redis_url, tmp_path)
 
 
+@pytest.mark.long
 def test_thirty_scale_downs_under_load_cut_off_no_job(tmp_path: Path) -> None:
     jobs = asyncio.run(scale_down(tmp_path, SCALE_DOWNS))
     assert len(jobs) > 2 * SCALE_DOWNS

@@ -466,6 +466,7 @@ def explore(
     )
 
 
+@pytest.mark.long
 def test_in_any_order_a_job_has_one_outcome_and_is_never_lost(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -267,7 +267,7 @@ def test_the_pass_moves_what_waits_for_workers_that_cannot_be_placed(redis_url: 
             nodes.down = True
             await system.after()
             told = next(c for c in system.reports[-1].status.conditions if c.type is ConditionType.REBALANCING)
-            moved = "1 waiting jobs have gone from gpu to cpu: gpu: no accelerated slot is free and none can be started "
+            moved = "1 of the waiting jobs moved from gpu to cpu: gpu: no accelerated slot is free and none can be started "
             assert (told.status, told.message.startswith(moved)) == (("True", True) if tier == "cpu" else ("False", False))
 
     asyncio.run(scenario())

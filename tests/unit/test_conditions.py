@@ -225,7 +225,7 @@ def test_jobs_elsewhere_are_counted_for_the_tier_that_they_wanted() -> None:
     assert (spilling.status, spilling.reason, spilling.message) == (
         "True",
         "JobsElsewhere",
-        "2 jobs that wanted gpu wait or run elsewhere",
+        "jobs that wanted gpu and wait or run elsewhere: 2",
     )
 
 
@@ -314,7 +314,9 @@ def test_an_advisory_pool_says_what_it_would_order() -> None:
 
 def test_an_advisory_pool_drains_nobody_and_says_so() -> None:
     pool = in_mode(Mode.ADVISORY)
-    marked = Drain(2, marks=frozenset({"w0"}), overdue=("w0",), message="1 leave when they have finished their jobs")
+    marked = Drain(
+        2, marks=frozenset({"w0"}), overdue=("w0",), message="workers still to leave: 1 (once their jobs are finished)"
+    )
     gpu, cpu = plans({**IDLE, "gpu": workers(2, Phase.READY, Phase.READY)}, pool=pool)
     active, _ = told([replace(gpu, drain=marked), cpu])
     advised, _ = told([replace(gpu, drain=marked), cpu], pool=pool)
@@ -322,7 +324,7 @@ def test_an_advisory_pool_drains_nobody_and_says_so() -> None:
         (1, "True"),
         (0, "False"),
     ]
-    assert active.tiers[0].message.endswith("; 1 leave when they have finished their jobs")
+    assert active.tiers[0].message.endswith("; workers still to leave: 1 (once their jobs are finished)")
     assert "leave" not in advised.tiers[0].message
 
 
@@ -331,7 +333,7 @@ def test_jobs_that_moved_are_told_for_a_minute_with_the_sentence_of_their_transf
     first, events = told(plans(IDLE), moved=moved)
     found = conditions((first, events))["Rebalancing"]
     assert (found.status, found.reason) == ("True", "JobsMoved")
-    assert found.message == "7 waiting jobs have gone from gpu to cpu: no slot"
+    assert found.message == "7 of the waiting jobs moved from gpu to cpu: no slot"
     _, events = told(plans(IDLE), previous=told(plans(IDLE))[0].dump(), moved=moved)
     assert [(event.warning, event.reason) for event in events] == [(False, "JobsMoved")]
     later = told(plans(IDLE), moved=[replace(moved[0], at=NOON - TOLD_SECONDS)])

@@ -56,7 +56,7 @@ def test_an_idle_worker_is_marked_first_and_goes_when_it_has_said_that_it_drains
     workers = [up("a"), up("b")]
     first = decide(1, workers, [says("a", 1), says("b")])
     assert found(first) == (2, set(), {"b"})
-    assert first.message == "1 take nothing new and leave"
+    assert first.message == "workers still to leave: 1 (they take nothing new)"
     then = decide(1, workers, [says("a", 1), says("b", draining=True)], ["b"])
     assert found(then) == (1, {"b"}, {"b"})
 
@@ -66,7 +66,7 @@ def test_a_busy_worker_is_waited_for_however_long_it_takes_and_reported() -> Non
     reports = [says("a", 1, draining=True), says("b", 1)]
     waits = decide(1, workers, reports, ["a"])
     assert (*found(waits), waits.overdue) == (2, set(), {"a"}, ())
-    assert waits.message == "1 leave when they have finished their jobs"
+    assert waits.message == "workers still to leave: 1 (once their jobs are finished)"
     late = decide(1, workers, reports, ["a"], now=NOW + OVERDUE_SECONDS + 1, memory=waits.memory)
     assert (*found(late)[:2], late.overdue) == (2, set(), ("a",))
 
@@ -121,7 +121,7 @@ def test_nothing_leaves_and_nothing_is_marked_during_a_rollout() -> None:
     workers, reports = [up("a"), up("b"), up("c")], [says("a", 1), says("b", draining=True), says("c")]
     outcome = decide(1, workers, reports, ["b"], rolling=True)
     assert found(outcome) == (3, set(), {"b"})
-    assert outcome.message == "2 more leave when the rollout is through"
+    assert outcome.message == "workers still to leave: 2 (once the rollout is over)"
 
 
 def test_a_rollout_that_nothing_ever_came_up_of_holds_nobody() -> None:
@@ -155,7 +155,8 @@ def test_workers_that_never_report_leave_after_the_queue_has_been_empty_for_the_
     assert (busy.replicas, busy.memory.empty_since) == (2, None)
     empty = decide(0, workers, memory=busy.memory)
     assert found(empty)[:2] == (2, set())
-    assert empty.message == "2 do not report and leave when the queue has been empty for 60 s"
+    why = "2 of them do not report, so not before the queue has been empty for 60 s"
+    assert empty.message == f"workers still to leave: 2 ({why})"
     soon = decide(0, workers, memory=empty.memory, now=NOW + EMPTY_WINDOW_SECONDS - 1)
     assert soon.replicas == 2
     then = decide(0, workers, memory=soon.memory, now=NOW + EMPTY_WINDOW_SECONDS)

@@ -35,7 +35,9 @@ POOL = Pool(
     ),
 )  # fmt: skip
 NEED = "12 waiting + 2 in flight + 3 spilled need 9 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 9"
-GPU = TierStatus("gpu", 9, 2, 5, 1, 1, 12, 2, 3, "BacklogExceedsCapacity", f"{NEED}; 1 leave when they have finished their jobs")
+GPU = TierStatus(
+    "gpu", 9, 2, 5, 1, 1, 12, 2, 3, "BacklogExceedsCapacity", f"{NEED}; workers still to leave: 1 (once their jobs are finished)"
+)
 CPU = TierStatus("cpu", 1, 1, 0, 0, 0, 0, 0, 0, "AtMinimum", "0 waiting need 0, ordered 1; the minimum holds it")
 DOWN = Unavailable("Redis at one:6379 cannot be reached")
 
@@ -47,7 +49,7 @@ def condition(kind: ConditionType, status: str, message: str) -> Condition:
 CONDITIONS = (
     condition(ConditionType.READY, "True", "all is well"),
     condition(ConditionType.CAPACITY_AVAILABLE, "False", "gpu: 1 of 9 unschedulable: 0/3 nodes are available: insufficient GPUs"),
-    condition(ConditionType.REBALANCING, "True", "4 waiting jobs have gone from gpu to cpu: the wait costs more"),
+    condition(ConditionType.REBALANCING, "True", "4 of the waiting jobs moved from gpu to cpu: the wait costs more"),
     condition(ConditionType.QUEUE_SHARED, "False", "nobody else has these queues"),
 )
 STATUS = Status(1, CONDITIONS, (GPU, CPU), 12, 2, "gpu 2/9, cpu 1/1")
@@ -103,7 +105,10 @@ def without_blanks(text: str) -> str:
 def test_a_tier_has_its_counts_and_the_whole_sentence_of_the_status() -> None:
     text = text_of(KNOWN)
     assert line(text, "ready of 9") == "gpu 2 ready of 9 wanted, 5 starting, 1 unschedulable, 1 leaving 12 2 3"
-    assert line(text, "12 waiting +") == f"gpu BacklogExceedsCapacity {NEED}; 1 leave when they have finished their jobs"
+    assert (
+        line(text, "12 waiting +")
+        == f"gpu BacklogExceedsCapacity {NEED}; workers still to leave: 1 (once their jobs are finished)"
+    )
     assert line(text, "ready of 1 ") == "cpu 1 ready of 1 wanted 0 0 0"
     assert line(text, "AtMinimum") == f"cpu AtMinimum {CPU.message}"
 
@@ -120,7 +125,7 @@ def test_no_sentence_is_cut_however_narrow_the_screen(width: int) -> None:
 def test_conditions_that_want_attention_come_first_with_their_sentence_and_the_others_by_name() -> None:
     text = text_of(KNOWN)
     assert line(text, "not CapacityAvailable").endswith("0/3 nodes are available: insufficient GPUs")
-    assert line(text, "Rebalancing").endswith("4 waiting jobs have gone from gpu to cpu: the wait costs more")
+    assert line(text, "Rebalancing").endswith("4 of the waiting jobs moved from gpu to cpu: the wait costs more")
     assert line(text, "as it should be") == "as it should be Ready, QueueShared"
     assert text.index("insufficient GPUs") < text.index("why each tier")
 

@@ -59,7 +59,7 @@ def test_a_pool_that_cannot_be_taken_in_keeps_no_other_from_it(caplog: pytest.Lo
         return sorted(operator._reconciler.pools)
 
     assert asyncio.run(scenario()) == ["ml/a", "ml/c"]
-    assert caplog.messages == ["ml/b: not taken in, the next listing tries again"]
+    assert caplog.messages == ["ml/b: could not be processed, the next listing tries again"]
 
 
 def test_a_pass_that_does_not_end_makes_the_process_ask_for_its_restart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""The worker's side: exact in-flight keys, presence, and attempts that are fenced by the ledger."""
+"""The library in a worker process: in-flight keys of the tier, presence, and the fence around every task.
+
+:func:`install` connects the parts to Celery's signals; each part has a module of its own.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +40,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("workerpool_routing.worker")
 
 _OWNER = "WORKERPOOL_OWNER"
-"""Told by the main process to children that start as fresh interpreters: they are the same worker life."""
+"""Set by the main process for children that start as fresh interpreters, which belong to the same worker life."""
 
 
 def install(pool: WorkerPool, app: Celery, environ: Mapping[str, str]) -> None:
-    """Make this process a worker of one tier; raises :class:`NotConfigured` when the environment is incomplete."""
+    """Make this process a worker of one tier; raises :class:`NotConfigured` if the environment is incomplete."""
     if missing := [name for name in (ENV_QUEUE, ENV_WORKER) if name not in environ]:
         raise NotConfigured(f"{', '.join(missing)}: the environment of a worker names its tier but lacks this")
     tier, worker = environ[ENV_TIER], environ[ENV_WORKER]
@@ -74,7 +77,7 @@ def install(pool: WorkerPool, app: Celery, environ: Mapping[str, str]) -> None:
         raw = str(getattr(message, "_raw", ""))
         life.set_aside(task_id, reason=f"not a task message: {exc!r}", message=raw, tag=message.delivery_tag)
 
-    app.on_after_finalize.connect(start_fencing, weak=False)  # a child that starts as a fresh interpreter has no worker_init
+    app.on_after_finalize.connect(start_fencing, weak=False)  # a child that starts as a fresh interpreter gets no worker_init
     signals.worker_init.connect(start_main, weak=False)
     signals.worker_ready.connect(reporter.start, weak=False)
     signals.worker_shutting_down.connect(shut_down, weak=False)
@@ -85,7 +88,7 @@ def install(pool: WorkerPool, app: Celery, environ: Mapping[str, str]) -> None:
 
 
 def expect(name: str, environ: Mapping[str, str]) -> None:
-    """Refuse to start a worker whose environment names a pool that the app does not have; ``name`` is one that it has."""
+    """Note that the app has this pool, and refuse to start a worker whose environment names a pool that the app does not have."""
     _names.add(name)
 
     def check(**_: Any) -> None:
@@ -104,7 +107,7 @@ def _configure(app: Celery, pool: str, tier: str) -> None:
     visibility = options.get("visibility_timeout", VISIBILITY_TIMEOUT_SECONDS)
     if visibility < PRESENCE_LIFE_MS / 1000:
         logger.warning(
-            "broker_transport_options.visibility_timeout=%s is below the %s s in which a worker renews what it holds: %s it is",
+            "broker_transport_options.visibility_timeout=%s is below %s s, in which a worker renews its messages: %s is used",
             visibility, PRESENCE_LIFE_MS / 1000, VISIBILITY_TIMEOUT_SECONDS,
         )  # fmt: skip
         visibility = VISIBILITY_TIMEOUT_SECONDS
@@ -124,11 +127,11 @@ def _configure(app: Celery, pool: str, tier: str) -> None:
 
 
 def refuse_what_cannot_be_kept(life: WorkerLife, controller: Any) -> None:
-    """Look at what the worker was started with; end it with one line, or put right what can be."""
+    """Check how the worker was started: exit with one line if the fence could not work, and correct what can be corrected."""
     try:
         policy = life.policy
     except PoolUnavailable:
-        policy = None  # Celery waits for its broker, and the tier is checked by whoever reads the presence
+        policy = None  # Celery waits for its broker; the tier cannot be checked now
     if policy and policy.tiers and policy.tier(life.tier) is None:
         tiers = ", ".join(tier.name for tier in policy.tiers)
         _refuse(f"{ENV_TIER}={life.tier!r}: pool {life.pool.name} has the tiers {tiers}")
@@ -136,7 +139,8 @@ def refuse_what_cannot_be_kept(life: WorkerLife, controller: Any) -> None:
         _refuse("worker_pool_start_method='spawn': a WorkerPool needs 'fork', or -P solo or -P threads")
     if controller.prefetch_multiplier != 1:
         logger.warning(
-            "--prefetch-multiplier=%s is not used: a worker of a pool takes what it can run", controller.prefetch_multiplier
+            "--prefetch-multiplier=%s is not used: a worker of a pool takes no more than it can run",
+            controller.prefetch_multiplier,
         )
         controller.prefetch_multiplier = 1
 

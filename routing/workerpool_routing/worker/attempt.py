@@ -24,13 +24,13 @@ logger = logging.getLogger("workerpool_routing.worker")
 
 
 UNKNOWN_JOB = -1
-"""The answer of ``settle.lua`` where there is no entry of the job."""
+"""The answer of ``settle.lua`` if the job has no ledger entry."""
 
 ASKED_BY = "asked_by"
 """In a retry's ``workerpool`` header: the delivery tag of the attempt that asked for it."""
 
 LOST_EARLIER = "lost"
-"""How the run ended that a later delivery of the same attempt finds on the ledger."""
+"""How a run ended, in the ledger's word, if a later delivery of the same attempt finds it unfinished."""
 
 
 def _turn() -> None:
@@ -48,13 +48,15 @@ class Outcome(Enum):
 
 @dataclass
 class WorkerLife:
-    """This worker, from its start to its end: the owner of its attempts.
+    """One run of this worker, from its start to its end: the owner of its attempts.
+
+    There are two in a worker, with the same owner: one for the child processes that run tasks, one for the main process.
 
     Attributes:
         pool: the pool.
         tier: the tier that this worker belongs to.
         owner: its name on the ledger.
-        connection: to the ledger. A child of the pool waits for Redis; the main process must go on consuming and reporting.
+        connection: to the ledger. A child process waits for Redis; the main process must not, to go on consuming and reporting.
         consumer: Celery's, once the worker is ready: its loop is where the main process asks again, and looks for work.
     """
 
@@ -70,7 +72,7 @@ class WorkerLife:
 
     @property
     def policy(self) -> Policy:
-        """What is known of the pool; without any, a policy that falls back to nothing."""
+        """The pool's policy; while none is known, one without tiers, under which nothing falls back."""
         return self._source.get() or Policy(())
 
     @cached_property
@@ -87,7 +89,7 @@ class WorkerLife:
         may_move: bool = True,
         scheduled: bool = False,
     ) -> Attempt | None:
-        """The attempt that a message carries, None for a message that was not admitted through the pool."""
+        """The attempt that a message carries; None for a message that was not admitted by the pool."""
         header = (headers or {}).get(HEADER) or {}
         number = header.get("attempt")
         if not isinstance(number, int):
@@ -95,20 +97,22 @@ class WorkerLife:
         return Attempt(self, task_id, number, delivery_tag, retries, may_move, scheduled, str(header.get(ASKED_BY, "")))
 
     def job(self, task_id: str) -> Job | None:
-        """The ledger's entry."""
+        """A job's ledger entry; None if it has none."""
         with unavailable_when_down():
             return Job.load(task_id, self.connection.client.hgetall(self.keys.job(task_id)))
 
     def call_later(self, seconds: float, function: Callable[[], object]) -> None:
-        """Run something in the main process later."""
+        """Run something in the main process after so many seconds."""
         self.consumer.timer.call_after(seconds, function)
 
     def look_for_work(self) -> None:
-        """Let the main process see that a slot is free: of one that a thread of the pool frees it would know a second later."""
+        """Wake the main process's loop because a slot is free; after a thread of the pool has freed one it would look a second
+        later.
+        """
         self.consumer.call_soon(_turn)
 
     def set_aside(self, task_id: str, *, reason: str, message: str, tag: str = "") -> None:
-        """Keep for people what nobody can read, and count it."""
+        """Move a message that cannot be read to a key of its own, with the reason, and count it."""
         logger.error("set aside task_id=%s in key %s: %s", task_id, self.keys.aside, reason)
         self.connection.run("aside", ledger.aside(self.keys, self.tier, task_id, tag=tag, reason=reason, message=message))
 
@@ -123,17 +127,22 @@ class Attempt:
     tag: str
     retries: int
     may_move: bool = True
-    """Whether its task lets it go to another tier when its worker is lost."""
+    """Whether its task allows another tier after a loss (``fallback_on_loss``)."""
     scheduled: bool = False
-    """Whether its caller asked for a time."""
+    """Whether its caller asked for a time (ETA)."""
     asked_by: str = ""
-    """The delivery tag of the attempt whose author asked for it, where it is a retry."""
+    """If it is a retry, the delivery tag of the attempt that asked for it."""
 
     def claim(self, stored_result: Callable[[], str]) -> Claim:
-        """Ask to run: RUN, UNKNOWN (not on the ledger: run it as plain Celery would), POISON (fail it), or any other: drop it.
+        """Ask the ledger whether to run, and report an earlier owner's loss if it finds one.
 
-        Finding an earlier owner reports a loss: on an accelerated tier the job moves on to the next one. An attempt that was cut
-        off between its end and its stored result runs again; ``stored_result`` answers with its final Celery state, or "".
+        Returns:
+            RUN: run it. UNKNOWN: it is not on the ledger; run it as plain Celery would. POISON: let it fail, it has lost too many
+            workers. Any other: drop it; on an accelerated tier a lost job has been moved to the next tier by then.
+
+        Args:
+            stored_result: looks for the result of an attempt that was cut off after its end: its final Celery state, or "".
+                Without a stored result the job runs again.
         """
         answer = self._claim(no_result=False)
         if answer is Claim.FINISHING:
@@ -149,7 +158,7 @@ class Attempt:
         return answer
 
     def _close_for_another(self, after: State) -> None:
-        """Close the entry of an attempt that stored its result and was cut off before it could say so."""
+        """Close the entry of an attempt that has stored its result and was cut off before it could close it itself."""
         job = self.life.job(self.task_id)
         if job:
             self._settle(State.FINISHING, after, job.tag, job.owner, how=after)
@@ -165,21 +174,22 @@ class Attempt:
         return Claim(life.connection.run("claim", call))
 
     def settle(self, before: State, after: State, *, how: str = "", error: str = "") -> bool:
-        """Enter the next state; False when another attempt counts by now."""
+        """Enter the next state; False if another attempt counts by now."""
         return self._settle(before, after, self.tag, self.life.owner, how=how, error=error)
 
     def finish(self, result: Result, *, after: State) -> bool | None:
-        """Store what the job came to and enter the next state, in one step; False when another attempt counts by now.
+        """Store the job's result and enter the next state, in one step; False if another attempt counts by now.
 
-        None when the ledger no longer knows the job: then nothing is stored, because another attempt may have been accepted.
+        None if the job is no longer on the ledger: then nothing is stored, because another attempt may have been accepted.
         """
         answer = self._answer(State.CLAIMED, after, self.tag, self.life.owner, how="done", result=result)
         return None if answer == UNKNOWN_JOB else bool(answer)
 
     def retry(self, message: str, queue: str) -> bool:
-        """Wait for the retry that its author has asked for; the sweep looks for its message if it went to the tier's queue.
+        """Return to ``admitted``, to wait for the retry that the task's code has asked for.
 
-        False when another attempt counts by now, be it that retry, which somebody has claimed already.
+        Its message is kept for the sweep if it went to the tier's queue. False if another attempt counts by now; it may be the
+        retry itself, if a worker has claimed it already.
         """
         tier = self.life.policy.tier(self.life.tier)
         kept = bool(tier and tier.queue == queue and len(message) <= MESSAGE_LIMIT_BYTES)
@@ -189,11 +199,11 @@ class Attempt:
         )  # fmt: skip
 
     def acknowledge(self, after: State) -> None:
-        """Acknowledge the message and, if this attempt still counts, end its job: Celery has stored what it came to."""
+        """Acknowledge the message and, if this attempt still counts, end its job. Celery has stored the outcome."""
         self._settle(State.FINISHING, after, self.tag, self.life.owner, held_as=self.tag)
 
     def settle_unclaimed(self, after: State) -> bool:
-        """End a job that was never started: it expired, was revoked, or its task is not known here."""
+        """End a job that was never started, because it expired, was revoked, or its task is not known here."""
         return self._settle(State.ADMITTED, after, "", "")
 
     def _settle(self, before: State, after: State, tag: str, owner: str, **more: Any) -> bool:
@@ -216,7 +226,7 @@ class Attempt:
             return Outcome.RELEASED
         if job.tag != self.tag and how != LOST_EARLIER:
             return Outcome.NOT_OURS
-        if job.state is State.FINISHING and job.tag == self.tag:  # it may have stored its result: the next to get it looks first
+        if job.state is State.FINISHING and job.tag == self.tag:  # its result may be stored: the next claim looks for it
             give_back(self.life, self.tag)
             return Outcome.MOVED
         to = follows(self.life.policy, job)
@@ -232,7 +242,7 @@ class Attempt:
         return Outcome.MOVED
 
     def release(self) -> bool:
-        """Give the job back to the head of its queue because this worker has to leave: no failure, and not counted."""
+        """Put the job back at the head of its queue because this worker has to leave; this does not count as an attempt."""
         job = self.life.job(self.task_id)
         if job is None or job.state is not State.CLAIMED or (job.attempt, job.tag, job.owner) != (
             self.number, self.tag, self.life.owner,
@@ -251,6 +261,6 @@ class Attempt:
         return bool(self.life.connection.run("move", call))
 
     def _raw(self) -> str | None:
-        """This delivery as Kombu keeps it in flight."""
+        """This delivery, as Kombu keeps it in flight; None if it is gone."""
         raw: str | None = self.life.connection.client.hget(self.life.keys.unacked(self.life.tier), self.tag)
         return raw

@@ -1,4 +1,4 @@
-"""What a worker does with jobs that do not end before its grace period: they go back before the SIGKILL comes."""
+"""The end of a worker's grace period: jobs that have not ended go back to their queue before the SIGKILL comes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LONGEST_MARGIN_SECONDS = 10.0
 
 
 class Farewell:
-    """The end of one worker, from the signal on.
+    """The warm shutdown of one worker, from the signal on.
 
     Args:
-        grace_seconds: from SIGTERM to SIGKILL; infinite where nobody has said.
+        grace_seconds: from SIGTERM to SIGKILL; infinite if it is not known.
     """
 
     def __init__(self, grace_seconds: float) -> None:
@@ -30,7 +30,7 @@ class Farewell:
         self._timer: Timer | None = None
 
     def begin(self) -> None:
-        """The worker was told to stop: it finishes what it has while there is time."""
+        """Start the clock: the worker was told to stop, and finishes its jobs while there is time."""
         if self._timer is None and self._after != float("inf"):
             self._timer = Timer(self._after, self._cut_off)
             self._timer.daemon = True

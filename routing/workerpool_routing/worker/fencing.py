@@ -1,4 +1,10 @@
-"""Tasks and requests that act only while the ledger says that their attempt counts."""
+"""The fence: task and request classes that act only while the ledger says that their attempt counts.
+
+:class:`FencedTask` runs where the task's code runs (a child process, or the worker itself in the solo and threads pools), and
+:class:`FencedRequest` in the worker's main process, which sees children die and outcomes stored. :func:`fence` puts both around a
+task. Celery decides what it always decides; an exception of Celery's own (``Ignore``, ``Reject``, ``Retry``) is how the fence
+tells it what to do with a message.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +41,10 @@ logger = logging.getLogger("workerpool_routing.worker")
 
 
 RETRY_SECONDS = 2.0
-"""How soon the main process asks again when the ledger did not answer; the worker works on meanwhile."""
+"""How soon the main process asks again if the ledger did not answer; the worker goes on meanwhile."""
 
 _RETRIES = "workerpool_retries"
-"""On a request whose attempt has been claimed: the messages of retries that its author has asked for, each with its queue."""
+"""Attribute of a request whose attempt has been claimed: the retries that the task's code has asked for, as (message, queue)."""
 
 
 def fence(task: Task, child: WorkerLife, main: WorkerLife) -> None:
@@ -48,8 +54,8 @@ def fence(task: Task, child: WorkerLife, main: WorkerLife) -> None:
 
     Args:
         task: the task.
-        child: this worker's life as the pool's children act in it.
-        main: the same for the main process.
+        child: this worker's life, for the processes that run tasks.
+        main: the same, for the main process.
     """
     if task.name.startswith("celery.") or isinstance(task, FencedTask) or not getattr(task, "fenced", True):
         return
@@ -61,13 +67,14 @@ def fence(task: Task, child: WorkerLife, main: WorkerLife) -> None:
     request = type("FencedRequest", (FencedRequest, own_request), {"life": main})
     names = {"__module__": own.__module__, "life": child, "Request": request, "tracks_started": task.track_started, **rules}
     task.__class__ = type(own.__name__, (FencedTask, own), names)
-    task.track_started = False  # Celery would say so before the claim, over the result of a job that has ended
+    task.track_started = False  # Celery would store STARTED before the claim, over the result of a job that has ended
     task.acks_late = True
 
 
 def note_retry(body: Any, headers: dict[str, Any], properties: Mapping[str, Any], routing_key: str, **_: Any) -> None:
-    """Keep the message of a retry that the author of the running task asks for, and write into it who asks: Celery is about to
-    publish it.
+    """Keep the message of a retry that the running task's code asks for, and write into its header which attempt asks.
+
+    Receives Celery's signal ``before_task_publish``.
     """
     task = get_current_task()
     retries = getattr(task.request, _RETRIES, None) if isinstance(task, FencedTask) else None
@@ -80,7 +87,7 @@ def note_retry(body: Any, headers: dict[str, Any], properties: Mapping[str, Any]
 
 
 def settle_unknown(life: WorkerLife, message: Any, task: str) -> None:
-    """Close the ledger entry of a job whose task this worker does not know: Celery has stored the failure."""
+    """End a job whose task this worker does not know: Celery has stored the failure."""
     headers = message.headers or {}
     attempt = life.attempt(headers.get("id", ""), headers, message.delivery_tag, int(headers.get("retries") or 0))
     if attempt and attempt.settle_unclaimed(State.FAILED):
@@ -89,7 +96,7 @@ def settle_unknown(life: WorkerLife, message: Any, task: str) -> None:
 
 @contextmanager
 def _back_to_the_queue_without_redis() -> Iterator[None]:
-    """While the ledger cannot be asked, nothing is decided: the message is to be delivered again."""
+    """If the ledger cannot be asked, nothing is decided: the message is put back, to be delivered again."""
     try:
         yield
     except PoolUnavailable as unavailable:
@@ -97,16 +104,16 @@ def _back_to_the_queue_without_redis() -> Iterator[None]:
 
 
 class Dropped(Ignore):
-    """Raised where an attempt does not count: what its job comes to is another's to say."""
+    """Raised for an attempt that does not count: the outcome of its job is another attempt's."""
 
 
 class FencedTask(Task):
-    """Runs in the pool's child: claims before the author's code, is finishing after it, and falls back when it raises.
+    """Runs a task's code: claims the attempt before it, ends it on the ledger after it, and falls back if it raises.
 
     Attributes:
-        fallback_on_failure: the task's own rule: False, or the only exceptions after which another tier may help.
+        fallback_on_failure: the task's own rule: True, False, or the only exceptions after which another tier may help.
         fallback_on_loss: False keeps its jobs on their tier when a worker is lost.
-        tracks_started: whether the state STARTED is stored, as its author's ``track_started`` says.
+        tracks_started: whether the state STARTED is stored, as the task's ``track_started`` says.
     """
 
     abstract = True
@@ -116,7 +123,7 @@ class FencedTask(Task):
     fallback_on_loss: bool
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
-        """The author's own hook belongs to the attempt: it runs after the claim, and when it raises the attempt has failed."""
+        """Put off the task's own hook until after the claim (see :meth:`_begin`): if it raises, the attempt has failed."""
         if self._attempt() is None:
             self._begin(task_id, args, kwargs)
 
@@ -160,7 +167,7 @@ class FencedTask(Task):
             if _by_signal(error):  # terminated by the main process, which knows why
                 raise
             self._failed(attempt, error)
-            # As it is, it would take down a child, or a whole worker that runs its tasks itself.
+            # SystemExit itself would end the child, or a whole worker that runs its tasks itself.
             raise TaskExited(f"{self.name} asked to exit: {error!r}") from error
         with self._asking(attempt):
             counts = self._finish(attempt, result)
@@ -181,7 +188,7 @@ class FencedTask(Task):
 
     @contextmanager
     def _asking(self, attempt: Attempt) -> Iterator[None]:
-        """A soft time limit that strikes while the ledger is asked is a failure like one that strikes in the author's code."""
+        """If a soft time limit expires while the ledger is asked, the attempt has failed, as if it had expired in the task."""
         try:
             with _back_to_the_queue_without_redis():
                 yield
@@ -190,21 +197,21 @@ class FencedTask(Task):
             raise
 
     def _finish(self, attempt: Attempt, result: Any) -> bool:
-        """End the attempt with its result, or be finishing until Celery has stored it; False when it counts no more."""
+        """End the attempt with its result, or enter ``finishing`` until Celery has stored it; False if it no longer counts."""
         try:
             stored = beside_ledger(self, result, self.life.connection.client)
-        except EncodeError:  # Celery meets it too, and stores the failure
+        except EncodeError:  # Celery will run into it as well, and store the failure
             return attempt.settle(State.CLAIMED, State.FINISHING, how="unencodable")
         if stored is None:
             return attempt.settle(State.CLAIMED, State.FINISHING, how="done")
-        # Its part in a chord is to follow, and is caught up with by whoever gets the message if this child dies before.
+        # Its part in a chord is counted after this. If this child dies before, the next worker that gets the message counts it.
         counts = attempt.finish(stored, after=State.FINISHING if self.request.chord else State.DONE)
         if counts:
-            self.request.ignore_result = True  # it is there
+            self.request.ignore_result = True  # it is stored: Celery has nothing left to store
         return counts is not False
 
     def _failed(self, attempt: Attempt, error: BaseException) -> None:
-        """Return if the failure is final; else leave the job to whoever has it now."""
+        """Return if the failure is final; otherwise raise what makes Celery leave the job to the next attempt."""
         with self._asking(attempt):
             outcome = attempt.end(self.rule_after(error), "failed", repr(error))
         if outcome is Outcome.FINAL:
@@ -223,7 +230,7 @@ class FencedTask(Task):
         return Dropped(why)
 
     def _stored_result(self) -> str:
-        """The final state that an attempt stored before it was cut off; its part in a chord, which comes after, is done now."""
+        """The final state that an attempt stored before it was cut off, or ""; makes up for its part in a chord."""
         request = self.request
         if isinstance(self.backend, DisabledBackend):
             return ""
@@ -236,12 +243,12 @@ class FencedTask(Task):
         return state
 
     def _close(self, attempt: Attempt, settle: Callable[[], bool]) -> bool | None:
-        """What ``settle`` answers; None when the ledger did not."""
+        """The answer of ``settle``; None if the ledger did not answer."""
         with self._asking(attempt):
             try:
                 return settle()
             except PoolUnavailable as unavailable:
-                # What the attempt came to stands in Celery already: an error here would turn it into another outcome.
+                # Celery already has the outcome of the attempt: an error here would turn it into another one.
                 logger.warning("not closed task_id=%s task=%s: %s", self.request.id, self.name, unavailable)
                 return None
 
@@ -256,7 +263,7 @@ class FencedTask(Task):
 
 
 def _by_signal(error: SystemExit) -> bool:
-    """Whether it is how a child of Billiard ends on a signal: its number less 256."""
+    """Whether a child of Billiard ends in this way on a signal: with the signal's number minus 256."""
     return isinstance(error.code, int) and -256 < error.code < -192
 
 
@@ -265,13 +272,13 @@ def _stay(_policy: Policy, _job: Job) -> None:
 
 
 class FencedRequest:
-    """Mixed into the task's request class; runs in the worker's main process, which sees children die, and outcomes stored."""
+    """Mixed into the task's request class; runs in the worker's main process."""
 
     life: WorkerLife
     _outcome = State.DONE
 
     def on_failure(self, exc_info: ExceptionInfo, send_failed_event: bool = True, return_ok: bool = False) -> Any:
-        """Take over from a child that was killed; what the child itself reported is Celery's to handle."""
+        """Act on the death of a child. A failure that the child itself has reported is left to Celery."""
         error = exc_info.exception
         error = error.exc if isinstance(error, ExceptionWithTraceback) else error
         attempt = None if self._already_cancelled or self._already_revoked else self._attempt()
@@ -287,7 +294,7 @@ class FencedRequest:
         return super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc]
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
-        """Fall back from an attempt that ran over its hard time limit; the child is killed by the pool."""
+        """Fall back from an attempt that exceeded its hard time limit; the pool kills the child."""
         attempt = None if soft else self._attempt()
         if attempt is None:
             super().on_timeout(soft, timeout)  # type: ignore[misc]
@@ -300,7 +307,7 @@ class FencedRequest:
         super().on_timeout(soft, timeout)  # type: ignore[misc]
 
     def acknowledge(self) -> None:
-        """Acknowledge the message and end its job in one step: Celery has stored what it came to."""
+        """Acknowledge the message and end its job in one step: Celery has stored the outcome."""
         attempt = None if self.acknowledged else self._attempt()
         if attempt is None:
             super().acknowledge()  # type: ignore[misc]
@@ -311,13 +318,13 @@ class FencedRequest:
         self.life.look_for_work()
 
     def reject(self, requeue: bool = False) -> None:
-        """A failure that is not to be acknowledged (``task_acks_on_failure=False``) ends its job all the same."""
+        """End the job of a failure that Celery will not acknowledge (``task_acks_on_failure=False``) all the same."""
         if not requeue and self._attempt() is not None:
             self.acknowledge()
         super().reject(requeue)  # type: ignore[misc]
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
-        """Close the ledger entry of a job that expired, was revoked before it started, or terminated while it ran."""
+        """End a job that expired, was revoked before it started, or was terminated while it ran."""
         self._outcome = State.EXPIRED
         super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
         if attempt := self._attempt():
@@ -326,19 +333,19 @@ class FencedRequest:
             )
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
-        """A cold shutdown cuts the task off: its job goes back first, and that is not a failed attempt."""
+        """Put the job back before a cold shutdown cuts it off; this does not count as a failed attempt."""
         if self._attempt() is None:
             super().cancel(pool, signal, emit_retry)  # type: ignore[misc]
             return
-        with suppress(PoolUnavailable):  # then its presence runs out, and it is taken over as a lost one
+        with suppress(PoolUnavailable):  # then the worker's presence expires, and the job is taken over as a lost one
             self.give_back()
         task_ready(self)
         self._already_cancelled = True
-        with suppress(NotImplementedError):  # solo and threads: what runs cannot be stopped, and no longer counts
+        with suppress(NotImplementedError):  # solo and threads: the running task cannot be stopped, but no longer counts
             pool.terminate_job(self.worker_pid, signal or SIGTERM)
 
     def give_back(self) -> bool:
-        """Put the job at the head of its queue, uncounted; False when it does not run here (any more)."""
+        """Put the job back at the head of its queue, uncounted; False if it does not run here, or no longer does."""
         attempt = self._attempt()
         if attempt is None or not attempt.release():
             return False
@@ -353,12 +360,12 @@ class FencedRequest:
         error: BaseException,
         again: Callable[[], object],
     ) -> bool:
-        """Whether nothing is left for Celery to do; without the ledger the question is asked again later."""
+        """Whether nothing is left for Celery to do. If the ledger does not answer, nothing is, and ``again`` is called later."""
         task_ready(self)
         try:
             outcome = attempt.end(follows, how, repr(error))
             if outcome is Outcome.RELEASED and not self.acknowledged:
-                # The child died before it could claim: that was a start too, or a job that kills at once would never end.
+                # The child died before it could claim. It counts as a start: else a job that kills at once would never end.
                 answer = attempt.claim(str)
                 if answer is Claim.POISON:
                     return False  # final: Celery stores the failure and acknowledges
@@ -374,7 +381,7 @@ class FencedRequest:
         return True
 
     def _settle_soon(self, settle: Callable[[], object]) -> None:
-        """Close the ledger entry, now or as soon as Redis answers."""
+        """Call ``settle``, now or as soon as Redis answers."""
         try:
             settle()
         except (PoolUnavailable, RedisError) as unavailable:

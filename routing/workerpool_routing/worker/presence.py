@@ -1,7 +1,7 @@
-"""A thread that says every second that this worker is there, renews what it holds, and sees the marks that others set for it.
+"""Presence: a thread that reports every second that this worker lives, renews its messages, and looks for its mark to drain.
 
-A thread, because a worker that is busy (the solo pool, a long callback) must still report; in the main process, because that
-one holds the channel.
+It is a thread because a busy worker (the solo pool, a long callback) has to report too, and it runs in the main process because
+that is where the channel with the messages is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MARK_PERIOD_SECONDS = 0.4
 
 
 class PresenceReporter:
-    """Reports one worker life from the moment it consumes until it has left."""
+    """Reports one worker life, from the moment it consumes until it has left."""
 
     def __init__(self, life: WorkerLife, *, worker: str, queue: str, probes: Probes) -> None:
         self._life, self._worker, self._queue, self._probes = life, worker, queue, probes
@@ -39,23 +39,23 @@ class PresenceReporter:
         self._thread: Thread | None = None
 
     def start(self, sender: Any, **_: Any) -> None:
-        """Begin, when the worker is ready to consume; ``sender`` is Celery's consumer."""
+        """Begin when the worker is ready to consume, and again after each reconnect; ``sender`` is Celery's consumer."""
         self._consumer = sender
         self._probes.watch(sender)
         self._life.consumer = sender
         if self._thread is None:
             self._thread = Thread(target=self._run, name="workerpool-presence", daemon=True)
             self._thread.start()
-            atexit.register(self.stop)  # a cold shutdown does not say worker_shutdown
+            atexit.register(self.stop)  # a cold shutdown does not send worker_shutdown
         elif self._draining:
             self._apply_mark()  # a new connection consumes again
 
     def retire(self) -> None:
-        """From now on the worker only finishes what it has: it reports no slots."""
+        """Report no slots from now on: the worker only finishes its jobs."""
         self._retiring = True
 
     def stop(self, **_: Any) -> None:
-        """Leave: whatever is still in flight here goes back, and nothing of this worker is left to take over."""
+        """Sign off: put back whatever is still in flight here, so that nothing is left to take over."""
         if self._stopped.is_set() or self._thread is None:
             return
         self._stopped.set()
@@ -129,8 +129,8 @@ class PresenceReporter:
         request.reject(requeue=True)
 
     def _held_tags(self) -> list[str]:
-        """Every delivery that this worker has not acknowledged: of its channel, those with a future ETA among them, and of what
-        runs since before the channel's connection was made anew.
+        """The tags of all deliveries that this worker has not acknowledged: those of its channel, with a future ETA or not, and
+        those of jobs that have been running since before a reconnect.
         """
         task_consumer = self._consumer.task_consumer
         qos = task_consumer.channel.qos if task_consumer else None

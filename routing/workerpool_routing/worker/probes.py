@@ -1,4 +1,4 @@
-"""Two files for the probes of a pod: ``alive`` is as old as the worker's last sign of life, ``ready`` exists while it takes jobs.
+"""Two files for a pod's probes: ``alive`` is touched while the worker is well, ``ready`` exists while it takes jobs.
 
 No probe asks the broker: while Redis is away the worker waits for it, and a restart would not help.
 """
@@ -13,11 +13,11 @@ from celery.worker import state
 
 TICK_SECONDS = 1.0
 STUCK_SECONDS = 10.0
-"""A loop that has not turned for this long is stuck, unless it runs a task itself or waits for the broker."""
+"""An event loop that has not turned for so long is stuck, unless it runs a task itself or waits for the broker."""
 
 
 class Probes:
-    """Writes the files of one worker; without a directory, none."""
+    """Writes the two files into ``directory``; writes nothing if that is None."""
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
@@ -28,14 +28,14 @@ class Probes:
             self.gone()
 
     def watch(self, consumer: Any) -> None:
-        """Follow the loop of this consumer; a new connection cancels what was followed before."""
+        """Watch the event loop of this consumer. Called again after each reconnect, which cancels the consumer's timers."""
         self._consumer = consumer
         self._turn()
         if self._directory:
             consumer.timer.call_repeatedly(TICK_SECONDS, self._turn)
 
     def touch(self, *, ready: bool) -> None:
-        """Renew ``alive`` if the worker is, and let ``ready`` say whether it takes jobs; from any thread."""
+        """Touch ``alive`` if the worker is well, and create or remove ``ready``. May be called from any thread."""
         if not self._directory:
             return
         if self._lives():
@@ -46,7 +46,7 @@ class Probes:
             (self._directory / "ready").unlink(missing_ok=True)
 
     def gone(self) -> None:
-        """Take no more jobs."""
+        """Remove ``ready``: the worker takes no more jobs."""
         if self._directory:
             (self._directory / "ready").unlink(missing_ok=True)
 

@@ -1,4 +1,7 @@
-"""Results that are stored in one step with the end of their attempt, where Celery keeps them in the Redis of the ledger."""
+"""Results that the ledger's script stores in one step with the end of the attempt.
+
+This is possible if the app's result backend is Celery's own for Redis, on the ledger's server.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,17 @@ _SERVER = ("host", "port", "path", "username", "credential_provider")
 
 
 def beside_ledger(task: Task, value: Any, ledger: Any) -> Result | None:
-    """What Celery would store of the running task that has returned ``value``; None where it has to do that itself.
+    """The result as Celery would store it for the running task; None if Celery has to deal with it itself.
 
-    It has to when the result is ignored, when callbacks go out first, and when the backend is another one.
+    That is so if the result is ignored, if callbacks or a chain have to go out first, and with any other backend.
 
     Args:
-        task: the task, in the request that it runs in.
-        value: what its author's code returned.
+        task: the task, within its request.
+        value: what the task's code has returned.
         ledger: the redis-py client of the ledger.
 
     Raises:
-        EncodeError: it cannot be stored, which Celery makes a failure.
+        EncodeError: ``value`` cannot be encoded; Celery then stores a failure.
     """
     request, backend = task.request, task.backend
     ignored = task.ignore_result or request.ignore_result
@@ -42,7 +45,7 @@ def beside_ledger(task: Task, value: Any, ledger: Any) -> Result | None:
 
 
 def _one_server(backend: Any, ledger: Any) -> bool:
-    """Whether one script reaches both; an author's own kind of backend stores in its own way."""
+    """Whether one script reaches both. A subclass of the backend may store in its own way, so it does not count."""
     if type(backend) is not RedisBackend:
         return False
     here = _parameters(ledger)
@@ -50,6 +53,6 @@ def _one_server(backend: Any, ledger: Any) -> bool:
 
 
 def _parameters(ledger: Any) -> Mapping[str, Any]:
-    """How its connections are made."""
+    """The parameters of the client's connections."""
     parameters: Mapping[str, Any] = ledger.connection_pool.connection_kwargs
     return parameters

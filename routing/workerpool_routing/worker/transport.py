@@ -1,8 +1,8 @@
-"""Kombu's Redis transport with in-flight keys that go by Redis's own clock, and deliveries that nobody can confuse.
+"""Kombu's Redis transport, different in three things.
 
-Three things differ from Kombu. A message enters the in-flight keys by a script, so that the time is Redis's. A message that is
-delivered again gets a fresh tag, so that a late acknowledgement of the old delivery finds nothing. And a lost connection gives
-nothing back: what runs goes on running and is renewed, the rest is found by its age.
+* A message enters the in-flight keys by a script, so that its time is Redis's and not the host's.
+* A message that is delivered again gets a fresh delivery tag, so that a late acknowledgement of the old delivery finds nothing.
+* A lost connection puts nothing back: running jobs go on and are renewed, other messages are found by their age.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class QoS(_OfThisWorker, kombu_redis.QoS):  # type: ignore[misc,unused-ignore]
         delivery = message.delivery_info
         value = dumps([message._raw, delivery["exchange"], delivery["routing_key"]])  # noqa: SLF001 as Kombu stores it
         call = ledger.hold(self.life.keys, self.life.tier, tag=delivery_tag, value=value)
-        with self.channel.conn_or_acquire() as client:  # the channel's own: Celery knows what to do when it breaks
+        with self.channel.conn_or_acquire() as client:  # the channel's own connection: Celery handles it when that breaks
             client.eval(ledger.script("hold"), len(call.keys), *call.keys, *call.args)
         virtual.QoS.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
-        """Forget a message; one that came over a connection that is gone, too: Kombu would end the worker there."""
+        """Forget a message, even if it came over a connection that is closed by now: there Kombu would end the worker."""
         if not self.channel.closed:
             super().ack(delivery_tag)
             return
@@ -57,17 +57,17 @@ class QoS(_OfThisWorker, kombu_redis.QoS):  # type: ignore[misc,unused-ignore]
             life.connection.client.zrem(life.keys.unacked_index(life.tier), delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        """Put a message back, or forget it; likewise."""
+        """Put a message back, or forget it, even if its connection is closed by now."""
         if not self.channel.closed:
             super().reject(delivery_tag, requeue)
         elif requeue:
-            with suppress(PoolUnavailable):  # then nobody renews it, and it is found by its age
+            with suppress(PoolUnavailable):  # then nobody renews the message, and it is found by its age
                 give_back(self.life, delivery_tag)
         else:
             self.ack(delivery_tag)
 
     def restore_visible(self, *_: Any, **__: Any) -> None:
-        """Deliver again what nobody has renewed for the visibility time-out: the last resort where no operator runs."""
+        """Put back messages that nobody has renewed for the visibility time-out: the last resort if no operator runs."""
         life = self.life
         client, index = life.connection.client, life.keys.unacked_index(life.tier)
         with suppress(PoolUnavailable), unavailable_when_down():
@@ -76,7 +76,7 @@ class QoS(_OfThisWorker, kombu_redis.QoS):  # type: ignore[misc,unused-ignore]
                 give_back(life, tag)
 
     def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
-        """Put one message back: a rejected one at the end of the line, as Kombu does; any other at its head."""
+        """Put one message back: a rejected one at the end of the queue, as Kombu does; any other one at its head."""
         if leftmost:
             super().restore_by_tag(tag, client, leftmost=True)
         else:
@@ -84,13 +84,13 @@ class QoS(_OfThisWorker, kombu_redis.QoS):  # type: ignore[misc,unused-ignore]
 
 
 def settled(message: Any) -> None:
-    """Hold a message no longer: the script that ended its job has acknowledged it."""
+    """Stop holding a message that the script which ended its job has acknowledged."""
     message._state = "ACK"  # noqa: SLF001 as Kombu marks it
     virtual.QoS.ack(message.channel.qos, message.delivery_tag)
 
 
 def give_back(life: WorkerLife, tag: str) -> None:
-    """Put a message that is in flight back at the head of its queue, unless it is gone by now; raises PoolUnavailable."""
+    """Put an in-flight message back at the head of its queue, unless it is gone by now; raises PoolUnavailable."""
     with unavailable_when_down():
         raw = life.connection.client.hget(life.keys.unacked(life.tier), tag)
         if raw is None:
@@ -105,7 +105,7 @@ class Channel(_OfThisWorker, kombu_redis.Channel):  # type: ignore[misc,unused-i
     QoS = QoS
 
     def _brpop_read(self, **options: Any) -> Any:
-        """Read one message; text that is no JSON is set aside, where Kombu would end the worker."""
+        """Read one message; text that is not JSON is set aside, where Kombu would end the worker."""
         try:
             return super()._brpop_read(**options)
         except JSONDecodeError as error:
@@ -138,8 +138,8 @@ class SentinelTransport(Transport, kombu_redis.SentinelTransport):  # type: igno
 
 
 def use(life: WorkerLife) -> None:
-    """Let every Redis connection of this process be of this kind: one worker lives in a process."""
+    """Make this the transport of every Redis connection in this process, in which one worker lives."""
     _OfThisWorker.life = life
     for scheme, kind in (("redis", Transport), ("rediss", Transport), ("sentinel", SentinelTransport)):
         kombu.transport.TRANSPORT_ALIASES[scheme] = f"{__name__}:{kind.__name__}"
-        kombu.transport._transport_cache.pop(scheme, None)  # noqa: SLF001 an earlier connection may have been of Kombu's own
+        kombu.transport._transport_cache.pop(scheme, None)  # noqa: SLF001 an earlier connection may have used Kombu's own
