@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -49,6 +50,17 @@ def test_two_of_them_share_nothing() -> None:
         client.set("key", "value")
         with Redis.from_url(other.url) as stranger:
             assert stranger.get("key") is None
+
+
+def test_it_begins_empty_whatever_another_redis_has_left_in_the_temporary_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dump.rdb").write_text("of a Redis of another time or version")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with private_redis() as server, Redis.from_url(server.url) as client:
+        assert client.dbsize() == 0
+        client.save()
+    assert (tmp_path / "dump.rdb").read_text() == "of a Redis of another time or version"
 
 
 def test_it_ends_with_a_parent_that_is_killed() -> None:
