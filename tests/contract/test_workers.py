@@ -441,7 +441,7 @@ def test_a_worker_that_cannot_keep_the_promise_is_refused_in_one_line(
 ) -> None:
     ended = subprocess.run(
         command("gpu-jobs", "wrong"), env={**environment(url, "gpu", "gpu-jobs", "wrong"), **env}, cwd=ROOT,
-        capture_output=True, text=True, timeout=30, check=False,
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert ended.returncode != 0
     assert says in ended.stderr.splitlines()
