@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -54,14 +55,24 @@ def nodes(operator: Kube) -> cluster.Cluster:
 
 
 @pytest.fixture
-def site(operator: Kube) -> Iterator[Site]:
+def another_site(operator: Kube) -> Iterator[Callable[[], Site]]:
+    """Makes a namespace of the scenario's own, gone when it ends or makes another."""
+    with ExitStack() as current:
+
+        def make() -> Site:
+            current.close()
+            site = Site(operator)
+            current.callback(site.take_down)
+            site.set_up()
+            return site
+
+        yield make
+
+
+@pytest.fixture
+def site(another_site: Callable[[], Site]) -> Site:
     """A namespace of the scenario's own, gone when it ends."""
-    site = Site(operator)
-    try:
-        site.set_up()
-        yield site
-    finally:
-        site.take_down()
+    return another_site()
 
 
 FIGURES = pytest.StashKey[list[str]]()

@@ -1,7 +1,8 @@
 """Runs in the pods: an app whose jobs take as long as they are told, and a client of it and of the media service.
 
-``python jobs.py submit COUNT``, ``hold`` and ``states``; ``upload COUNT`` sends real files to the media service; ``open GATE``
-and ``marks``: what pods tell one another by files that all of them see.
+``python jobs.py submit COUNT``, ``hold``, ``stay TIER GATE...``, ``require GATE...`` and ``states``; ``since``: when workers came
+up; ``upload COUNT`` sends real files to the media service; ``open GATE`` and ``marks``: what pods tell one another by files that
+all of them see.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,12 @@ URL = os.environ["CELERY_BROKER_URL"]
 TIER = os.environ.get("WORKERPOOL_TIER", "none")
 MARKS = Path(os.environ["MEDIA_DIR"]) / "marks"
 
-app = Celery("jobs", broker=URL, backend=URL)
-app.conf.update(broker_connection_retry_on_startup=True)
-pool = WorkerPool(os.environ["MEDIA_POOL"], app)
+if "BESIDE_MEDIA" in os.environ:
+    from examples.media.tasks import app, pool
+else:
+    app = Celery("jobs", broker=URL, backend=URL)
+    app.conf.update(broker_connection_retry_on_startup=True)
+    pool = WorkerPool(os.environ["MEDIA_POOL"], app)
 
 
 @app.task  # type: ignore[untyped-decorator]
@@ -47,6 +52,14 @@ def hold() -> str:
     return TIER
 
 
+@app.task  # type: ignore[untyped-decorator]
+def stay(gate: str) -> str:
+    """Run until a gate is opened, on whatever tier, and tell the tier."""
+    while not (MARKS / gate).exists():
+        time.sleep(0.1)
+    return TIER
+
+
 def mark(name: str) -> None:
     MARKS.mkdir(parents=True, exist_ok=True)
     (MARKS / name).touch()
@@ -64,6 +77,18 @@ def submit_held() -> str | None:
     return decision.task_id
 
 
+def submit_staying(tier: str, gates: list[str]) -> list[str | None]:
+    """Ask for a GPU for jobs that stay, one for each gate, as soon as a new one would go to that tier; the task ids."""
+    while pool.should_accelerate(stay).tier != tier:
+        time.sleep(0.1)
+    return [pool.submit(stay, (gate,), accelerated=True).task_id for gate in gates]
+
+
+def require_staying(gates: list[str]) -> list[str | None]:
+    """Jobs that stay, one for each gate, on GPUs and nowhere else; the task ids."""
+    return [pool.submit(stay, (gate,), accelerated="required").task_id for gate in gates]
+
+
 def states(tasks: list[str]) -> list[dict[str, Any] | None]:
     """What the ledger and the result backend hold of each job; None for one that nobody knows."""
     found: list[dict[str, Any] | None] = []
@@ -73,7 +98,9 @@ def states(tasks: list[str]) -> list[dict[str, Any] | None]:
             found.append(None)
         else:
             result = app.AsyncResult(task).result
-            found.append({"state": job.state, "tier": job.tier, "starts": job.starts, "owner": job.owner, "result": result})
+            runs = [asdict(run) for run in job.runs]
+            kept = {"state": job.state, "tier": job.tier, "reason": job.reason, "starts": job.starts, "owner": job.owner}
+            found.append({**kept, "runs": runs, "result": result})
     return found
 
 
@@ -107,6 +134,12 @@ if __name__ == "__main__":
             print(json.dumps(submit(int(count))))
         case ["hold"]:
             print(json.dumps(submit_held()))
+        case ["stay", tier, *gates]:
+            print(json.dumps(submit_staying(tier, gates)))
+        case ["require", *gates]:
+            print(json.dumps(require_staying(gates)))
+        case ["since"]:
+            print(json.dumps({owner: worker.since for owner, worker in pool.workers().items()}))
         case ["open", gate]:
             mark(gate)
         case ["marks"]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from e2e.cluster import images
+from e2e.cluster.machine import GPUS
 from tests.e2e.kube import Kube, Object, eventually
 
 SAMPLE = images.ROOT / "examples" / "media" / "workerpool.yaml"
@@ -64,18 +65,26 @@ class Site:
         self.kube.kubectl(*delete, "--wait=false", "namespace", self.namespace, check=False)
         self.kube.kubectl(*delete, "--wait=false", "persistentvolume", self.namespace, check=False)
 
-    def pool(self, name: str = "media", app: str = "jobs") -> Object:
-        """The sample WorkerPool, for this namespace: the same tiers and queues, our image, a broker URL from the Secret."""
+    def pool(self, name: str = "media", *, files: bool = False) -> Object:
+        """The sample WorkerPool, for this namespace: the same tiers and queues, our image, a broker URL from the Secret.
+
+        ``files``: its workers know the tasks of the media service too.
+        """
         pool: Object = yaml.safe_load(SAMPLE.read_text())
         pool["metadata"] = {"name": name, "namespace": self.namespace}
-        pool["spec"] |= {"app": app, "broker": {"urlFrom": {"secretKeyRef": {"name": "redis", "key": "url"}}}}
+        pool["spec"] |= {"app": "jobs", "broker": {"urlFrom": {"secretKeyRef": {"name": "redis", "key": "url"}}}}
         # Longer than a start takes on a busy machine: after one that outlasts it workers stand ready for a quarter of an hour.
         pool["spec"]["scaling"] = {"targetWaitSeconds": 240}
         for tier in pool["spec"]["tiers"]:
             pod = tier["template"]["spec"]
             (container,) = pod["containers"]
             container |= {"image": images.MEDIA.name, "imagePullPolicy": "IfNotPresent", "securityContext": CONTAINER_SECURITY}
-            container |= {"env": self._environment(name), "volumeMounts": MOUNTS, "resources": {"requests": {"cpu": "100m"}}}
+            beside = [{"name": "BESIDE_MEDIA", "value": "1"}] if files else []
+            container |= {
+                "env": [*self._environment(name), *beside],
+                "volumeMounts": MOUNTS,
+                "resources": {"requests": {"cpu": "100m"}},
+            }
             pod |= {"securityContext": POD_SECURITY, "volumes": VOLUMES, "terminationGracePeriodSeconds": 60}
             if "accelerator" not in tier:
                 pod |= CPU_NODE
@@ -107,10 +116,10 @@ class Site:
         """Of each of its workers, whether it has a node; those that wait for one first."""
         return sorted("nodeName" in pod["spec"] for pod in self.workers(tier))
 
-    def told(self, kind: str) -> list[str]:
-        """The notes of the Events about objects of that kind."""
+    def events(self, kind: str) -> list[Object]:
+        """The Events about objects of that kind."""
         events = self.kube.items(self.namespace, "events.events.k8s.io")
-        return [event["note"] for event in events if event["regarding"]["kind"] == kind]
+        return [event for event in events if event["regarding"]["kind"] == kind]
 
     def submit(self, count: int) -> list[str]:
         """Short jobs that ask for a GPU; their task ids."""
@@ -131,14 +140,40 @@ class Site:
         eventually(held, seconds=240)
         return task
 
+    def stay(self, tier: str, *gates: str) -> list[str]:
+        """Jobs that ask for a GPU and run until their gates are opened, once a new one goes to that tier; their task ids."""
+        tasks: list[str] = json.loads(self._python("stay", tier, *gates))
+        return tasks
+
+    def require(self, *gates: str) -> list[str]:
+        """Jobs that run on GPUs alone, until their gates are opened; their task ids."""
+        tasks: list[str] = json.loads(self._python("require", *gates))
+        return tasks
+
+    def since(self) -> dict[str, int]:
+        """When the lives of workers that are there first reported, in milliseconds of Redis."""
+        since: dict[str, int] = json.loads(self._python("since"))
+        return since
+
     def worker_of(self, task: str) -> str:
         """The name of the pod that runs a job."""
         (job,) = self.jobs([task])
-        return str(job["owner"]).rpartition(".")[0]
+        return pod_of(job)
 
     def release(self) -> None:
         """Let the job that is held end."""
         self.open("released")
+
+    def take_gpus(self) -> None:
+        """Let somebody else have all of them."""
+        container = {"name": "others", "image": images.REDIS.name, "resources": {"limits": {"nvidia.com/gpu": GPUS}}}
+        others = deployment("others", container, [])
+        del others["spec"]["template"]["spec"]["nodeSelector"]
+        self.apply(others)
+        self.kube.kubectl("rollout", "status", "deployment/others", f"--namespace={self.namespace}", "--timeout=230s")
+
+    def give_gpus_back(self) -> None:
+        self.kube.kubectl("delete", "deployment/others", f"--namespace={self.namespace}")
 
     def gate(self, tier: Object) -> None:
         """Let the workers of a tier of a pool's manifest start only when its gate is opened."""
@@ -219,6 +254,11 @@ class Site:
     def _claim(self) -> Object:
         spec = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}, "storageClassName": ""}
         return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "media"}, "spec": spec}
+
+
+def pod_of(run: Object) -> str:
+    """The name of the pod that had a run, or has a job."""
+    return str(run["owner"]).rpartition(".")[0]
 
 
 def namespace(name: str) -> Object:

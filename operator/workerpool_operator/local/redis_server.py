@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -99,6 +100,8 @@ def _start(binary: Path, guardian: Guardian) -> tuple[subprocess.Popen[bytes], i
         # Another process may take the port before the server does: then the server ends, and the next port is tried.
         port = _free_port()
         options = ["--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no"]
+        # Even without persistence it would load a dump.rdb that another Redis has left here, and leave one itself as a replica.
+        options += ["--dbfilename", f"{uuid4().hex}.rdb", "--rdb-del-sync-files", "yes"]
         # A file without a name: nothing is left of it, whoever dies first.
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
