@@ -114,7 +114,7 @@ async def run(bursts: int, jobs: int, directory: Path) -> list[Burst]:
             return [await burst(service, client, paths, watched) for _ in range(bursts)]
 
 
-def main(bursts: int, jobs: int) -> None:
+def main(bursts: int = 4, jobs: int = 32) -> None:
     with tempfile.TemporaryDirectory(prefix="workerpool-waits-", ignore_cleanup_errors=True) as directory:
         found = asyncio.run(run(bursts, jobs, Path(directory)))
     print("| burst | jobs | as told | mean error s | median of the absolute s | longest wait s |")
@@ -128,4 +128,4 @@ def main(bursts: int, jobs: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*(int(argument) for argument in (*sys.argv[1:], "4", "32")[:2]))
+    main(*map(int, sys.argv[1:]))

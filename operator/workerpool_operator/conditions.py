@@ -128,10 +128,18 @@ def _broker(found: Findings) -> _Verdict:
     return "True", "Answering", "the queues are read every second"
 
 
+_OUT = (
+    (Phase.UNSCHEDULABLE, "Unschedulable"),
+    (Phase.FAILING, "WorkersFailing"),
+    (Phase.EJECTED, "WorkersEjected"),
+)
+"""Workers that were ordered and take no jobs, and the reason that is told."""
+
+
 def _capacity(found: Findings) -> _Verdict:
     if found.workers:
         return "Unknown", "WorkersUnreadable", found.workers.why
-    for phase, reason in ((Phase.UNSCHEDULABLE, "Unschedulable"), (Phase.FAILING, "WorkersFailing")):
+    for phase, reason in _OUT:
         stuck = [_details(plan, phase) for plan in found.plans if plan.workers.count(phase)]
         if stuck:
             return "False", reason, "; ".join(stuck)

@@ -195,6 +195,7 @@ class Phase(StrEnum):
     UNSCHEDULABLE = "Unschedulable"
     FAILING = "Failing"
     STOPPING = "Stopping"
+    EJECTED = "Ejected"
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +243,8 @@ class TierReplicas:
     @property
     def starting(self) -> int:
         """Ordered and on their way: neither ready, nor stuck, nor leaving."""
-        stuck = self.count(Phase.READY) + self.count(Phase.UNSCHEDULABLE) + self.count(Phase.FAILING)
-        return max(0, self.desired - stuck)
+        others = (Phase.READY, Phase.UNSCHEDULABLE, Phase.FAILING, Phase.EJECTED)
+        return max(0, self.desired - sum(map(self.count, others)))
 
     @property
     def newest(self) -> tuple[float, Replica] | None:

@@ -37,6 +37,8 @@ _NEWS = 0.1
 _STUCK = frozenset({Phase.UNSCHEDULABLE, Phase.FAILING})
 """The phases of a worker that is ordered and cannot come up for now: no start is under way, and none takes so long."""
 
+_FAILS = "attempts on {} fail, and their jobs succeed elsewhere; it is tried again after a pause"
+
 _PAUSED = "mode: Paused: nothing is decided, the count is what was seen"
 
 
@@ -98,7 +100,8 @@ def plan(
     # A job orders where it waits, which is behind the tier that it wanted: what is ordered there has to be known first.
     plain, accelerated = ([t for t in pool.spec.tiers if t.accelerated is kind] for kind in (False, True))
     for tier in (*plain, *reversed(accelerated)):
-        live, queue = workers[tier.name], None if isinstance(reading, Unavailable) else _bounded(reading, tier)
+        queue = None if isinstance(reading, Unavailable) else _bounded(reading, tier)
+        live = _without_ejected(workers[tier.name], queue)
         known = _informed(memory.get(tier.name, Memory()), live, queue)
         bounds = scaling.Policy(tier.replicas.min, tier.replicas.max, tier.concurrency, pool.spec.scaling.target_wait_seconds)
         routing = _routing(pool, tier, queue, reading)
@@ -155,6 +158,14 @@ def _joint(
         carried = running * min(1.0, own.served.seconds / own.served.jobs / (seconds / jobs))
     kept = min(own.stuck * bounds.concurrency, own.spilled)
     return replace(own, settled=settled, carried=max(carried, kept))
+
+
+def _without_ejected(live: TierReplicas, queue: QueueReading | None) -> TierReplicas:
+    """Workers that are ejected run, and are neither ready nor on their way."""
+    ejected = {report.worker for report in queue.workers if report.ejected} if queue else frozenset[str]()
+    out = {one for one in live.replicas if one.worker in ejected and one.phase in (Phase.STARTING, Phase.READY)}
+    told = (replace(one, phase=Phase.EJECTED, detail=_FAILS.format(one.worker)) if one in out else one for one in live.replicas)
+    return replace(live, replicas=tuple(told)) if out else live
 
 
 def _stuck(live: TierReplicas, before: Mapping[str, float], now: float) -> Mapping[str, float]:
@@ -293,7 +304,7 @@ def _starts(plan: TierPlan, stuck: int, now: float) -> tuple[float, list[float]]
         starting = [r for r in coming if r.phase is Phase.STARTING and r.worker not in takes_jobs]
         assumed = min(START_SECONDS, plan.decision.memory.first_start)
         start = max([assumed, *(now - _begun(replica, plan.stuck) for replica in starting)])
-    count = max(0, plan.decision.replicas - sum(takes_jobs.values()) - stuck)
+    count = max(0, plan.decision.replicas - sum(takes_jobs.values()) - stuck - plan.workers.count(Phase.EJECTED))
     lasted = [now - _begun(replica, plan.stuck) for replica in coming]
     ready_in = sorted(min(max(start - seconds, start * OVERDUE), start) for seconds in lasted)[:count]
     # Where one is stuck, those that are not to be seen yet would be too.

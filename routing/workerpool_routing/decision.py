@@ -30,7 +30,7 @@ class Decision:
         message: the reason in a sentence, with the numbers behind it.
         expected_wait: estimated seconds until it starts; None while no worker is ready or starting. Before a job has ended on a
             tier, each counts as one second there (a quarter of one on an accelerated tier). Before a worker has started, a start
-            counts as 30 s (under ``workerpool dev``: as long as another one took).
+            counts as 30 s (under ``workerpool dev``: twice what another one took).
     """
 
     task_id: str | None

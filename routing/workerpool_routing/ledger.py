@@ -37,6 +37,19 @@ from workerpool_routing.wire import (
 LOSSES_ALLOWED = 1
 """How often a job that cannot move to another tier is delivered again after its worker was lost; the next loss is final."""
 
+EJECTED_AFTER = 3
+"""A worker is ejected after so many failed attempts whose jobs succeeded elsewhere, while none of its own succeeded and as many
+of other workers of its tier did."""
+
+EJECTION_MS = 30_000
+"""For how long the first time; each time it fails again when it is tried after that, for twice as long."""
+
+LONGEST_EJECTION_MS = 600_000
+
+MARKED, EJECTED = 1, 2
+"""What ``presence.lua`` answers: either, both or none."""
+
+
 AS_EXPECTED_SECONDS, AS_EXPECTED_PART = 2.0, 0.25
 """By how much a job's wait may differ from what was expected to have been as expected: so long, or such a part of it."""
 
@@ -291,7 +304,7 @@ def settle(
     return Call(
         [
             keys.job(task_id), keys.held(owner), keys.waiting(tier), keys.unacked(tier), keys.unacked_index(tier),
-            keys.service(tier), keys.served(tier), keys.attempts(tier), keys.checkpoint(tier), *spilled,
+            keys.service(tier), keys.served(tier), keys.attempts(tier), keys.checkpoint(tier), keys.outlier(owner), *spilled,
         ],
         [task_id, attempt, tag, owner, before, after, life, how, error[:ERROR_CHARACTERS],
             "" if retries is None else retries, held_as, message, queue, JOB_LIFE_SECONDS,
@@ -337,6 +350,8 @@ def move(
             keys.waiting(to.tier.name),
             keys.attempts(job.tier),
             keys.checkpoint(job.tier),
+            keys.served(job.tier),
+            keys.outlier(job.owner),
         ],
         [
             job.task_id, job.attempt, job.tag, held_as, to.attempt, to.tier.name, to.reason,
@@ -435,13 +450,17 @@ def aside(keys: Keyspace, tier: str, task_id: str, *, tag: str, reason: str, mes
 
 def leave(keys: Keyspace, tier: str, owner: str) -> Call:
     """Arguments of ``leave.lua``: a worker life is over, and it holds nothing that somebody has to take over."""
-    return Call([keys.presence(tier), keys.slots(tier), keys.held(owner), keys.scheduled(tier)], [owner])
+    return Call([keys.presence(tier), keys.slots(tier), keys.held(owner), keys.scheduled(tier), keys.outlier(owner)], [owner])
 
 
 def report(keys: Keyspace, presence: Mapping[str, str | int | bool], tags: Sequence[str]) -> Call:
     """Arguments of ``presence.lua``: a worker reports that it lives and holds the deliveries of these ``tags``."""
-    tier = str(presence["tier"])
+    tier, owner = str(presence["tier"]), str(presence["owner"])
     return Call(
-        [keys.presence(tier), keys.slots(tier), keys.unacked_index(tier), keys.scheduled(tier), keys.drain],
-        [json.dumps({"version": SCHEMA_VERSION, **presence}), JOB_LIFE_SECONDS, *tags],
-    )
+        [
+            keys.presence(tier), keys.slots(tier), keys.unacked_index(tier), keys.scheduled(tier), keys.drain, keys.served(tier),
+            keys.outlier(owner),
+        ],
+        [json.dumps({"version": SCHEMA_VERSION, **presence}), JOB_LIFE_SECONDS,
+            EJECTED_AFTER, EJECTION_MS, LONGEST_EJECTION_MS, *tags],
+    )  # fmt: skip

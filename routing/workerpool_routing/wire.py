@@ -23,7 +23,7 @@ key                       type    meaning
 ``service:<tier>``        hash    task → mean seconds from claim to end, an EWMA of weight 0.2; written when a job has ended
 ``sides``                 hash    task → 1 while its jobs spill because the wait is too long
 ``served:<tier>``         hash    ``jobs``, ``seconds``, ``squares``: attempts so far, their time on a slot and the squares of it;
-                                  ``mean``: seconds of the last hundred or so, of whatever task
+                                  ``succeeded``: those that ended well; ``mean``: seconds of the last hundred or so, of any task
 ``attempts:<tier>``       hash    ``succeeded``, ``failed``: how those that began after ``since`` have ended; ``confirmed``,
                                   ``refuted``: of those that failed, what their jobs came to on another tier; it begins anew when
                                   the checkpoint has another ``since``; written by the scripts that end attempts and nobody else
@@ -31,6 +31,9 @@ key                       type    meaning
                                   ``state``, ``at``, ``opened``, ``since``, ``older``: the circuit breaker; ``succeeded``,
                                   ``failed``, ``confirmed``, ``refuted``: what counts no more of ``attempts:<tier>``;
                                   ``start_seconds``: how long a worker takes to start
+``outlier:<owner>``       hash    of a worker whose attempts have failed since one went well: ``row``: how many of their jobs
+                                  succeeded on another tier; ``beside``: ``succeeded`` of its tier when it began; ``times``,
+                                  ``till``: how often it was ejected, and until when; ``again``: it has failed since
 ``waits:<tier>``          hash    ``jobs``, ``seconds``, ``expected``, ``right``: first starts so far, their waits, what admission
                                   expected these to be, and how many of them were so, see :data:`ledger.AS_EXPECTED_PART`
 ``drain``                 set     workers (by name) that are to stop consuming; written by the operator, expires by itself
@@ -162,6 +165,9 @@ class Keyspace:
 
     def checkpoint(self, tier: str) -> str:
         return self._own(f"checkpoint:{tier}")
+
+    def outlier(self, owner: str) -> str:
+        return self._own(f"outlier:{owner}")
 
     def waits(self, tier: str) -> str:
         return self._own(f"waits:{tier}")
@@ -360,8 +366,9 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """One worker's last report. ``since`` and ``at`` are Redis milliseconds; a worker that is draining or leaving reports no
-    slots. ``scheduled`` messages with a future ETA are neither busy nor in flight.
+    """One worker's last report. ``since`` and ``at`` are Redis milliseconds; a worker that is draining, leaving or ejected has no
+    slots. ``scheduled`` messages with a future ETA are neither busy nor in flight. ``ejected``: it takes no jobs for a while,
+    because its attempts fail while those of others succeed.
     """
 
     owner: str
@@ -374,6 +381,7 @@ class Presence:
     at: Milliseconds
     scheduled: int = 0
     draining: bool = False
+    ejected: bool = False
 
     def alive(self, now: Milliseconds) -> bool:
         """Whether it has reported within the presence life."""

@@ -43,7 +43,7 @@ def end(how: str) -> None:
         sys.exit(3)
     if how == "hang":
         time.sleep(60)
-    if how == "driver" and app.backend.client.exists("driver is broken"):
+    if how == "driver" and app.backend.client.exists("driver is broken", f"{os.environ['WORKERPOOL_WORKER']} is broken"):
         raise OSError("no such device")
     while how == "gate" and not app.backend.client.get("gate"):
         time.sleep(0.05)

@@ -16,6 +16,7 @@ import pytest
 from redis import Redis
 from tests.contract import seeds
 from tests.contract.seeds import claim, consumer, make_pool, publish, report, take
+from tests.contract.workers import until
 
 from workerpool_operator import planning
 from workerpool_operator.broker import TIMEOUT_SECONDS, RedisBroker
@@ -63,7 +64,9 @@ def why_not(url: str, pool: Pool) -> str:
 
 
 def open_for_jobs(url: str, pool: Pool) -> None:
-    ask(lambda broker: broker.publish(url, pool, planning.policy(pool.spec), CAPACITY))
+    """Tell policy and capacity; on a busy machine Redis may need longer for it than a pass waits."""
+    policy = planning.policy(pool.spec)
+    until(lambda: ask(lambda broker: broker.publish(url, pool, policy, CAPACITY)) is None, "the pool is published")
 
 
 def submit(pool: Pool, *, priority: int | None = None) -> str:

@@ -63,20 +63,6 @@ def test_it_begins_empty_whatever_another_redis_has_left_in_the_temporary_direct
     assert (tmp_path / "dump.rdb").read_text() == "of a Redis of another time or version"
 
 
-def test_it_leaves_no_file_behind_as_a_replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with private_redis() as master, private_redis() as replica, Redis.from_url(replica.url) as client:
-        Redis.from_url(master.url).set("key", "value")
-        client.replicaof("127.0.0.1", master.port)
-        deadline = time.monotonic() + 60
-        while client.info("replication")["master_link_status"] != "up" and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert client.get("key") == b"value"
-        while list(tmp_path.iterdir()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_it_ends_with_a_parent_that_is_killed() -> None:
     script = """
 from workerpool_operator.local.redis_server import private_redis

@@ -222,8 +222,8 @@ def test_most_jobs_of_a_burst_wait_about_as_long_as_they_were_told(length: float
 
 
 def test_nearly_all_jobs_of_the_very_first_burst_wait_as_told_where_starts_are_known_to_be_quick() -> None:
-    """The sample's jobs and starts, of which none has been seen. They would be three quarters if a start were taken for one of a
-    new node, four fifths if a job were taken to be no shorter on an accelerator.
+    """The sample's jobs and starts, of which none has been seen. They would be 72 % if a start were taken for one of a new node,
+    81 % if a job were taken to be no shorter on an accelerator.
     """
     right = bursts(0.1, 1.5, (2, 2), slowdown=9.0, every=0.1, known=1.5)[:32]
     assert sum(right) >= 0.9 * len(right), f"{sum(right)} of {len(right)}"

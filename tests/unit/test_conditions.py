@@ -183,14 +183,18 @@ def test_two_outages_at_once_are_both_told() -> None:
 
 @pytest.mark.parametrize(
     ("phase", "reason", "words"),
-    [(Phase.UNSCHEDULABLE, "Unschedulable", "unschedulable"), (Phase.FAILING, "WorkersFailing", "failing")],
+    [
+        (Phase.UNSCHEDULABLE, "Unschedulable", "2 of 3 unschedulable"),
+        (Phase.FAILING, "WorkersFailing", "2 of 3 failing"),
+        (Phase.EJECTED, "WorkersEjected", "2 of 5 ejected"),  # two are ordered in their place
+    ],
 )
 def test_workers_that_do_not_come_up_are_counted_and_their_trouble_is_told(phase: Phase, reason: str, words: str) -> None:
     seen = IDLE | {"gpu": workers(3, Phase.READY, phase, phase, detail="no node has a free GPU")}
     outcome = told(plans(seen, gpu=QueueReading(3, 0, 0)))
     lack = conditions(outcome)["CapacityAvailable"]
     assert (lack.status, lack.reason) == ("False", reason)
-    assert lack.message == f"gpu: 2 of 3 {words}: no node has a free GPU"
+    assert lack.message == f"gpu: {words}: no node has a free GPU"
     assert values(outcome)["Ready"] == "True", "the other tier works"
 
 

@@ -186,7 +186,7 @@ def test_a_settled_job_is_struck_from_the_spills_of_every_tier() -> None:
     )
     assert call.keys == [
         KEYS.job("t1"), KEYS.held("w.1"), KEYS.waiting("gpu"), KEYS.unacked("gpu"), KEYS.unacked_index("gpu"),
-        KEYS.service("gpu"), KEYS.served("gpu"), KEYS.attempts("gpu"), KEYS.checkpoint("gpu"),
+        KEYS.service("gpu"), KEYS.served("gpu"), KEYS.attempts("gpu"), KEYS.checkpoint("gpu"), KEYS.outlier("w.1"),
         KEYS.spilled("gpu"), KEYS.spilled("cpu"),
     ]  # fmt: skip
 
@@ -224,6 +224,8 @@ def test_a_move_takes_the_message_from_the_tier_that_held_it_to_the_queue_of_the
         KEYS.waiting("cpu"),
         KEYS.attempts("gpu"),
         KEYS.checkpoint("gpu"),
+        KEYS.served("gpu"),
+        KEYS.outlier("w.1"),
     ]
     *before, message, channel, pool, life, queue, how, error = call.args
     assert (queue, how, error) == ("celery", "lost", "why")
@@ -244,7 +246,8 @@ def test_a_move_on_the_same_tier_says_so_because_it_counts_as_a_loss() -> None:
 
 def test_a_worker_that_leaves_is_struck_from_presence_slots_and_claims() -> None:
     call = ledger.leave(KEYS, "gpu", "w.1")
-    assert (call.keys, call.args) == ([KEYS.presence("gpu"), KEYS.slots("gpu"), KEYS.held("w.1"), KEYS.scheduled("gpu")], ["w.1"])
+    of_tier = [KEYS.presence("gpu"), KEYS.slots("gpu"), KEYS.held("w.1"), KEYS.scheduled("gpu")]
+    assert (call.keys, call.args) == ([*of_tier, KEYS.outlier("w.1")], ["w.1"])
 
 
 def test_the_claim_script_answers_in_the_words_of_the_library() -> None:

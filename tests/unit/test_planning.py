@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workerpool_operator import breaker, planning, rebalancing, scaling
+from workerpool_operator import breaker, drain, planning, rebalancing, scaling
 from workerpool_operator.model import WorkerPoolSpec, parse_spec
 from workerpool_operator.observation import (
     NO_ATTEMPTS,
@@ -641,3 +641,24 @@ def test_there_is_no_breaker_where_nothing_is_decided_or_jobs_have_nowhere_else_
 def test_a_plain_tier_has_no_breaker_whatever_is_counted_there() -> None:
     assert plan(reading(cpu=QueueReading(3, 0, 0, counted=FAILING)))["cpu"].breaker is None
     assert plan(OUTAGE)["gpu"].breaker is None
+
+
+def test_a_worker_that_is_ejected_is_neither_ready_nor_on_its_way_is_replaced_and_goes_first() -> None:
+    live = replicas(2, Phase.READY, Phase.READY)
+    sound = (worker("w0", busy=1), worker("w1"))
+    ejected = (sound[0], replace(sound[1], slots=0, ejected=True))
+    memory = {"gpu": Memory(start_seconds=20.0, level=0)}
+    found = {
+        present: plan(reading(gpu=QueueReading(1, 1, 0, present)), gpu=live, memory=memory)["gpu"] for present in (sound, ejected)
+    }
+    assert found[ejected].decision.replicas == found[sound].decision.replicas + 1
+    assert starting(told(found[sound])["gpu"]) == 0
+    assert starting(told(found[ejected])["gpu"]) == 1, "the one in its place"
+    (out,) = (one for one in found[ejected].workers.replicas if one.phase is Phase.EJECTED)
+    assert out.worker == "w1"
+    assert "w1" in out.detail
+    leaves = drain.decide(1, found[ejected].workers, QueueReading(0, 0, 0, ejected), frozenset(), TIME, drain.Memory(), NOW)
+    assert leaves.marks == {"w1"}
+    for phase in (Phase.STOPPING, Phase.FAILING):
+        seen = plan(reading(gpu=QueueReading(0, 0, 0, ejected)), gpu=replicas(2, Phase.READY, phase))["gpu"]
+        assert seen.workers.count(phase) == 1, "that says more"

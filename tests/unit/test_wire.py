@@ -96,6 +96,7 @@ def own_keys(keys: Keyspace) -> list[str]:
         keys.served,
         keys.attempts,
         keys.checkpoint,
+        keys.outlier,
         keys.held,
         keys.job,
         keys.unacked,
@@ -125,7 +126,7 @@ def test_every_name_of_schema_version_1_stays_as_other_releases_know_it() -> Non
     assert [name.removeprefix("workerpool:ml/media:") for name in own_keys(KEYS)] == [
         "policy", "capacity", "routes", "sides", "drain", "aside", "aside:count",
         "presence:gpu", "presence:cpu", "slots:gpu", "slots:cpu", "spilled:gpu", "spilled:cpu", "served:gpu", "served:cpu",
-        "attempts:gpu", "attempts:cpu", "checkpoint:gpu", "checkpoint:cpu",
+        "attempts:gpu", "attempts:cpu", "checkpoint:gpu", "checkpoint:cpu", "outlier:gpu", "outlier:cpu",
         "held:gpu", "held:cpu", "job:gpu", "job:cpu", "unacked:gpu", "unacked:cpu", "unacked:gpu:index", "unacked:cpu:index",
         "waiting:gpu", "waiting:cpu", "scheduled:gpu", "scheduled:cpu",
         "leases:gpu", "leases:cpu", "idempotent:gpu", "idempotent:cpu", "service:gpu", "service:cpu",

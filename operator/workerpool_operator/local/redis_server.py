@@ -99,9 +99,9 @@ def _start(binary: Path, guardian: Guardian) -> tuple[subprocess.Popen[bytes], i
     for _ in range(_ATTEMPTS):
         # Another process may take the port before the server does: then the server ends, and the next port is tried.
         port = _free_port()
-        options = ["--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no"]
-        # Even without persistence it would load a dump.rdb that another Redis has left here, and leave one itself as a replica.
-        options += ["--dbfilename", f"{uuid4().hex}.rdb", "--rdb-del-sync-files", "yes"]
+        # It would load the dump.rdb that another Redis has left in its directory, save or no save.
+        dump = f"{uuid4().hex}.rdb"
+        options = ["--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no", "--dbfilename", dump]
         # A file without a name: nothing is left of it, whoever dies first.
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(

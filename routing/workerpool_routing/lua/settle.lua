@@ -1,7 +1,7 @@
 -- Move an attempt from one state to another, if it is still the one that the ledger knows.
 --
 -- KEYS: job, held:<owner>, waiting:<tier>, unacked hash, unacked index, service:<tier>, served:<tier>, attempts:<tier>,
--- checkpoint:<tier>, then every spilled:<tier>.
+-- checkpoint:<tier>, outlier:<owner>, then every spilled:<tier>.
 -- ARGV: task id, attempt, delivery tag and owner ('' before a claim), from, to, life, how it ended, error, retries asked for,
 -- delivery tag of a message to acknowledge, whatever the ledger says, the message of that retry ('': it cannot be published again)
 -- and its queue, life of the served counts, then the result that counts from this step on: its key, value, life in seconds (0: for
@@ -23,7 +23,8 @@ if ARGV[11] ~= '' then
   redis.call('HDEL', KEYS[4], ARGV[11])
   redis.call('ZREM', KEYS[5], ARGV[11])
 end
-local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'tag', 'owner', 'runs', 'claimed_at', 'task', 'suspect', 'suspect_since')
+local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'tag', 'owner', 'runs', 'claimed_at', 'task', 'suspect', 'suspect_since',
+  'suspect_worker')
 if not job[1] then
   redis.call('SREM', KEYS[2], id)
   return -1
@@ -45,6 +46,10 @@ if from == 'claimed' and to ~= 'admitted' and tonumber(job[6]) then
 end
 if to ~= 'admitted' then
   local good = to == 'done' or (to == 'finishing' and ARGV[8] == 'done')
+  if from == 'claimed' and good then
+    redis.call('HINCRBY', KEYS[7], 'succeeded', 1)
+    redis.call('DEL', KEYS[10])
+  end
   local since = redis.call('HGET', KEYS[9], 'since') or '0'
   if from == 'claimed' and good and (tonumber(job[6]) or 0) >= tonumber(since) then
     if redis.call('HGET', KEYS[8], 'since') ~= since then
@@ -56,7 +61,8 @@ if to ~= 'admitted' then
   end
   -- How the job ends here says whether the tier was at fault on which it failed before; one that expires says nothing.
   if job[8] then
-    redis.call('HDEL', KEYS[1], 'suspect', 'suspect_since')
+    redis.call('HDEL', KEYS[1], 'suspect', 'suspect_since', 'suspect_worker')
+    if good and redis.call('EXISTS', job[10]) == 1 then redis.call('HINCRBY', job[10], 'row', 1) end
     if (tonumber(job[9]) or 0) >= (tonumber(redis.call('HGET', job[8], 'since')) or 0) then
       redis.call('HINCRBY', job[8], to == 'expired' and 'failed' or good and 'confirmed' or 'refuted', to == 'expired' and -1 or 1)
       redis.call('EXPIRE', job[8], ARGV[14])
@@ -90,7 +96,7 @@ if to == 'admitted' then
 end
 redis.call('ZREM', KEYS[3], id)
 redis.call('HDEL', KEYS[1], 'message', 'missing_at')
-for i = 10, #KEYS do redis.call('ZREM', KEYS[i], id) end
+for i = 11, #KEYS do redis.call('ZREM', KEYS[i], id) end
 -- The delivery ends with the job: a worker that lost its connection meanwhile could not acknowledge it any more.
 if tag ~= '' then
   redis.call('HDEL', KEYS[4], tag)

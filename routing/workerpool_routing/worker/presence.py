@@ -34,6 +34,7 @@ class PresenceReporter:
         self._life, self._worker, self._queue, self._probes = life, worker, queue, probes
         self._consumer: Any = None
         self._retiring = False
+        self._marked = self._ejected = False
         self._draining = False
         self._stopped = Event()
         self._thread: Thread | None = None
@@ -74,13 +75,13 @@ class PresenceReporter:
         while not self._stopped.is_set():
             try:
                 if due <= 0:
-                    marked = self._report()
+                    self._report()
                     due = PRESENCE_PERIOD_SECONDS
                 else:
                     with unavailable_when_down():
-                        marked = bool(self._life.connection.client.sismember(self._life.keys.drain, self._worker))
-                if marked != self._draining:
-                    self._draining = marked
+                        self._marked = bool(self._life.connection.client.sismember(self._life.keys.drain, self._worker))
+                if (self._marked or self._ejected) != self._draining:
+                    self._draining = not self._draining
                     self._consumer.call_soon(self._apply_mark)
                     due = 0.0
             except PoolUnavailable as unavailable:
@@ -91,7 +92,7 @@ class PresenceReporter:
             self._stopped.wait(MARK_PERIOD_SECONDS)
             due -= MARK_PERIOD_SECONDS
 
-    def _report(self) -> bool:
+    def _report(self) -> None:
         life = self._life
         presence: dict[str, str | int | bool] = {
             "owner": life.owner,
@@ -101,9 +102,10 @@ class PresenceReporter:
             "slots": 0 if self._retiring or self._draining else self._consumer.pool.num_processes,
             "busy": len(state.reserved_requests),
             "scheduled": len(state.scheduled_requests),
-            "draining": self._draining,
+            "draining": self._draining and self._marked,
         }
-        return bool(life.connection.run("presence", ledger.report(life.keys, presence, self._held_tags())))
+        answer = int(life.connection.run("presence", ledger.report(life.keys, presence, self._held_tags())))
+        self._marked, self._ejected = bool(answer & ledger.MARKED), bool(answer & ledger.EJECTED)
 
     def _apply_mark(self) -> None:
         """Stop or resume consuming; runs in the worker's own loop."""
@@ -111,12 +113,13 @@ class PresenceReporter:
         if consumer.task_consumer is None:
             return
         if self._draining:
-            logger.warning("marked to drain: finishes what it has and takes nothing new")
+            why = "marked to drain" if self._marked else "its attempts fail while those of other workers succeed"
+            logger.warning("%s: finishes what it has and takes nothing new", why)
             consumer.task_consumer.cancel()
             for request in tuple(state.scheduled_requests):
                 self._hand_back(request)
         elif not self._retiring:
-            logger.warning("no longer marked to drain: consumes again")
+            logger.warning("no longer marked to drain or ejected: consumes again")
             consumer.task_consumer.consume()
 
     def _hand_back(self, request: Any) -> None:
