@@ -224,7 +224,7 @@ def test_a_redis_that_does_not_answer_is_given_up_in_time_and_read_again_when_it
             os.kill(server.pid, signal.SIGSTOP)
             began = time.monotonic()
             answer = await broker.read(server.url, [pool])
-            assert time.monotonic() - began < TIMEOUT_SECONDS + 0.5
+            assert time.monotonic() - began < 2 * TIMEOUT_SECONDS
             assert answer == Unavailable(f"Redis at 127.0.0.1:{server.port} does not answer within 2 s")
             os.kill(server.pid, signal.SIGCONT)
             assert not isinstance(await broker.read(server.url, [pool]), Unavailable)

@@ -351,14 +351,49 @@ def test_a_pool_that_fails_does_not_keep_the_others_from_their_pass(redis_url: s
     async def scenario() -> None:
         async with running(ill, well) as system:
             system.place.broken = {ill.id}
-            await system.after()
+            for _ in range(3):
+                await system.after()
             assert system.place.changes == [(well.id, {"gpu": 0, "cpu": 1})]
+            assert (
+                system.condition(ill, ConditionType.READY) == system.condition(ill, ConditionType.CAPACITY_AVAILABLE) == "Unknown"
+            )
+            assert system.condition(well, ConditionType.READY) == "True"
+            message = next(r for r in reversed(system.reports) if r.pool.id == ill.id).status.conditions[0].message
+            assert message.startswith("ConnectionResetError('the place is out of order'): the operator failed on this pool")
             system.place.broken = set()
             await system.after()
             assert ill.id in system.place.ordered
+            assert system.condition(ill, ConditionType.READY) == "True"
 
     asyncio.run(scenario())
-    assert [record.message for record in caplog.records] == [f"{ill.id}: the pass failed, the next one tries again"]
+    assert [record.message for record in caplog.records] == [f"{ill.id}: the pass failed, the next one tries again"], "told once"
+
+
+def test_a_decision_that_fails_leaves_no_status_that_says_otherwise(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ill, well = two_pools(redis_url)
+    plan = planning.plan
+
+    def fail(pool: Pool, *rest: Any) -> Any:
+        if pool.id == ill.id:
+            raise ZeroDivisionError("float division by zero")
+        return plan(pool, *rest)
+
+    async def scenario() -> None:
+        async with running(ill, well) as system:
+            await system.after()
+            assert system.condition(ill, ConditionType.READY) == "True"
+            before = dict(system.place.ordered[ill.id])
+            monkeypatch.setattr(planning, "plan", fail)
+            await system.after()
+            assert system.condition(ill, ConditionType.READY) == "Unknown"
+            assert system.condition(ill, ConditionType.SPILLING) == "Unknown"
+            assert system.condition(well, ConditionType.READY) == "True"
+            assert system.place.ordered[ill.id] == before
+            monkeypatch.undo()
+            await system.after()
+            assert system.condition(ill, ConditionType.READY) == "True"
+
+    asyncio.run(scenario())
 
 
 def test_one_broker_that_is_down_keeps_only_its_own_pools_waiting(redis_url: str) -> None:

@@ -82,8 +82,9 @@ def told(
     pool: Pool = POOL,
     previous: Mapping[str, Any] | None = None,
     moved: Sequence[Moved] = (),
+    failure: str = "",
 ) -> tuple[Status, tuple[Event, ...]]:
-    found = Findings(pool, planned, NOON, broker, refused, blind, conflict, moved)
+    found = Findings(pool, planned, NOON, broker, refused, blind, conflict, moved, failure)
     return assess(found, previous or {})
 
 
@@ -110,6 +111,17 @@ HEALTHY = {
     "DefinitionOutdated": "False",
     "Paused": "False",
 }
+
+
+def test_a_defect_of_the_operator_leaves_nothing_in_the_status_that_was_not_seen() -> None:
+    outcome = told([], failure="TypeError('not a map')", previous=told(plans(IDLE))[0].dump())
+    assert values(outcome) == HEALTHY | dict.fromkeys(
+        ("Ready", "CapacityAvailable", "Spilling", "ScalingLimited", "AutoscalerConflict", "GracePeriodTooShort", "TierBroken"),
+        "Unknown",
+    )
+    assert conditions(outcome)["Ready"].reason == "InternalError"
+    [event] = outcome[1]
+    assert event.message.startswith("TypeError('not a map'): the operator failed on this pool")
 
 
 def test_a_pool_at_rest_is_healthy_and_silent() -> None:

@@ -256,6 +256,21 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
         "spec.tiers[0]",
         "--concurrency would undo",
     ),
+    "volumes as a map": (lambda s: pod(s).update(volumes={"name": "m", "emptyDir": {}}), f"{IN_POD}.volumes", "must be a list"),
+    "volume as text": (lambda s: pod(s).update(volumes=["m"]), f"{IN_POD}.volumes[0]", "must be a map"),
+    "volume without a name": (lambda s: pod(s).update(volumes=[{"emptyDir": {}}]), f"{IN_POD}.volumes[0].name", "must be given"),
+    "mounts as a number": (lambda s: worker(s).update(volumeMounts=5), f"{IN_WORKER}.volumeMounts", "must be a list"),
+    "mount as text": (lambda s: worker(s).update(volumeMounts=["/m"]), f"{IN_WORKER}.volumeMounts[0]", "must be a map"),
+    "annotations in a list": (
+        lambda s: s["tiers"][0]["template"].update(metadata={"annotations": [{"a": "b"}]}),
+        f"{IN_TIER}.template.metadata.annotations",
+        "must be a map",
+    ),
+    "annotation as a boolean": (
+        lambda s: s["tiers"][0]["template"].update(metadata={"annotations": {"a": True}}),
+        f"{IN_TIER}.template.metadata.annotations.a",
+        "needs quotes",
+    ),
     "the operator's own volume": (
         lambda s: pod(s).update(volumes=[{"name": "workerpool-probes", "emptyDir": {}}]),
         "spec.tiers[0]",
