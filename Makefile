@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test e2e api-older cluster cluster-down kind chaos chaos-long check bench bench-scaling bench-joint generate release-dry-run lock
+.PHONY: help demo test e2e api-older cluster cluster-down kind chaos chaos-long check bench bench-scaling bench-joint bench-outage generate release-dry-run lock
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -54,6 +54,9 @@ bench-scaling: $(READY) ## Compare the scaling rule with others; ARGS="--traces 
 
 bench-joint: $(READY) ## Compare scaler and router on one view of capacity with one autoscaler a tier and a router by hand
 	@$(BIN)/python -m benchmarks.joint
+
+bench-outage: $(READY) ## Live through an outage of all accelerators, and compare waits with the simulator and with ideal late binding
+	@$(BIN)/python -m benchmarks.outage
 
 lock: $(READY) ## Bring requirements.lock in line with pyproject.toml; ARGS=--upgrade takes the newest versions
 	@$(BIN)/uv pip compile --system-certs --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" \

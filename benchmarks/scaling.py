@@ -162,13 +162,18 @@ FAST, SLOW, SLOWDOWN = 8, 16, 6.0
 
 def outage_jobs(seed: int, hours: int) -> Trace:
     """Hours at half the load that 8 fast and 16 slow workers can take, in bursts."""
+    return bursty(seed, 3600.0 * hours, 1.07, 5.0)
+
+
+def bursty(seed: int, seconds: float, rate: float, length: float) -> Trace:
+    """Jobs of that mean length that come at that rate, in bursts."""
     rng = random.Random(seed)
     shape, at = 0.25, 0.0
     arrivals: list[float] = []
-    while at < 3600 * hours:
-        at += rng.gammavariate(shape, 1 / (1.07 * shape))
+    while at < seconds:
+        at += rng.gammavariate(shape, 1 / (rate * shape))
         arrivals.append(at)
-    return Trace(f"bursty, seed {seed}", arrivals, [rng.expovariate(1 / 5) for _ in arrivals])
+    return Trace(f"bursty, seed {seed}", arrivals, [rng.expovariate(1 / length) for _ in arrivals])
 
 
 def two_tiers(fast: Replicas, slow: Replicas, *, rebalance: bool) -> Pool:
@@ -188,17 +193,18 @@ def two_tiers(fast: Replicas, slow: Replicas, *, rebalance: bool) -> Pool:
     return Pool("simulation", "outage", "simulation/outage", 1, 0.0, WorkerPoolSpec.model_validate(spec))
 
 
-def one_queue(jobs: Trace) -> list[float]:
+def one_queue(jobs: Trace, outage: Outage = OUTAGE, fast: int = FAST, slow: int = SLOW) -> list[float]:
     """The waits of ideal late binding.
 
-    8 fast and 16 slow workers that are always there take the head of one queue, the fast first. The fast are gone for the outage,
+    Fast and slow workers that are always there take the head of one queue, the fast first. The fast are gone for the outage,
     give back what they had, and return at its very end.
     """
+    most = fast
     waits: dict[int, float] = {}
     events: list[tuple[float, int, int]] = [(at, _COMES, job) for job, at in enumerate(jobs.arrivals)]
-    events += [(OUTAGE.start, _FAST_GONE, 0), (OUTAGE.end, _FAST_BACK, 0)]
+    events += [(outage.start, _FAST_GONE, 0), (outage.end, _FAST_BACK, 0)]
     heapq.heapify(events)
-    fast, slow, queue, running = FAST, SLOW, list[int](), dict[int, float]()
+    queue, running = list[int](), dict[int, float]()
     while events:
         now, what, job = heapq.heappop(events)
         if what == _COMES:
@@ -208,7 +214,7 @@ def one_queue(jobs: Trace) -> list[float]:
                 heapq.heappush(queue, cut)
             fast, running = 0, {}
         elif what == _FAST_BACK:
-            fast = FAST
+            fast = most
         elif what == _SLOW_ENDS:
             slow += 1
         elif running.get(job) == now:

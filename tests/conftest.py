@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,9 +18,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def show(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+def show(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Takes a figure that was measured into the summary at the end, whether the test passes or not."""
-    return partial(record_property, "measured")
+    return lambda figure: request.node.user_properties.append(("measured", figure))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -48,6 +48,9 @@ SUCCESSES_TO_CLOSE = 3
 _DOUBT = 0.5
 """So many failures of the tier keep it out: what a single undecided one counts while nothing else is known."""
 
+_ROUNDING = 1e-9
+"""Counts that are scaled to the window differ by less from pass to pass: it does not open a tier later that it did not before."""
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -82,7 +85,7 @@ def decide(breaker: Breaker, attempts: Attempts, in_flight: int, now: Millisecon
     match breaker.state:
         case BreakerState.CLOSED:
             failures = _failures(attempts)
-            if failures >= LEAST_FAILURES and failures >= RATE * (attempts.succeeded + failures):
+            if failures >= LEAST_FAILURES and failures >= (RATE - _ROUNDING) * (attempts.succeeded + failures):
                 recent = _seconds(breaker, now) < LONGEST_PAUSE_SECONDS
                 return _opened(breaker, attempts, breaker.opened + 1 if recent else 1, now)
             return Decision(breaker, attempts)

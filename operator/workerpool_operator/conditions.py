@@ -41,6 +41,7 @@ class Findings:
         workers: why the workers could not be observed; None when they could.
         conflict: the queue that another pool owns.
         moved: the waiting jobs that have lately changed their tier.
+        failure: what went wrong inside the operator; empty when nothing did.
     """
 
     pool: Pool
@@ -51,6 +52,7 @@ class Findings:
     workers: Unavailable | None = None
     conflict: Conflict | None = None
     moved: Sequence[Moved] = ()
+    failure: str = ""
 
 
 def assess(found: Findings, previous: Mapping[str, Any]) -> tuple[Status, tuple[Event, ...]]:
@@ -108,8 +110,8 @@ _Verdict = tuple[str, str, str]
 
 
 def _ready(found: Findings, others: Mapping[ConditionType, _Verdict]) -> _Verdict:
-    if found.workers:
-        return "Unknown", "WorkersUnreadable", found.workers.why
+    if unseen := _unseen(found):
+        return unseen
     for kind, fatal in ((ConditionType.BROKER_REACHABLE, "False"), (ConditionType.QUEUE_SHARED, "True")):
         status, reason, message = others[kind]
         if status == fatal:
@@ -117,6 +119,9 @@ def _ready(found: Findings, others: Mapping[ConditionType, _Verdict]) -> _Verdic
     for plan in found.plans:
         if plan.decision.replicas and not plan.workers.count(Phase.READY) and plan.workers.count(Phase.FAILING):
             return "False", "WorkersFailing", _details(plan, Phase.FAILING)
+    stuck = [_details(plan, Phase.UNSCHEDULABLE) for plan in found.plans if plan.workers.count(Phase.UNSCHEDULABLE)]
+    if stuck and not any(plan.workers.count(Phase.READY) for plan in found.plans):
+        return "False", "Unschedulable", f"no tier has a worker: {'; '.join(stuck)}"
     return "True", "Working", "the broker answers and no tier is down"
 
 
@@ -137,8 +142,8 @@ _OUT = (
 
 
 def _capacity(found: Findings) -> _Verdict:
-    if found.workers:
-        return "Unknown", "WorkersUnreadable", found.workers.why
+    if unseen := _unseen(found):
+        return unseen
     for phase, reason in _OUT:
         stuck = [_details(plan, phase) for plan in found.plans if plan.workers.count(phase)]
         if stuck:
@@ -160,10 +165,18 @@ def _details(plan: TierPlan, phase: Phase) -> str:
     return f"{plan.tier.name}: {len(stuck)} of {plan.decision.replicas} {phase.lower()}: {stuck[0].detail}"
 
 
+def _unseen(found: Findings) -> _Verdict | None:
+    """The verdict where the workers could not be read, or where the operator itself failed."""
+    if found.failure:
+        message = "the operator failed on this pool; its log says where, and every pass tries again"
+        return "Unknown", "InternalError", f"{found.failure}: {message}"
+    return ("Unknown", "WorkersUnreadable", found.workers.why) if found.workers else None
+
+
 def _unread(found: Findings) -> _Verdict | None:
     """The verdict where the workers or the queues could not be read."""
-    if found.workers:
-        return "Unknown", "WorkersUnreadable", found.workers.why
+    if unseen := _unseen(found):
+        return unseen
     return ("Unknown", "BrokerUnreadable", found.broker.why) if found.broker else None
 
 
@@ -195,8 +208,8 @@ def _shared(found: Findings) -> _Verdict:
 
 
 def _rivals(found: Findings) -> _Verdict:
-    if found.workers:
-        return "Unknown", "WorkersUnreadable", found.workers.why
+    if unseen := _unseen(found):
+        return unseen
     if rivals := [f"{plan.tier.name}: {plan.workers.rival} scales it too" for plan in found.plans if plan.workers.rival]:
         message = f"{'; '.join(rivals)}; its count is left alone until that is deleted"
         return "True", "AnotherAutoscaler", message

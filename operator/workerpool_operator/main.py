@@ -313,6 +313,8 @@ class Operator:
                 await self._seen.relist(self._api, self._namespaces)
             except ApiError as error:
                 logger.warning("listing failed: %s", error)
+            except Exception:
+                logger.exception("listing failed, the next one tries again")
             else:
                 known = {(pool.namespace, pool.name) for pool in self._reconciler.pools.values()}
                 for namespace, name in known.union(key for key, _ in self._seen.pools.items()):

@@ -156,6 +156,12 @@ class Resources(_OpenModel):
     requests: dict[str, Any] | None = None
 
 
+class Volume(_OpenModel):
+    """A volume of the worker pods; one of them is the operator's own."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=63)]
+
+
 class Container(_OpenModel):
     """A container of the worker pods; the one named "worker" runs Celery."""
 
@@ -165,18 +171,21 @@ class Container(_OpenModel):
     env: Annotated[list[Variable], Field(max_length=1024)] | None = None
     resources: Resources | None = None
     working_dir: Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00]*$")] | None = None
+    volume_mounts: Annotated[list[dict[str, Any]], Field(max_length=1024)] | None = None
 
 
 class PodMetadata(_OpenModel):
-    """Labels of the worker pods, beside the operator's own."""
+    """Labels and annotations of the worker pods, beside the operator's own."""
 
     labels: Annotated[dict[str, Annotated[str, StringConstraints(max_length=63)]], Field(max_length=64)] | None = None
+    annotations: Annotated[dict[str, Annotated[str, StringConstraints(max_length=262_144)]], Field(max_length=256)] | None = None
 
 
 class PodSpec(_OpenModel):
-    """The containers of the worker pods, and their time from SIGTERM to SIGKILL: at most a year."""
+    """The containers and volumes of the worker pods, and their time from SIGTERM to SIGKILL: at most a year."""
 
     containers: Annotated[list[Container], Field(min_length=1, max_length=16)]
+    volumes: Annotated[list[Volume], Field(max_length=1024)] | None = None
     termination_grace_period_seconds: Annotated[Int, Field(ge=1, le=31_536_000)] | None = None
 
     @field_validator("containers")
@@ -225,7 +234,7 @@ class Tier(_Model):
         if "command" not in worker and (given := next(filter(None, map(_fixed_option, worker.get("args") or ())), None)):
             where = f"template.spec.containers[{index}].args"
             raise ValueError(f"{where}: {given} would undo what the tier's own fields say; remove it and set those fields")
-        if any(volume.get("name") == PROBES_VOLUME for volume in self.template["spec"].get("volumes") or ()):
+        if any(volume["name"] == PROBES_VOLUME for volume in self.template["spec"].get("volumes") or ()):
             raise ValueError(f"template.spec.volumes: {PROBES_VOLUME} is the operator's own volume; give yours another name")
         return self
 
@@ -372,6 +381,7 @@ def _problem(detail: Any) -> Problem:
     for part in detail["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     message = _IN_WORDS_OF_YAML.get(detail["type"]) or str(detail["msg"]).removeprefix("Value error, ")
-    value = detail.get("input")
+    # A broker's URL may hold a password.
+    value = None if detail["loc"] == ("broker", "url") else detail.get("input")
     shown = repr(value) if isinstance(value, str | int | float) and value != "" else ""
     return Problem(field=path, message=message, value=shown if len(shown) <= _LINE else f"{shown[:_LINE]}…")

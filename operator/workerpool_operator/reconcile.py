@@ -2,7 +2,8 @@
 
 It is level-triggered: whatever caused it (a watch event, a wake message, the tick), it looks at everything and does what is
 missing. All pools of one broker are read in one pipeline. What fails or hangs for one pool does not keep the pass from the
-others: what outlasts the patience of its pass goes on by itself, and is not begun again before it has ended.
+others: what outlasts the patience of its pass goes on by itself, and is not begun again before it has ended. A defect that
+strikes one pool stands in its status.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Hashable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -94,6 +95,7 @@ class Reconciler:
         self._reaper = Reaper(broker, lambda: self._clock())
         self._looked_in_vain: dict[str, dict[tuple[str, str], float]] = {}
         self._moved: dict[str, list[Moved]] = {}
+        self._failures: dict[str, str] = {}
         self._places: dict[str, tuple[str, Hashable]] = {}
         self._held: dict[str, Conflict] = {}
         self._readings: dict[tuple[str, int], BrokerReading | Unavailable] = {}
@@ -200,16 +202,24 @@ class Reconciler:
 
     async def _tend(self, pool: Pool, url: str, reading: BrokerReading | Unavailable, conflict: Conflict | None) -> None:
         """Decide and do what is to be done in the broker; what is to be done where the workers run must not delay the next."""
-        seen = await self._workers.observe(pool)
-        plans = [] if isinstance(seen, Unavailable) else self._decide(pool, reading, seen)
+        failures: list[str] = []
+        seen: Mapping[str, TierReplicas] | Unavailable | None = None
+        plans: list[TierPlan] = []
+        with self._noting(pool, failures):
+            seen = await self._workers.observe(pool)
+            plans = [] if isinstance(seen, Unavailable) else self._decide(pool, reading, seen)
         acts, refused = pool.spec.mode is Mode.ACTIVE and conflict is None, None
         if acts:
-            refused = await self._tell(pool, url, reading, plans)
+            with self._noting(pool, failures):
+                refused = await self._tell(pool, url, reading, plans)
 
         async def carry_out() -> None:
-            if acts and plans:
-                replicas = {plan.tier.name: plan.drain.replicas for plan in plans}
-                await self._workers.scale(pool, replicas, frozenset[str]().union(*(plan.drain.leaving for plan in plans)))
+            if acts and plans and not failures:
+                with self._noting(pool, failures):
+                    replicas = {plan.tier.name: plan.drain.replicas for plan in plans}
+                    await self._workers.scale(pool, replicas, frozenset[str]().union(*(plan.drain.leaving for plan in plans)))
+            if not failures:
+                self._failures.pop(pool.uid, None)
             found = conditions.Findings(
                 pool,
                 plans,
@@ -219,12 +229,25 @@ class Reconciler:
                 workers=seen if isinstance(seen, Unavailable) else None,
                 conflict=conflict,
                 moved=self._moved.get(pool.uid, ()),
+                failure="; ".join(failures),
             )
             status, events = conditions.assess(found, self._status.get(pool.uid, pool.status))
             self._status[pool.uid] = status.dump()
             await self._reporter.report(Report(pool, status, reading, events))
 
         self._begin(("carry out", pool.id), pool.id, carry_out)
+
+    @contextlib.contextmanager
+    def _noting(self, pool: Pool, failures: list[str]) -> Iterator[None]:
+        """Note what fails unexpectedly, so that the status can say it; the log has each failure once."""
+        try:
+            yield
+        except Exception as error:
+            self.passes.errors += 1
+            failures.append(repr(error))
+            if self._failures.get(pool.uid) != repr(error):
+                self._failures[pool.uid] = repr(error)
+                logger.exception("%s: the pass failed, the next one tries again", pool.id)
 
     def _decide(self, pool: Pool, reading: BrokerReading | Unavailable, seen: Mapping[str, TierReplicas]) -> list[TierPlan]:
         plans = planning.plan(pool, reading, seen, self._memory.get(pool.uid, {}), self._clock())
@@ -266,7 +289,7 @@ class Reconciler:
 
     def _forget_all_but(self, uids: set[str]) -> None:
         self._reaper.forget_all_but(uids)
-        for kept in (self._memory, self._status, self._places, self._looked_in_vain, self._moved):
+        for kept in (self._memory, self._status, self._places, self._looked_in_vain, self._moved, self._failures):
             for uid in kept.keys() - uids:
                 del kept[uid]
 

@@ -6,6 +6,7 @@ The pods' side is made by the real admission and the real controllers; what a ku
 from __future__ import annotations
 
 import json
+import signal
 import time
 from datetime import UTC, datetime
 
@@ -95,6 +96,38 @@ def test_a_resource_definition_that_is_older_than_the_operator_is_told(ml: Names
     finally:
         serve(kubectl, definition)
     ml.eventually(lambda: ml.condition("DefinitionOutdated")["status"] == "False", 2 * RELIST_SECONDS)
+
+
+def test_a_pool_that_an_older_definition_let_in_with_a_broken_template_is_refused_and_ends_no_operator(
+    ml: Namespace, kubectl: Kubectl
+) -> None:
+    older: Object = yaml.safe_load(CRD.read_text())
+    spec = older["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    pod = spec["properties"]["tiers"]["items"]["properties"]["template"]["properties"]["spec"]
+    del pod["properties"]["volumes"]
+    tiers: list[Object] = yaml.safe_load(SAMPLE.read_text())["spec"]["tiers"]
+    tiers[0]["template"]["spec"]["volumes"] = {"name": "models", "emptyDir": {}}
+    try:
+        serve(kubectl, older)
+        ml.eventually(lambda: stored(ml, "broken", tiers))
+        ml.eventually(lambda: ml.condition("Ready", "broken").get("reason") == "InvalidSpec")
+        assert "spec.tiers[0].template.spec.volumes: must be a list" in ml.condition("Ready", "broken")["message"]
+        ml.operator.end(signal.SIGTERM)  # the next one finds it in its first listing
+        ml.operator.start()
+        ml.create_pool("sound")
+        ml.eventually(lambda: ml.replicas() == {"sound-gpu": 0, "sound-cpu": 1})
+    finally:
+        ml.kubectl("delete", "wp", "broken", "--ignore-not-found")
+        serve(kubectl, yaml.safe_load(CRD.read_text()))
+
+
+def stored(ml: Namespace, name: str, tiers: list[Object]) -> bool:
+    """The API server takes a moment to serve a changed schema."""
+    try:
+        ml.create_pool(name, tiers=tiers)
+    except AssertionError:
+        return False
+    return True
 
 
 def serve(kubectl: Kubectl, definition: Object) -> None:

@@ -151,6 +151,13 @@ BAD = [
     Bad(f"{WORKER}.resources", {"requests": 2}, f"{IN_WORKER}.resources.requests"),
     Bad(f"{WORKER}.workingDir", 3, f"{IN_WORKER}.workingDir"),
     Bad(f"{WORKER}.workingDir", "\0", f"{IN_WORKER}.workingDir"),
+    Bad("tiers.0.template.metadata", {"annotations": ["a"]}, "spec.tiers[0].template.metadata.annotations"),
+    Bad("tiers.0.template.metadata", {"annotations": {"a": True}}, "spec.tiers[0].template.metadata.annotations.a"),
+    Bad(f"{POD}.volumes", "models", f"{IN_POD}.volumes"),
+    Bad(f"{POD}.volumes", ["models"], f"{IN_POD}.volumes[0]"),
+    Bad(f"{POD}.volumes", [{"emptyDir": {}}], f"{IN_POD}.volumes[0].name"),
+    Bad(f"{WORKER}.volumeMounts", 5, f"{IN_WORKER}.volumeMounts"),
+    Bad(f"{WORKER}.volumeMounts", ["models"], f"{IN_WORKER}.volumeMounts[0]"),
     Bad("routing", {"acceleratedContentTypes": "audio"}, "spec.routing.acceleratedContentTypes"),
     Bad("routing", {"acceleratedContentTypes": [""]}, "spec.routing.acceleratedContentTypes[0]"),
     Bad("routing", {"acceleratedContentTypes": ["a"] * 33}, "spec.routing.acceleratedContentTypes"),
@@ -215,11 +222,22 @@ def test_the_model_refuses_it_too_and_names_the_field(bad: Bad) -> None:
 
 
 @pytest.mark.usefixtures("kubeconfig")
-@pytest.mark.parametrize(("validate", "words"), [("strict", 'unknown field "{}.A"'), ("ignore", "{}: Invalid value")])
-def test_an_environment_written_as_a_map_is_refused_by_its_name(validate: str, words: str, kubectl: Kubectl) -> None:
-    spec = changed(f"{WORKER}.env", {"A": "b"})
-    answer = kubectl("create", "--dry-run=server", f"--validate={validate}", "-f", "-", stdin=resource(spec))
-    assert words.format(f"{IN_WORKER}.env") in answer.stderr
+@pytest.mark.parametrize(("validate", "words"), [("strict", 'unknown field "{}.name"'), ("ignore", "{}: Invalid value")])
+@pytest.mark.parametrize(
+    ("at", "field"),
+    [
+        (f"{WORKER}.env", f"{IN_WORKER}.env"),
+        (f"{WORKER}.volumeMounts", f"{IN_WORKER}.volumeMounts"),
+        (f"{POD}.volumes", f"{IN_POD}.volumes"),
+    ],
+)
+def test_a_list_whose_dash_was_forgotten_is_refused_by_its_name(
+    at: str, field: str, validate: str, words: str, kubectl: Kubectl
+) -> None:
+    answer = kubectl(
+        "create", "--dry-run=server", f"--validate={validate}", "-f", "-", stdin=resource(changed(at, {"name": "models"}))
+    )
+    assert words.format(field) in answer.stderr
 
 
 @pytest.mark.usefixtures("kubeconfig")
@@ -282,6 +300,14 @@ def test_the_pod_template_is_stored_as_given(kubectl: Kubectl, namespace: str) -
 def patch(kubectl: Kubectl, namespace: str, change: Spec, *flags: str) -> str:
     answer = kubectl("patch", "wp", "media", "-n", namespace, "--type=merge", "-p", json.dumps(change), *flags)
     return answer.stderr
+
+
+def test_priority_steps_may_be_added_and_not_taken_away(kubectl: Kubectl, namespace: str) -> None:
+    create(kubectl, namespace, changed("broker.prioritySteps", [0, 5]))
+    assert patch(kubectl, namespace, {"spec": changed("broker.prioritySteps", [0, 3, 5])}) == ""
+    refused = patch(kubectl, namespace, {"spec": changed("broker.prioritySteps", [0, 3])})
+    assert "spec.broker.prioritySteps: Invalid value" in refused
+    assert "prioritySteps cannot change but by further steps" in refused
 
 
 @pytest.mark.parametrize(

@@ -508,7 +508,7 @@ def test_a_worker_whose_attempts_fail_while_those_of_another_succeed_takes_no_jo
 def test_one_broken_worker_beside_a_good_one_is_ejected_and_the_others_jobs_keep_their_accelerator(
     url: str, two_tiers: ModuleType, tmp_path: Path
 ) -> None:
-    library, client, pool = two_tiers.pool, two_tiers.pool.connection.client, operator_pool(url)
+    library, client = two_tiers.pool, two_tiers.pool.connection.client
 
     def run() -> dict[str, int]:
         until(lambda: not client.hlen(library.keys.unacked("gpu")), "the GPUs are idle")
@@ -519,7 +519,8 @@ def test_one_broken_worker_beside_a_good_one_is_ejected_and_the_others_jobs_keep
         return starts
 
     def seen() -> Any:
-        return next((worker for worker in read(url, pool).tiers["gpu"].workers if worker.worker == "gpu-b"), None)
+        reports = library.workers
+        return until(lambda: next((one for one in reports().values() if one.worker == "gpu-b"), None), "it reports")
 
     with worker(url, "gpu", "gpu-jobs", "gpu-b", tmp_path):
         until(lambda: takes_jobs(two_tiers, "gpu-b"), "it reports")

@@ -187,7 +187,7 @@ def test_a_redis_that_comes_back_is_used_again_without_a_restart_of_the_api(faul
         if fault in ("stopped", "read-only", "out of memory"):
             with pytest.raises(PoolUnavailable):
                 pool.submit(task, ("during",))
-            assert time.monotonic() - started < 1
+            assert time.monotonic() - started < 2
             os.kill(server.pid, signal.SIGCONT)
             client.replicaof("NO", "ONE")
             client.config_set("maxmemory", 0)

@@ -351,14 +351,49 @@ def test_a_pool_that_fails_does_not_keep_the_others_from_their_pass(redis_url: s
     async def scenario() -> None:
         async with running(ill, well) as system:
             system.place.broken = {ill.id}
-            await system.after()
+            for _ in range(3):
+                await system.after()
             assert system.place.changes == [(well.id, {"gpu": 0, "cpu": 1})]
+            assert (
+                system.condition(ill, ConditionType.READY) == system.condition(ill, ConditionType.CAPACITY_AVAILABLE) == "Unknown"
+            )
+            assert system.condition(well, ConditionType.READY) == "True"
+            message = next(r for r in reversed(system.reports) if r.pool.id == ill.id).status.conditions[0].message
+            assert message.startswith("ConnectionResetError('the place is out of order'): the operator failed on this pool")
             system.place.broken = set()
             await system.after()
             assert ill.id in system.place.ordered
+            assert system.condition(ill, ConditionType.READY) == "True"
 
     asyncio.run(scenario())
-    assert [record.message for record in caplog.records] == [f"{ill.id}: the pass failed, the next one tries again"]
+    assert [record.message for record in caplog.records] == [f"{ill.id}: the pass failed, the next one tries again"], "told once"
+
+
+def test_a_decision_that_fails_leaves_no_status_that_says_otherwise(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ill, well = two_pools(redis_url)
+    plan = planning.plan
+
+    def fail(pool: Pool, *rest: Any) -> Any:
+        if pool.id == ill.id:
+            raise ZeroDivisionError("float division by zero")
+        return plan(pool, *rest)
+
+    async def scenario() -> None:
+        async with running(ill, well) as system:
+            await system.after()
+            assert system.condition(ill, ConditionType.READY) == "True"
+            before = dict(system.place.ordered[ill.id])
+            monkeypatch.setattr(planning, "plan", fail)
+            await system.after()
+            assert system.condition(ill, ConditionType.READY) == "Unknown"
+            assert system.condition(ill, ConditionType.SPILLING) == "Unknown"
+            assert system.condition(well, ConditionType.READY) == "True"
+            assert system.place.ordered[ill.id] == before
+            monkeypatch.undo()
+            await system.after()
+            assert system.condition(ill, ConditionType.READY) == "True"
+
+    asyncio.run(scenario())
 
 
 def test_one_broker_that_is_down_keeps_only_its_own_pools_waiting(redis_url: str) -> None:
@@ -372,6 +407,25 @@ def test_one_broker_that_is_down_keeps_only_its_own_pools_waiting(redis_url: str
             assert [system.condition(p, ConditionType.BROKER_REACHABLE) for p in (down, up)] == ["False", "True"]
 
     asyncio.run(scenario())
+
+
+def test_any_number_of_pools_on_one_redis_is_served_over_a_few_connections(redis_url: str) -> None:
+    prefixed = [{"url": redis_url, "globalKeyPrefix": f"{n}:"} for n in range(110)]
+    pools = [make_pool(redis_url, f"pool-{n}", broker=broker) for n, broker in enumerate(prefixed)]
+
+    async def scenario() -> None:
+        async with running(*pools) as system:
+            unserved = pools
+            for _ in range(10):  # a busy machine may make one late
+                await system.after()
+                unserved = [pool for pool in pools if system.condition(pool, ConditionType.BROKER_REACHABLE) != "True"]
+                if not unserved:
+                    break
+            assert unserved == []
+
+    asyncio.run(scenario())
+    with Redis.from_url(redis_url) as client:
+        assert client.exists(*[pool.keys.policy for pool in pools]) == len(pools)
 
 
 def test_a_pool_that_was_removed_starts_afresh_when_it_comes_back(redis_url: str, pool: Pool) -> None:

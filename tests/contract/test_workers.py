@@ -170,9 +170,14 @@ def test_a_job_that_is_revoked_while_it_runs_ends_there(two_tiers: ModuleType) -
 def test_the_seconds_that_a_tier_needs_are_measured(two_tiers: ModuleType) -> None:
     client, key = two_tiers.pool.connection.client, two_tiers.pool.keys.service("gpu")
     client.delete(key)
+    took = []
     for seconds in (0.5, 1.5):
-        outcome(two_tiers, submit(two_tiers, two_tiers.work, {}, seconds).task_id)
-    assert float(client.hget(key, two_tiers.work.name)) == pytest.approx(0.8 * 0.5 + 0.2 * 1.5, abs=0.1)
+        decision = submit(two_tiers, two_tiers.work, {}, seconds)
+        outcome(two_tiers, decision.task_id)
+        (run,) = two_tiers.pool.job(decision.task_id).runs
+        took.append((run.ended - run.began) / 1000)
+        assert took[-1] >= seconds
+    assert float(client.hget(key, two_tiers.work.name)) == pytest.approx(0.8 * took[0] + 0.2 * took[1], abs=0.002)
 
 
 @pytest.mark.parametrize("pool", ["solo", "threads"])
@@ -542,7 +547,7 @@ def test_a_worker_that_cannot_keep_the_promise_is_refused_in_one_line(
 ) -> None:
     ended = subprocess.run(
         command("gpu-jobs", "wrong"), env={**environment(url, "gpu", "gpu-jobs", "wrong"), **env}, cwd=ROOT,
-        capture_output=True, text=True, timeout=30, check=False,
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert ended.returncode != 0
     assert says in ended.stderr.splitlines()

@@ -46,7 +46,7 @@ def worker(
             cwd=ROOT, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     try:
-        until(lambda: " ready." in path.read_text() or process.poll() is not None, f"{name} is ready", 45)
+        until(lambda: " ready." in path.read_text() or process.poll() is not None, f"{name} is ready", 90)
         assert process.poll() is None, path.read_text()
         yield process
     finally:

@@ -75,22 +75,6 @@ def site(another_site: Callable[[], Site]) -> Site:
     return another_site()
 
 
-FIGURES = pytest.StashKey[list[str]]()
-
-
-@pytest.fixture
-def show(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Takes a figure that was measured into the summary at the end, whether the test passes or not."""
-    return request.config.stash.setdefault(FIGURES, []).append
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if figures := config.stash.get(FIGURES, []):
-        terminalreporter.section("measured")
-        for line in figures:
-            terminalreporter.write_line(line)
-
-
 def install(kube: Kube, *options: str) -> None:
     """Install or upgrade, and wait until the operator is ready."""
     kube.helm("upgrade", "--install", RELEASE, str(CHART), f"--namespace={SYSTEM}", *VALUES, *options)

@@ -41,9 +41,10 @@ def ordered_seconds(outcome: Outcome, since: float, until: float) -> float:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_few_minutes_after_an_outage_the_accelerated_tier_costs_what_it_would_have_cost_without_one(seed: int) -> None:
+    calm, gone = (play(one, OURS, seed) for one in (BURSTS, GONE))
     times = OUTAGE.end + 300.0, 3_600.0
-    calm, after = (ordered_seconds(play(one, OURS, seed), *times) for one in (BURSTS, GONE))
-    assert after <= 1.1 * calm
+    assert ordered_seconds(gone, *times) <= 1.1 * ordered_seconds(calm, *times)
+    assert gone.replica_seconds["gpu"] <= 1.1 * calm.replica_seconds["gpu"], "nor are workers kept when no more jobs come"
 
 
 def test_on_bursts_nearly_every_job_is_in_time_with_fewer_workers_than_two_autoscalers_need_for_it() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from workerpool_operator import breaker
@@ -247,6 +247,7 @@ breakers = st.builds(
 
 
 @settings(deadline=None)
+@example(Breaker(), Attempts(223.8828125, 550.248046875, 223.8828125, 326.365234375))
 @given(breakers, ended())
 def test_two_that_decide_at_once_or_one_after_the_other_come_to_the_same_limit(state: Breaker, attempts: Attempts) -> None:
     first = decide(state, attempts)

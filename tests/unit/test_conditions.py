@@ -82,8 +82,9 @@ def told(
     pool: Pool = POOL,
     previous: Mapping[str, Any] | None = None,
     moved: Sequence[Moved] = (),
+    failure: str = "",
 ) -> tuple[Status, tuple[Event, ...]]:
-    found = Findings(pool, planned, NOON, broker, refused, blind, conflict, moved)
+    found = Findings(pool, planned, NOON, broker, refused, blind, conflict, moved, failure)
     return assess(found, previous or {})
 
 
@@ -110,6 +111,17 @@ HEALTHY = {
     "DefinitionOutdated": "False",
     "Paused": "False",
 }
+
+
+def test_a_defect_of_the_operator_leaves_nothing_in_the_status_that_was_not_seen() -> None:
+    outcome = told([], failure="TypeError('not a map')", previous=told(plans(IDLE))[0].dump())
+    assert values(outcome) == HEALTHY | dict.fromkeys(
+        ("Ready", "CapacityAvailable", "Spilling", "ScalingLimited", "AutoscalerConflict", "GracePeriodTooShort", "TierBroken"),
+        "Unknown",
+    )
+    assert conditions(outcome)["Ready"].reason == "InternalError"
+    [event] = outcome[1]
+    assert event.message.startswith("TypeError('not a map'): the operator failed on this pool")
 
 
 def test_a_pool_at_rest_is_healthy_and_silent() -> None:
@@ -196,6 +208,14 @@ def test_workers_that_do_not_come_up_are_counted_and_their_trouble_is_told(phase
     assert (lack.status, lack.reason) == ("False", reason)
     assert lack.message == f"gpu: {words}: no node has a free GPU"
     assert values(outcome)["Ready"] == "True", "the other tier works"
+
+
+def test_a_pool_without_any_worker_that_works_is_not_ready() -> None:
+    nowhere = workers(2, Phase.UNSCHEDULABLE, detail="no node has a free GPU")
+    for cpu in (workers(0), workers(1, Phase.STARTING)):
+        outcome = told(plans({"gpu": nowhere, "cpu": cpu}, gpu=QueueReading(3, 0, 0)))
+        assert values(outcome)["Ready"] == "False"
+        assert conditions(outcome)["Ready"].message.startswith("no tier has a worker: gpu: 1 of ")
 
 
 def test_every_tier_that_lacks_workers_is_named() -> None:
@@ -360,7 +380,7 @@ def test_a_condition_that_stays_as_it_is_gives_one_event_and_keeps_its_time() ->
     assert events == ()
     assert again.conditions == first.conditions
     back, events = assess(Findings(POOL, plans(IDLE), NOON + 120), again.dump())
-    assert [event.warning for event in events] == [False] * 6
+    assert [event.warning for event in events] == [False] * 4
     assert {c.last_transition_time for c in back.conditions if c.type in ("Ready", "BrokerReachable")} == {"2026-01-01T12:02:00Z"}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from workerpool_operator.kube import seen
 from workerpool_operator.kube.seen import (
     Cache,
     LiveAutoscaler,
@@ -18,6 +19,7 @@ from workerpool_operator.kube.seen import (
     worker_pool,
 )
 from workerpool_operator.observation import Phase
+from workerpool_operator.ports import Pool
 
 pytestmark = pytest.mark.unit
 
@@ -221,6 +223,25 @@ def test_a_stored_pool_that_is_not_valid_is_told_apart_from_one_that_is_going() 
     assert isinstance(refused, Refused)
     assert {problem.field for problem in refused.problems} >= {"spec.broker", "spec.tiers"}
     assert worker_pool({"metadata": {**metadata, "deletionTimestamp": "2026-01-01T00:00:00Z"}, "spec": {}}) is None
+
+
+def test_a_pool_that_makes_the_parser_fail_is_refused_with_what_went_wrong(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: object) -> None:
+        raise AttributeError("'str' object has no attribute 'get'")
+
+    monkeypatch.setattr(seen, "parse_spec", fail)
+    metadata = {"namespace": "ml", "name": "media", "uid": "u", "generation": 2, "resourceVersion": "1"}
+    pools: Cache[Pool | Refused] = Cache(worker_pool)
+    for _ in range(2):
+        pools.put({"metadata": metadata, "spec": {"app": "media.tasks"}})
+    refused = pools.get("ml", "media")
+    assert isinstance(refused, Refused)
+    assert [str(problem) for problem in refused.problems] == [
+        "spec: the operator cannot read it: AttributeError(\"'str' object has no attribute 'get'\")"
+    ]
+    assert caplog.messages == ["ml/media: the parser failed"], "once, although every listing brings it again"
 
 
 def test_an_autoscaler_is_known_by_its_deployment_and_by_who_made_it() -> None:

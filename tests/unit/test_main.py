@@ -62,6 +62,29 @@ def test_a_pool_that_cannot_be_taken_in_keeps_no_other_from_it(caplog: pytest.Lo
     assert caplog.messages == ["ml/b: could not be processed, the next listing tries again"]
 
 
+def test_an_answer_that_is_no_listing_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(main, "RETRY_SECONDS", 0.01)
+
+    class Portal(Listing):
+        answers = 0
+
+        async def get(self, path: str, **query: str) -> dict[str, Any]:
+            self.answers += 1
+            return {} if self.answers == 1 else await super().get(path, **query)
+
+    async def scenario() -> None:
+        operator = Operator(Portal(), [], Mock())  # type: ignore[arg-type]
+        listing = asyncio.create_task(operator._keep_listing())
+        await until(lambda: listing.done() or "ml/c" in operator._reconciler.pools)
+        assert not listing.done()
+        listing.cancel()
+
+    asyncio.run(scenario())
+    assert caplog.messages == ["listing failed, the next one tries again"]
+
+
 def test_a_pass_that_does_not_end_makes_the_process_ask_for_its_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "STUCK_SECONDS", 1.0)
 

@@ -256,6 +256,21 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
         "spec.tiers[0]",
         "--concurrency would undo",
     ),
+    "volumes as a map": (lambda s: pod(s).update(volumes={"name": "m", "emptyDir": {}}), f"{IN_POD}.volumes", "must be a list"),
+    "volume as text": (lambda s: pod(s).update(volumes=["m"]), f"{IN_POD}.volumes[0]", "must be a map"),
+    "volume without a name": (lambda s: pod(s).update(volumes=[{"emptyDir": {}}]), f"{IN_POD}.volumes[0].name", "must be given"),
+    "mounts as a number": (lambda s: worker(s).update(volumeMounts=5), f"{IN_WORKER}.volumeMounts", "must be a list"),
+    "mount as text": (lambda s: worker(s).update(volumeMounts=["/m"]), f"{IN_WORKER}.volumeMounts[0]", "must be a map"),
+    "annotations in a list": (
+        lambda s: s["tiers"][0]["template"].update(metadata={"annotations": [{"a": "b"}]}),
+        f"{IN_TIER}.template.metadata.annotations",
+        "must be a map",
+    ),
+    "annotation as a boolean": (
+        lambda s: s["tiers"][0]["template"].update(metadata={"annotations": {"a": True}}),
+        f"{IN_TIER}.template.metadata.annotations.a",
+        "needs quotes",
+    ),
     "the operator's own volume": (
         lambda s: pod(s).update(volumes=[{"name": "workerpool-probes", "emptyDir": {}}]),
         "spec.tiers[0]",
@@ -321,6 +336,13 @@ def test_what_is_wrong_is_refused_with_the_name_of_its_field(what: str) -> None:
     assert isinstance(problems, list)
     assert [(problem.field, message in problem.message) for problem in problems] == [(field, True)], problems
     assert not problems[0].message.startswith("Value error"), "words of the parser, not of the user"
+
+
+def test_a_password_in_a_mistyped_url_is_not_repeated() -> None:
+    problems = parse_spec({**SMALLEST, "broker": {"url": "reddis://:opensesame@one:6379/0"}})
+    assert isinstance(problems, list)
+    assert [problem.field for problem in problems] == ["spec.broker.url"]
+    assert "opensesame" not in str(problems[0])
 
 
 def test_everything_that_is_wrong_is_told_at_once() -> None:

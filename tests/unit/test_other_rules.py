@@ -122,10 +122,8 @@ def test_no_rule_leaves_its_bounds() -> None:
     assert [obeyed(rule, [(0, 50, 0)], desired=1) for rule in rules] == [[3], [3], [3]]
 
 
-def test_one_queue_for_all_serves_the_oldest_first_and_counts_a_wait_to_the_first_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "FAST", 1)
-    monkeypatch.setattr(scaling, "SLOW", 1)
-    monkeypatch.setattr(scaling, "OUTAGE", Outage("gpu", 12.0, 32.0))
+def test_one_queue_for_all_serves_the_oldest_first_and_counts_a_wait_to_the_first_start() -> None:
+    outage = Outage("gpu", 12.0, 32.0)
     # The first is on the fast one until 10, the second on the slow one until 61; the third starts fast at 10 and is cut off at
     # 12, so that the fourth starts after it, when it is done at 32 + 5.
-    assert scaling.one_queue(Trace("by hand", [0, 1, 2, 13], [10, 10, 5, 1])) == [0, 0, 8, 24]
+    assert scaling.one_queue(Trace("by hand", [0, 1, 2, 13], [10, 10, 5, 1]), outage, 1, 1) == [0, 0, 8, 24]

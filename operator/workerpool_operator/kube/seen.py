@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -23,6 +24,8 @@ SCALE_MANAGER = "workerpool-scale"
 """Field manager of the replica count."""
 
 AUTOSCALERS = "horizontalpodautoscalers"
+
+logger = logging.getLogger(__name__)
 
 Key: TypeAlias = tuple[str, str]
 """Namespace and name."""
@@ -206,16 +209,21 @@ def autoscaler(raw: Mapping[str, Any], _before: LiveAutoscaler | None = None) ->
     return LiveAutoscaler(target["name"], f"HorizontalPodAutoscaler {metadata['name']}{made}")
 
 
-def worker_pool(raw: Mapping[str, Any], _before: Pool | Refused | None = None) -> Pool | Refused | None:
-    """Parse a WorkerPool; None for one that is being deleted."""
+def worker_pool(raw: Mapping[str, Any], before: Pool | Refused | None = None) -> Pool | Refused | None:
+    """Parse a WorkerPool; None for one that is being deleted. One that makes the parser fail is refused, and harms no other."""
     metadata, status = raw["metadata"], raw.get("status") or {}
     if "deletionTimestamp" in metadata:
         return None
     namespace, name, uid, generation = (metadata[field] for field in ("namespace", "name", "uid", "generation"))
-    spec = parse_spec(raw.get("spec"))
+    try:
+        spec = parse_spec(raw.get("spec"))
+        unknown = () if isinstance(spec, list) else unknown_to_the_api_server(raw["spec"], spec)
+    except Exception as error:
+        if not isinstance(before, Refused):
+            logger.exception("%s/%s: the parser failed", namespace, name)
+        spec, unknown = [Problem(field="spec", message=f"the operator cannot read it: {error!r}")], ()
     if isinstance(spec, list):
         return Refused(namespace, name, uid, generation, status, spec)
-    unknown = unknown_to_the_api_server(raw["spec"], spec)
     return Pool(namespace, name, uid, generation, _seconds(metadata["creationTimestamp"]), spec, status, unknown)
 
 
