@@ -1,7 +1,8 @@
 """What API pods, workers and the operator say to one another through Redis: every key, format and version.
 
 Nothing else in the project spells a key. Times are milliseconds of the Redis server's own clock, so the clocks of the hosts
-do not matter. The module does no I/O: it builds names and parses values.
+do not matter, but for the ETA and the deadline that a message carries, which are Celery's. The module does no I/O: it builds
+names and parses values.
 
 Keys of a pool start with ``<global_keyprefix>workerpool:<namespace>/<name>:``.
 
@@ -84,7 +85,7 @@ IDEMPOTENCY_LIFE_SECONDS = 86_400
 """How long an idempotency key gives the first caller's decision again."""
 
 MESSAGE_LIMIT_BYTES = 65_536
-"""The ledger keeps a job's message until it is claimed, unless it is longer than this: then it cannot be published anew."""
+"""From admission to its first claim the ledger keeps a job's message, unless it is longer: then it cannot be published anew."""
 
 VISIBILITY_TIMEOUT_SECONDS = 60
 """Kombu's last resort; longer than presence life plus the time in which the operator takes over."""
