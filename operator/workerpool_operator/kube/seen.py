@@ -8,10 +8,11 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from http import HTTPStatus
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from workerpool_operator.deployment import BROKER_MARK, MANAGED_BY, MANAGER, POOL_LABEL, TIER_LABEL
-from workerpool_operator.kube.api import Api, path_to
+from workerpool_operator.kube.api import Api, ApiError, path_to
 from workerpool_operator.model import API_VERSION, PLURAL, Problem, parse_spec, unknown_to_the_api_server
 from workerpool_operator.observation import Phase, Replica
 from workerpool_operator.ports import Pool
@@ -187,16 +188,30 @@ class Seen:
         self.autoscalers: Cache[LiveAutoscaler] = Cache(autoscaler)
         self.complete = False
         """Whether everything that existed at the start is in."""
+        self._forbidden: set[str] = set()
 
     async def relist(self, api: Api, namespaces: Sequence[str]) -> None:
         """List everything: a watch tells neither when its first listing is complete nor what was deleted while it was away."""
         for namespace in namespaces or (None,):
-            self.pools.relist(namespace, await api.get(path_to(API_VERSION, namespace, PLURAL)))
-            deployments = await api.get(path_to("apps/v1", namespace, "deployments"), labelSelector=SELECTOR)
-            self.deployments.relist(namespace, deployments)
-            self.autoscalers.relist(namespace, await api.get(path_to("autoscaling/v2", namespace, AUTOSCALERS)))
-            self.pods.relist(namespace, await api.get(path_to("v1", namespace, "pods"), labelSelector=SELECTOR))
+            try:
+                await self._relist(api, namespace)
+            except ApiError as error:
+                # A namespace that was deleted took the operator's rights in it along.
+                if namespace is None or error.status != HTTPStatus.FORBIDDEN:
+                    raise
+                if namespace not in self._forbidden:
+                    logger.warning("namespace %s is not served: %s", namespace, error)
+                self._forbidden.add(namespace)
+            else:
+                self._forbidden.discard(namespace)
         self.complete = True
+
+    async def _relist(self, api: Api, namespace: str | None) -> None:
+        self.pools.relist(namespace, await api.get(path_to(API_VERSION, namespace, PLURAL)))
+        deployments = await api.get(path_to("apps/v1", namespace, "deployments"), labelSelector=SELECTOR)
+        self.deployments.relist(namespace, deployments)
+        self.autoscalers.relist(namespace, await api.get(path_to("autoscaling/v2", namespace, AUTOSCALERS)))
+        self.pods.relist(namespace, await api.get(path_to("v1", namespace, "pods"), labelSelector=SELECTOR))
 
 
 def autoscaler(raw: Mapping[str, Any], _before: LiveAutoscaler | None = None) -> LiveAutoscaler | None:
