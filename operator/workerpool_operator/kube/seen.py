@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from workerpool_operator.deployment import BROKER_MARK, MANAGED_BY, MANAGER, POOL_LABEL, TIER_LABEL
 from workerpool_operator.kube.api import Api, ApiError, path_to
-from workerpool_operator.model import API_VERSION, PLURAL, Problem, parse_spec, unknown_to_the_api_server
+from workerpool_operator.model import API_VERSION, PLURAL, WORKER_CONTAINER, Problem, parse_spec, unknown_to_the_api_server
 from workerpool_operator.observation import Phase, Replica
 from workerpool_operator.ports import Pool
 from workerpool_routing.wire import ENV_QUEUE
@@ -284,15 +284,29 @@ def pod(raw: Mapping[str, Any], before: LivePod | TurnedAway | None = None) -> L
         return TurnedAway(refused_at, why) if why and not taken_in and "deletionTimestamp" not in metadata else None
     ready = _condition(raw, "Ready")
     since = ready.get("lastTransitionTime")
-    ready_at = _seconds(since) if since and ready["status"] == "True" else None
+    ready_at = _seconds(since) if since and ready["status"] == "True" else _was_ready(raw)
+    witnessed = isinstance(before, LivePod)
     if isinstance(before, LivePod) and before.replica.ready_at is not None:
         # A pod that was un-Ready for a while still took as long to start as it took the first time.
-        ready_at = before.replica.ready_at
+        ready_at, witnessed = before.replica.ready_at, before.replica.witnessed
     phase, detail = _phase(raw)
     if phase is Phase.STARTING and ready_at is None and (crash := next(filter(None, map(_crash, _containers(status))), "")):
         phase, detail = Phase.FAILING, crash
-    replica = Replica(metadata["name"], phase, ordered_at, ready_at, detail)
+    replica = Replica(metadata["name"], phase, ordered_at, ready_at, detail, witnessed)
     return LivePod(replica, _annotations(raw).get(DELETION_COST, ""), taken_in)
+
+
+def _was_ready(raw: Mapping[str, Any]) -> float | None:
+    """When the worker of a pod that is not Ready began to run, if it has been Ready since; None where nothing says so.
+
+    The condition keeps the time of its last change: at the first start it is False from before the container runs.
+    """
+    ready = _condition(raw, "Ready")
+    worker = next((c for c in _containers(raw.get("status") or {}) if c["name"] == WORKER_CONTAINER), {})
+    began = ((worker.get("state") or {}).get("running") or {}).get("startedAt")
+    if not began or ready.get("status") != "False" or not ready.get("lastTransitionTime"):
+        return None
+    return _seconds(began) if _seconds(ready["lastTransitionTime"]) > _seconds(began) else None
 
 
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
