@@ -17,8 +17,9 @@ from urllib.parse import urlsplit
 import redis
 import redis.asyncio
 from kombu.utils.url import url_to_parts
+from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 
 from workerpool_operator import dry_run, moving, salvage
@@ -55,6 +56,12 @@ logger = logging.getLogger("workerpool_operator.broker")
 
 TIMEOUT_SECONDS = 2.0
 """How long a pass waits for Redis."""
+
+CONNECTIONS = 20
+"""To one server at most, whatever the number of pools on it: who finds all of them in use waits for one."""
+
+TURN_SECONDS = 5 * TIMEOUT_SECONDS
+"""How long at most: that so many others are served first says nothing against the server."""
 
 RESUBSCRIBE_SECONDS = 1.0
 
@@ -244,18 +251,22 @@ class RedisBroker:
         """Pass wake messages on; losing one costs a tick, so an outage needs no more than another try."""
         task = asyncio.current_task()
         assert task is not None
-        while True:
-            with contextlib.suppress(redis.RedisError, OSError):
-                async with self._client(url).pubsub(ignore_subscribe_messages=True) as subscription:
-                    await subscription.subscribe(wake_channel(prefix))
-                    ends_at = time.monotonic() + SUBSCRIPTION_SECONDS
-                    while not task.cancelling() and time.monotonic() < ends_at:
-                        if await subscription.get_message(timeout=TIMEOUT_SECONDS / 2):
-                            self._wake.set()
+        client = _connect(url)  # of its own: whoever listens keeps a connection
+        try:
             # On Python 3.11 the wait_for inside redis-py may swallow a cancellation.
-            if task.cancelling():
-                return
-            await asyncio.sleep(RESUBSCRIBE_SECONDS)
+            while not task.cancelling():
+                self._fence()
+                with contextlib.suppress(redis.RedisError, OSError):
+                    async with client.pubsub(ignore_subscribe_messages=True) as subscription:
+                        await subscription.subscribe(wake_channel(prefix))
+                        ends_at = time.monotonic() + SUBSCRIPTION_SECONDS
+                        while not task.cancelling() and time.monotonic() < ends_at:
+                            if await subscription.get_message(timeout=TIMEOUT_SECONDS / 2):
+                                self._wake.set()
+                if not task.cancelling():
+                    await asyncio.sleep(RESUBSCRIBE_SECONDS)
+        finally:
+            await _close(client)
 
 
 class _UnreadableUrl(redis.RedisError):
@@ -267,6 +278,8 @@ class _UnreadableUrl(redis.RedisError):
 
 def _connect(url: str) -> Any:
     options: dict[str, Any] = {
+        "max_connections": CONNECTIONS,
+        "timeout": TURN_SECONDS,
         "decode_responses": True,
         # What is no text must not end a pass: it comes back as it went in.
         "encoding_errors": "surrogateescape",
@@ -277,9 +290,13 @@ def _connect(url: str) -> Any:
     try:
         if url.startswith("sentinel://"):
             return _through_sentinels(url, options)
-        return redis.asyncio.Redis.from_url(url, **options)
+        return redis.asyncio.Redis.from_pool(BlockingConnectionPool.from_url(url, **options))
     except ValueError:
         raise _UnreadableUrl from None
+
+
+class _BlockingSentinelPool(SentinelConnectionPool, BlockingConnectionPool):
+    """Connections to whom the sentinels name, at most so many."""
 
 
 def _through_sentinels(address: str, options: Mapping[str, Any]) -> Any:
@@ -293,6 +310,7 @@ def _through_sentinels(address: str, options: Mapping[str, Any]) -> Any:
     first = parts[0]
     return sentinels.master_for(
         master,
+        connection_pool_class=_BlockingSentinelPool,
         username=first.username or None,
         password=first.password or None,
         db=int((first.path or "").strip("/") or 0),

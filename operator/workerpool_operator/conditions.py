@@ -119,6 +119,9 @@ def _ready(found: Findings, others: Mapping[ConditionType, _Verdict]) -> _Verdic
     for plan in found.plans:
         if plan.decision.replicas and not plan.workers.count(Phase.READY) and plan.workers.count(Phase.FAILING):
             return "False", "WorkersFailing", _details(plan, Phase.FAILING)
+    stuck = [_details(plan, Phase.UNSCHEDULABLE) for plan in found.plans if plan.workers.count(Phase.UNSCHEDULABLE)]
+    if stuck and not any(plan.workers.count(Phase.READY) for plan in found.plans):
+        return "False", "Unschedulable", f"no tier has a worker: {'; '.join(stuck)}"
     return "True", "Working", "the broker answers and no tier is down"
 
 

@@ -381,6 +381,7 @@ def _problem(detail: Any) -> Problem:
     for part in detail["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     message = _IN_WORDS_OF_YAML.get(detail["type"]) or str(detail["msg"]).removeprefix("Value error, ")
-    value = detail.get("input")
+    # A broker's URL may hold a password.
+    value = None if detail["loc"] == ("broker", "url") else detail.get("input")
     shown = repr(value) if isinstance(value, str | int | float) and value != "" else ""
     return Problem(field=path, message=message, value=shown if len(shown) <= _LINE else f"{shown[:_LINE]}…")

@@ -280,8 +280,8 @@ def _capacity(plan: TierPlan, target: float, time: Milliseconds, now: float) -> 
         starting=tuple(
             StartingSlots(slots * len(group), Milliseconds(time + round(1000 * fmean(group)))) for group in _grouped(ready_in)
         ),
-        # Where one worker cannot be placed or does not come up, another would not either.
-        startable=0 if stuck else slots * max(0, plan.tier.replicas.max - plan.decision.replicas),
+        # Where one worker cannot be placed or does not come up, another would not either; another autoscaler orders none by this.
+        startable=0 if stuck or plan.workers.rival else slots * max(0, plan.tier.replicas.max - plan.decision.replicas),
         start_seconds=start,
         target_seconds=target,
         unschedulable=slots * plan.workers.count(Phase.UNSCHEDULABLE),

@@ -31,6 +31,9 @@ new GPU node, an image and a model take."""
 SERVICE_SECONDS_UNTIL_KNOWN = 30.0
 """Assumed length of a job before one has been seen to end."""
 
+LEAST_START_SECONDS = 1.0
+"""No worker is taken to start sooner: when a pod was ordered and when it was ready is told in whole seconds, by two clocks."""
+
 CONFIDENCE = 2.33
 """Standard deviations by which fewer starts are counted on than expected: one deadline in a hundred, were it never looked at
 again."""
@@ -334,9 +337,10 @@ def _with_start(memory: Memory, observed: Demand) -> Memory:
     One that was held up for a while took no longer than from its order, and no less than since then: what is known holds as far
     as it is between the two.
     """
-    took, at = observed.start_seconds, observed.ready_at
-    if took is None or at == memory.newest_start:
+    at = observed.ready_at
+    if observed.start_seconds is None or at == memory.newest_start:
         return memory
+    took = max(observed.start_seconds, LEAST_START_SECONDS)
     known, most = _known(memory), _ceiling(memory, at - took)
     told = min(max(known, took - observed.held_up), took, most)
     believed = memory.start_seconds

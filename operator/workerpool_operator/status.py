@@ -35,6 +35,11 @@ class ConditionType(StrEnum):
     PAUSED = "Paused"
 
 
+COMES_AND_GOES = {ConditionType.SPILLING, ConditionType.SCALING_LIMITED}
+"""What a healthy pool is in and out of from one second to the next: True for :data:`HELD_SECONDS` at least, and no Event."""
+
+HELD_SECONDS = 60.0
+
 WARNS_WHEN = {
     ConditionType.READY: "False",
     ConditionType.BROKER_REACHABLE: "False",
@@ -142,19 +147,29 @@ def stamp(conditions: Sequence[Condition], previous: Mapping[str, Any], now: flo
     stamped = []
     for condition in conditions:
         before = stored.get(condition.type, {})
+        if _held(condition, before, now):
+            condition = replace(condition, **{name: before[name] for name in ("status", "reason", "message")})
         kept = before.get("lastTransitionTime") if before.get("status") == condition.status else None
         stamped.append(replace(condition, last_transition_time=kept or rfc3339(now)))
     return tuple(stamped)
 
 
+def _held(condition: Condition, before: Mapping[str, str], now: float) -> bool:
+    if condition.type not in COMES_AND_GOES or (before.get("status"), condition.status) != ("True", "False"):
+        return False
+    return now - datetime.fromisoformat(before["lastTransitionTime"]).timestamp() < HELD_SECONDS
+
+
 def flips(status: Status, previous: Mapping[str, Any]) -> list[Event]:
-    """One Event for each condition whose status has changed, and for each that is a warning from the start."""
+    """One Event for each condition whose status has changed, and for each that is a warning from the start; none for those of
+    :data:`COMES_AND_GOES`.
+    """
     stored = {condition.get("type"): condition.get("status") for condition in previous.get("conditions", ())}
     events = []
     for condition in status.conditions:
         warning = WARNS_WHEN.get(condition.type) == condition.status
         changed = stored.get(condition.type) != condition.status
-        if changed and (warning or condition.type in stored):
+        if changed and condition.type not in COMES_AND_GOES and (warning or condition.type in stored):
             events.append(Event(warning, condition.reason, condition.message))
     return events
 

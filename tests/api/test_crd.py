@@ -302,6 +302,14 @@ def patch(kubectl: Kubectl, namespace: str, change: Spec, *flags: str) -> str:
     return answer.stderr
 
 
+def test_priority_steps_may_be_added_and_not_taken_away(kubectl: Kubectl, namespace: str) -> None:
+    create(kubectl, namespace, changed("broker.prioritySteps", [0, 5]))
+    assert patch(kubectl, namespace, {"spec": changed("broker.prioritySteps", [0, 3, 5])}) == ""
+    refused = patch(kubectl, namespace, {"spec": changed("broker.prioritySteps", [0, 3])})
+    assert "spec.broker.prioritySteps: Invalid value" in refused
+    assert "prioritySteps cannot change but by further steps" in refused
+
+
 @pytest.mark.parametrize(
     ("spec", "field"),
     [

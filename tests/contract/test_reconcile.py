@@ -409,6 +409,25 @@ def test_one_broker_that_is_down_keeps_only_its_own_pools_waiting(redis_url: str
     asyncio.run(scenario())
 
 
+def test_any_number_of_pools_on_one_redis_is_served_over_a_few_connections(redis_url: str) -> None:
+    prefixed = [{"url": redis_url, "globalKeyPrefix": f"{n}:"} for n in range(110)]
+    pools = [make_pool(redis_url, f"pool-{n}", broker=broker) for n, broker in enumerate(prefixed)]
+
+    async def scenario() -> None:
+        async with running(*pools) as system:
+            unserved = pools
+            for _ in range(10):  # a busy machine may make one late
+                await system.after()
+                unserved = [pool for pool in pools if system.condition(pool, ConditionType.BROKER_REACHABLE) != "True"]
+                if not unserved:
+                    break
+            assert unserved == []
+
+    asyncio.run(scenario())
+    with Redis.from_url(redis_url) as client:
+        assert client.exists(*[pool.keys.policy for pool in pools]) == len(pools)
+
+
 def test_a_pool_that_was_removed_starts_afresh_when_it_comes_back(redis_url: str, pool: Pool) -> None:
     publish(pool, "gpu-tasks", 0, 0, 0)
 

@@ -210,6 +210,14 @@ def test_workers_that_do_not_come_up_are_counted_and_their_trouble_is_told(phase
     assert values(outcome)["Ready"] == "True", "the other tier works"
 
 
+def test_a_pool_without_any_worker_that_works_is_not_ready() -> None:
+    nowhere = workers(2, Phase.UNSCHEDULABLE, detail="no node has a free GPU")
+    for cpu in (workers(0), workers(1, Phase.STARTING)):
+        outcome = told(plans({"gpu": nowhere, "cpu": cpu}, gpu=QueueReading(3, 0, 0)))
+        assert values(outcome)["Ready"] == "False"
+        assert conditions(outcome)["Ready"].message.startswith("no tier has a worker: gpu: 1 of ")
+
+
 def test_every_tier_that_lacks_workers_is_named() -> None:
     seen = {"gpu": workers(1, Phase.UNSCHEDULABLE, detail="full"), "cpu": workers(1, Phase.UNSCHEDULABLE, detail="tainted")}
     message = conditions(told(plans(seen)))["CapacityAvailable"].message
@@ -372,7 +380,7 @@ def test_a_condition_that_stays_as_it_is_gives_one_event_and_keeps_its_time() ->
     assert events == ()
     assert again.conditions == first.conditions
     back, events = assess(Findings(POOL, plans(IDLE), NOON + 120), again.dump())
-    assert [event.warning for event in events] == [False] * 6
+    assert [event.warning for event in events] == [False] * 4
     assert {c.last_transition_time for c in back.conditions if c.type in ("Ready", "BrokerReachable")} == {"2026-01-01T12:02:00Z"}
 
 

@@ -338,6 +338,13 @@ def test_what_is_wrong_is_refused_with_the_name_of_its_field(what: str) -> None:
     assert not problems[0].message.startswith("Value error"), "words of the parser, not of the user"
 
 
+def test_a_password_in_a_mistyped_url_is_not_repeated() -> None:
+    problems = parse_spec({**SMALLEST, "broker": {"url": "reddis://:opensesame@one:6379/0"}})
+    assert isinstance(problems, list)
+    assert [problem.field for problem in problems] == ["spec.broker.url"]
+    assert "opensesame" not in str(problems[0])
+
+
 def test_everything_that_is_wrong_is_told_at_once() -> None:
     problems = parse_spec({"app": "a b", "broker": {"url": "http://x"}, "tiers": [{"name": "X"}]})
     assert isinstance(problems, list)

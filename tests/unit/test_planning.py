@@ -101,6 +101,11 @@ def starting(capacity: TierCapacity) -> int:
     return sum(group.slots for group in capacity.starting)
 
 
+def test_no_slot_may_still_be_ordered_where_another_autoscaler_orders() -> None:
+    ours, theirs = (capacity_of_gpu((), replace(replicas(0), rival=rival)) for rival in ("", "HorizontalPodAutoscaler hpa"))
+    assert (ours.startable, theirs.startable) == (8, 0)
+
+
 def test_each_tier_is_sized_by_its_own_queue_bounds_and_slots() -> None:
     plans = plan(reading(gpu=QueueReading(3, 1, 0), cpu=QueueReading(9, 0, 0)))
     assert {name: plan.decision.replicas for name, plan in plans.items()} == {"gpu": 4, "cpu": 3}

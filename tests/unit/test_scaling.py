@@ -283,6 +283,16 @@ def test_a_slow_start_is_believed_sooner_than_a_fast_one_and_one_that_hung_not_w
     assert after(40.0) == 40.0
 
 
+@pytest.mark.parametrize("target", [0.0, 1.0])
+@pytest.mark.parametrize("took", [0.0, -2.0])
+def test_a_worker_that_was_ready_before_it_was_ordered_by_another_clock_took_a_second(took: float, target: float) -> None:
+    memory = Memory()
+    for second in range(3):
+        seen = Demand(0, 1, 0, 1, took, 1, arrived=second, served=Served(second, 5.0 * second, 25.0 * second))
+        memory = decide(Policy(0, 8, 1, target), seen, memory, 1e6 + second).memory
+    assert memory.start_seconds == 1.0
+
+
 def test_a_start_that_lasts_longer_than_any_before_counts_while_it_lasts() -> None:
     seen = Demand(0, 0, 0, 1, 40.0, starting=(0.0,))
     memory = decide(Policy(0, 9), seen, known(40.0), 90.0).memory

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from workerpool_operator.status import (
+    COMES_AND_GOES,
+    HELD_SECONDS,
     NUMBERS_EVERY_SECONDS,
     WARNS_WHEN,
     Condition,
@@ -118,11 +120,23 @@ def test_what_is_wrong_with_a_pool_is_a_warning(kind: str, value: str) -> None:
     assert [event.warning for event in flips(status(condition(here, healthy)), stored(condition(here, value)))] == [False]
 
 
-@pytest.mark.parametrize("kind", ["Spilling", "ScalingLimited", "Paused"])
-def test_what_a_pool_does_as_told_is_no_warning(kind: str) -> None:
-    here = ConditionType(kind)
+def test_what_a_pool_does_as_told_is_no_warning() -> None:
+    here = ConditionType.PAUSED
     for value, other in (("True", "False"), ("False", "True")):
         assert [event.warning for event in flips(status(condition(here, value)), stored(condition(here, other)))] == [False]
+
+
+@pytest.mark.parametrize("kind", sorted(COMES_AND_GOES))
+def test_what_comes_and_goes_holds_for_a_minute_and_is_no_event(kind: ConditionType) -> None:
+    began = condition(kind, "True", reason="Began", message="3 jobs")
+    before = stored(*stamp([began], stored(condition(kind, "False")), NOON))
+    assert flips(status(began), stored(condition(kind, "False"))) == []
+    (held,) = stamp([condition(kind, "False")], before, NOON + HELD_SECONDS - 1)
+    assert held == replace(began, last_transition_time=rfc3339(NOON))
+    (over,) = stamp([condition(kind, "False")], before, NOON + HELD_SECONDS)
+    assert (over.status, over.last_transition_time) == ("False", rfc3339(NOON + HELD_SECONDS))
+    (unread,) = stamp([condition(kind, "Unknown")], before, NOON + 1)
+    assert unread.status == "Unknown"
 
 
 def test_a_status_that_is_stored_already_is_not_written() -> None:
