@@ -140,6 +140,7 @@ class QueueReading:
         waits: of the jobs that it has started.
         counted: how all of its attempts ended that began since its breaker last changed; workers alone count.
         kept: what the operator has left there.
+        plain_in_flight: messages that workers without the library hold unacknowledged, of whatever queue of the database.
     """
 
     waiting: int
@@ -151,6 +152,7 @@ class QueueReading:
     waits: Waits = NOTHING_STARTED
     counted: Attempts = NO_ATTEMPTS
     kept: Checkpoint = NOTHING_KEPT
+    plain_in_flight: int = 0
 
     @property
     def attempts(self) -> Attempts:
