@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from celery.exceptions import WorkerLostError
 from redis import Redis
-from tests.contract.workers import APP, until, worker
+from tests.contract.workers import APP, connections, cut_off_what_came_after, until, worker
 
 from workerpool_operator import salvage
 from workerpool_operator.broker import RedisBroker
@@ -419,13 +419,13 @@ def test_settings_that_reject_or_cancel_jobs_leave_their_outcome_to_the_ledger(
 ) -> None:
     client = two_tiers.pool.connection.client
     conf = {"task_reject_on_worker_lost": True, "worker_cancel_long_running_tasks_on_connection_loss": True}
-    env, log = {"JOBS_CONF": json.dumps(conf)}, tmp_path / "cpu-odd.log"
+    env, log, before = {"JOBS_CONF": json.dumps(conf)}, tmp_path / "cpu-odd.log", connections(client)
     with parked(two_tiers, "cpu-a"), worker(url, "cpu", "cpu-jobs", "cpu-odd", tmp_path, "-c", "2", env=env):
         dies = two_tiers.pool.submit(two_tiers.work, ({"before": "always"},))
         assert outcome(two_tiers, dies.task_id) == (State.FAILED, {"cpu": 2})
         runs = two_tiers.pool.submit(two_tiers.work, ({"cpu": "gate"},))
         claimed(two_tiers, runs.task_id)
-        client.client_kill_filter(_type="normal", skipme=True)
+        cut_off_what_came_after(client, before)
         until(lambda: log.read_text().count("Connected to redis") > 1, "the worker is connected again")
         client.set("gate", "open")
         assert outcome(two_tiers, runs.task_id) == (State.DONE, {"cpu": 1})

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from celery import chord, group
 from tests.contract.test_attempts import claimed, operator_pool, outcome, parked, submit
-from tests.contract.workers import ROOT, command, environment, until, worker
+from tests.contract.workers import ROOT, command, connections, cut_off_what_came_after, environment, until, worker
 
 from workerpool_operator import planning, salvage
 from workerpool_operator.broker import RedisBroker
@@ -322,10 +322,11 @@ def test_a_drain_outlasts_the_connection_and_a_cancelled_consumer_reports_no_slo
     def report() -> Any:
         return json.loads(next(iter(client.hvals(keys.presence("lone")))))
 
+    before = connections(client)
     with worker(url, "lone", "lone-jobs", "lone", tmp_path):
         client.sadd(keys.drain, "lone")
         until(lambda: report()["draining"], "it drains")
-        client.client_kill_filter(_type="normal", skipme=True)
+        cut_off_what_came_after(client, before)
         until(lambda: log.read_text().count("takes nothing new") > 1, "it drains again, on its new connection")
         later = two_tiers.count.apply_async(("lone-count",), queue="lone-jobs")
         seen = report()["at"]

@@ -56,6 +56,17 @@ def worker(
         process.wait()
 
 
+def connections(client: Any) -> set[str]:
+    """Which there are to this Redis."""
+    return {each["id"] for each in client.client_list()}
+
+
+def cut_off_what_came_after(client: Any, before: set[str]) -> None:
+    """Break every connection to this Redis that was not there before."""
+    for new in connections(client) - before:
+        client.client_kill_filter(_id=new)
+
+
 def group_lives(group: int) -> bool:
     """Whether any process of the group is left."""
     try:
