@@ -199,6 +199,18 @@ def test_a_deployment_that_lost_its_labels_is_repaired_before_anything_is_decide
     cluster.run(scenario)
 
 
+def test_a_deployment_that_somebody_paused_goes_on(cluster: Cluster) -> None:
+    async def scenario(process: Process) -> None:
+        await process.scale(gpu=1)
+        cluster.kubectl("rollout", "pause", "deployment/media-gpu")
+        assert await process.scale(gpu=1) == 1
+        [deployment] = cluster.objects("deployments")
+        assert not deployment["spec"].get("paused")
+        assert await process.scale(gpu=1) == 0
+
+    cluster.run(scenario)
+
+
 def test_the_drained_workers_are_the_ones_that_go(cluster: Cluster) -> None:
     def alive() -> list[str]:
         return [pod["metadata"]["name"] for pod in cluster.objects("pods") if "deletionTimestamp" not in pod["metadata"]]
