@@ -211,7 +211,13 @@ def test_a_deployment_that_somebody_paused_goes_on(cluster: Cluster) -> None:
     cluster.run(scenario)
 
 
-def test_the_drained_workers_are_the_ones_that_go(cluster: Cluster) -> None:
+@pytest.mark.parametrize("cost", ["", "-2000"])
+def test_the_drained_workers_are_the_ones_that_go(cluster: Cluster, cost: str) -> None:
+    if cost:
+        metadata = {"annotations": {"controller.kubernetes.io/pod-deletion-cost": cost}}
+        own = [{"op": "add", "path": "/spec/tiers/0/template/metadata", "value": metadata}]
+        cluster.kubectl("patch", "wp", "media", "--type=json", "--patch", json.dumps(own))
+
     def alive() -> list[str]:
         return [pod["metadata"]["name"] for pod in cluster.objects("pods") if "deletionTimestamp" not in pod["metadata"]]
 
