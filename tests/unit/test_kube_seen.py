@@ -28,7 +28,7 @@ READY = {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00
 UN_READY = {"type": "Ready", "status": "False", "lastTransitionTime": "2026-01-01T02:00:00Z"}
 READY_LATER = {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T03:00:00Z"}
 UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no GPU left"}
-GATED = {"type": "PodScheduled", "status": "False", "reason": "SchedulingGated"}
+GATED = {"type": "PodScheduled", "status": "False", "reason": "SchedulingGated", "message": "Scheduling is blocked"}
 
 
 def raw_pod(name: str = "media-gpu-1", version: int = 1, tier: str = "gpu", **status: Any) -> Object:
@@ -50,7 +50,7 @@ def container(name: str = "worker", **state: Any) -> Object:
     ("status", "phase", "detail"),
     [
         ({}, Phase.STARTING, ""),
-        ({"conditions": [GATED]}, Phase.STARTING, ""),
+        ({"conditions": [GATED]}, Phase.UNSCHEDULABLE, "Scheduling is blocked"),
         ({"containerStatuses": [container(waiting={"reason": "ContainerCreating"})]}, Phase.STARTING, ""),
         ({"containerStatuses": [container(running={})], "conditions": [UN_READY]}, Phase.STARTING, ""),
         ({"conditions": [UNSCHEDULABLE]}, Phase.UNSCHEDULABLE, "no GPU left"),

@@ -313,11 +313,15 @@ DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 """Of pods that are equally ready, the one with the lower cost is removed first."""
 
 
+_NO_NODE = {"Unschedulable", "SchedulingGated"}
+"""Why the scheduler does not place a pod: no node takes it, or something (a quota, as of Kueue) has not let it go yet."""
+
+
 def _phase(raw: Mapping[str, Any]) -> tuple[Phase, str]:
     if "deletionTimestamp" in raw["metadata"]:
         return Phase.STOPPING, "it has been told to stop"
     scheduled = _condition(raw, "PodScheduled")
-    if scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable":
+    if scheduled.get("status") == "False" and scheduled.get("reason") in _NO_NODE:
         return Phase.UNSCHEDULABLE, scheduled.get("message", "no node can take it")
     if _condition(raw, "Ready").get("status") == "True":
         return Phase.READY, ""
