@@ -15,6 +15,7 @@ from kubernetes.aio import config
 from kubernetes.aio.client import ApiClient, Configuration
 from tests.api.conftest import Kubectl
 
+from workerpool_operator.kube import seen
 from workerpool_operator.kube.api import Api
 from workerpool_operator.kube.seen import Seen
 from workerpool_operator.kube.workers import KubeWorkers
@@ -233,6 +234,32 @@ def test_the_drained_workers_are_the_ones_that_go(cluster: Cluster, cost: str) -
         # Left to itself the controller removes first what became ready last.
         await process.scale(frozenset(pods) - {busy}, gpu=1)
         assert await until(lambda: alive() if len(alive()) == 1 else []) == [busy]
+
+    cluster.run(scenario)
+
+
+def test_a_listing_that_comes_in_pages_is_complete_and_forgets_nobody_who_was_on_one(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(process: Process) -> None:
+        await process.scale(gpu=5)
+        await until(lambda: [p["metadata"]["name"] for p in cluster.objects("pods")] if len(cluster.objects("pods")) == 5 else [])
+        sizes = []
+        get = process.api.get
+
+        async def counted(path: str, **query: str) -> Object:
+            answer = await get(path, **query)
+            sizes.append(len(answer["items"]))
+            return answer
+
+        monkeypatch.setattr(process.api, "get", counted)
+        monkeypatch.setattr(seen, "PAGE", 2)
+        for _ in range(2):
+            assert len((await process.observe("gpu")).replicas) == 5
+        assert max(sizes) == 2
+        await process.scale(gpu=0)
+        await until(lambda: [] if cluster.objects("pods") else ["none"])
+        assert (await process.observe("gpu")).replicas == ()
 
     cluster.run(scenario)
 

@@ -204,9 +204,9 @@ def test_a_listing_forgets_what_a_watch_missed_and_keeps_what_is_newer() -> None
     pods.put(raw_pod("listed", version=4))
     pods.put(raw_pod("newer", version=11))
     listing = {"metadata": {"resourceVersion": "10"}, "items": [raw_pod("listed", version=4), raw_pod("unseen", version=7)]}
-    pods.relist("elsewhere", {"metadata": {"resourceVersion": "10"}, "items": []})
+    pods.relist("elsewhere", {"metadata": {"resourceVersion": "10"}, "items": []}, set())
     assert known(pods) == ["listed", "missed", "newer"]
-    pods.relist("ml", listing)
+    pods.relist("ml", listing, set())
     assert known(pods) == ["listed", "newer", "unseen"]
 
 
