@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Coroutine
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
@@ -16,7 +17,7 @@ from kubernetes.aio.client import ApiClient, Configuration
 from tests.api.conftest import Kubectl
 
 from workerpool_operator.kube import seen
-from workerpool_operator.kube.api import Api
+from workerpool_operator.kube.api import Api, ApiError, path_to
 from workerpool_operator.kube.seen import Seen
 from workerpool_operator.kube.workers import KubeWorkers
 from workerpool_operator.observation import Phase, TierReplicas, Unavailable
@@ -284,6 +285,20 @@ async def until(look: Callable[[], list[str]]) -> list[str]:
         assert time.monotonic() < deadline
         await asyncio.sleep(0.2)
     return seen
+
+
+def test_what_has_taken_the_place_of_a_deployment_that_was_to_go_is_not_deleted_for_it(cluster: Cluster) -> None:
+    async def scenario(process: Process) -> None:
+        await process.scale(gpu=0)
+        path = path_to("apps/v1", process.namespace, "deployments", "media-gpu")
+        with pytest.raises(ApiError) as refused:
+            await process.api.delete(path, "another")
+        assert refused.value.status == HTTPStatus.CONFLICT
+        [deployment] = cluster.objects("deployments")
+        await process.api.delete(path, deployment["metadata"]["uid"])
+        assert cluster.objects("deployments") == []
+
+    cluster.run(scenario)
 
 
 def test_what_is_refused_is_tried_again_with_growing_pauses_shown_and_kept_from_the_others(cluster: Cluster) -> None:

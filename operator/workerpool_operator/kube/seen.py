@@ -43,6 +43,7 @@ class LiveDeployment:
     """A Deployment as the API server has it.
 
     Attributes:
+        uid: tells it from another of its name.
         owner: ``(kind, name, uid)`` of its controller.
         fingerprint: changes with anything that a user or another controller could change in it, except the replica count.
         replicas_in_template: the replica count still belongs to the manager of the template.
@@ -52,6 +53,7 @@ class LiveDeployment:
         broker_mark: what its pods are annotated with.
     """
 
+    uid: str
     replicas: int
     labels: Mapping[str, str]
     owner: tuple[str, str, str] | None
@@ -268,6 +270,7 @@ def deployment(raw: Mapping[str, Any], _before: LiveDeployment | None = None) ->
     """Parse a Deployment."""
     metadata, spec = raw["metadata"], raw["spec"]
     return LiveDeployment(
+        uid=metadata.get("uid", ""),
         replicas=int(spec.get("replicas", 1)),
         labels=metadata.get("labels") or {},
         owner=_controller(metadata),

@@ -212,7 +212,7 @@ class KubeWorkers:
             elif holds:
                 staying.append(f"Deployment {name} stays until its jobs are done: its tier is no longer in the {KIND}")
             else:
-                await self._api.delete(_path(pool, name))
+                await self._api.delete(_path(pool, name), live.uid)
                 _LOG.info("%s: deleted Deployment %s, its tier is no longer in the WorkerPool", pool.id, name)
         if staying:
             raise _Hindered("; ".join(staying))
