@@ -23,7 +23,7 @@ from kombu.exceptions import OperationalError
 from redis import Redis
 
 from workerpool_operator.local.redis_server import private_redis
-from workerpool_routing import Overloaded, PoolUnavailable, Reason, Tier, WorkerPool, metrics, wire
+from workerpool_routing import Overloaded, PoolUnavailable, Reason, Tier, WorkerPool, metrics, policy, wire
 from workerpool_routing.decide import Load, Request, assumed_seconds, place, preselect
 from workerpool_routing.decision import LOG_FIELDS
 from workerpool_routing.errors import NoAcceleratedTier, NotConfigured
@@ -409,6 +409,16 @@ def test_what_the_policy_names_is_routed_by_plain_delay_and_in_canvases_and_noth
     assert pool.queue_length("elsewhere") == pool.queue_length("celery") == 1
     [message] = [json.loads(raw) for raw in client.lrange(pool.keys.queue_list("gpu-jobs", 0), 0, -1)]
     assert message["headers"]["workerpool"] == {"accelerated": "required", "attempt": 1}
+
+
+@pytest.mark.parametrize("foreign", ["hello", "[1]", '"x"', '{"headers": 3}', "null"])
+def test_text_that_is_no_message_at_the_end_of_a_queue_has_no_age(
+    pool: WorkerPool, app: Celery, client: Any, foreign: str
+) -> None:
+    pool.submit(app.tasks["media.index"], ("a",))
+    client.rpush(pool.keys.queue_list("cpu-jobs", 0), foreign)
+    cpu = pool.status()["tiers"]["cpu"]
+    assert (cpu["waiting"], cpu["oldest_wait"]) == (2, None)
 
 
 def test_a_pool_that_nobody_described_leaves_every_job_to_the_app(app: Celery, caplog: pytest.LogCaptureFixture) -> None:
