@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -144,7 +145,8 @@ class WorkerPool:
                 ``acceleratedContentTypes``, a type that gains nothing from an accelerator goes to a plain tier.
             deadline: seconds from now by which it must have started, else it expires.
             max_wait: the longest expected wait, in seconds, that is accepted, in place of the pool's ``maxWaitSeconds``.
-            idempotency_key: a second call with the same key within a day returns the first decision and queues nothing.
+            idempotency_key: a second call with the same key within a day returns the first decision and queues nothing. An empty
+                one is none.
             options: further options of ``apply_async``.
 
         Raises:
@@ -153,7 +155,7 @@ class WorkerPool:
                 with an idempotency key it is safe to call again.
             NoAcceleratedTier: the job requires an accelerator and the pool has no tier with one.
             TypeError: ``task`` is not a task, or ``options`` contain something that submit() chooses itself.
-            ValueError: ``accelerated``, ``deadline`` or ``max_wait`` has an impossible value.
+            ValueError: ``accelerated``, ``deadline``, ``max_wait`` or ``idempotency_key`` has an impossible value.
             kombu.exceptions.EncodeError: the arguments cannot be serialised.
         """
         if taken := [name for name in _RESERVED if name in options]:
@@ -162,6 +164,7 @@ class WorkerPool:
             raise TypeError(f"task is {task!r}; give the task itself, as the Celery app has registered it")
         task_id = str(uuid4())
         publish = partial(_publish_undecided, task, args, kwargs, task_id, deadline, options)
+        idempotency_key = _key(idempotency_key)
         if self._app.conf.task_always_eager:
             return publish(self._app)
         request, policy = _request(task, accelerated, content_type, deadline), self.store.policy()
@@ -173,7 +176,7 @@ class WorkerPool:
         request = _limited(request, policy, max_wait)
         candidates = self.candidates(policy, request)
         message = prepare(task, args, kwargs, task_id=task_id, expires=deadline, options=options)
-        entry = Entry(task_id, message, idempotency_key=idempotency_key)
+        entry = Entry(task_id, message, idempotency_key=idempotency_key, fenced=fenced(task.name, task))
         return self._logged(request, self._admit(policy, candidates, request, entry, fail_open=fail_open))
 
     async def submit_async(self, task: Task, *args: Any, **kwargs: Any) -> Decision:
@@ -298,16 +301,33 @@ def _policy(tiers: Sequence[TierPolicy]) -> Policy:
 def _request(task: Task, accelerated: Wish, content_type: str | None, deadline: float | None) -> Request:
     if accelerated not in (True, False, "required"):
         raise ValueError(f'accelerated is {accelerated!r}; give True, False or "required"')
-    if deadline is not None and deadline < 0:
+    if deadline is not None and not (deadline >= 0 and _is_a_time(deadline)):
         raise ValueError(f"deadline is {deadline!r}; give the seconds from now by which the job must have started")
     return Request(task.name, accelerated, main_type(content_type) if content_type is not None else None, deadline)
 
 
 def _limited(request: Request, policy: Policy, max_wait: float | None) -> Request:
     """The request, limited to the shorter of its deadline and the longest wait that is accepted."""
-    if max_wait is not None and max_wait < 0:
+    if max_wait is not None and not max_wait >= 0:
         raise ValueError(f"max_wait is {max_wait!r}; give the longest expected wait that is accepted, in seconds")
     limits = [request.limit, policy.max_wait_seconds if max_wait is None else max_wait]
+def _is_a_time(seconds: float) -> bool:
+    """Whether a message can say that it expires so many seconds from now."""
+    try:
+        datetime.now(UTC) + timedelta(seconds=seconds)
+    except (OverflowError, ValueError):  # infinite or in another age; not a number
+        return False
+    return True
+
+
+def _key(given: str | None) -> str | None:
+    """The idempotency key, if there is one; it often comes from a client's header."""
+    try:
+        return given if given and given.encode() else None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"idempotency_key is {given!r}, which is not text: {error.reason}") from error
+
+
     return Request(
         request.task, request.accelerated, request.content_type, min((one for one in limits if one is not None), default=None)
     )
