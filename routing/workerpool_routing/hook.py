@@ -24,6 +24,7 @@ from workerpool_routing.admission import Admission, Entry
 from workerpool_routing.content import main_type
 from workerpool_routing.decide import Candidates, Request
 from workerpool_routing.decision import decision, log
+from workerpool_routing.ledger import fenced
 from workerpool_routing.message import serialise
 from workerpool_routing.wire import HEADER, Policy, TierPolicy
 
@@ -42,6 +43,7 @@ class _Routed:
     wanted: TierPolicy
     encoding: Mapping[str, Any]
     lease: str
+    fenced: bool
 
 
 _routed: ContextVar[_Routed | None] = ContextVar("workerpool_routed", default=None)
@@ -60,7 +62,7 @@ class RoutingHook:
         own = app.conf.task_routes
         rest = [] if own is None else list(own) if isinstance(own, list | tuple) else [own]
         app.conf.task_routes = [self.route, *rest]
-        self._conf = app.conf
+        self._app = app
         signals.before_task_publish.connect(self._record, weak=False)
         signals.after_task_publish.connect(self._release, weak=False)
 
@@ -88,12 +90,12 @@ class RoutingHook:
         admission = self._pool.store.admit(candidates, request, lease=lease, refuses=False)
         tier = next(tier for tier in candidates.tiers if tier.name == admission.tier)
         wanted = candidates.tiers[0] if candidates.tiers[0].accelerated else tier
-        conf = self._conf
+        conf = self._app.conf
         encoding = {
             "serializer": options.get("serializer") or conf.task_serializer,
             "compression": options.get("compression") or conf.task_compression,
         }
-        return _Routed(self, request, admission, tier, wanted, encoding, lease)
+        return _Routed(self, request, admission, tier, wanted, encoding, lease, fenced(name, self._app.tasks.get(name)))
 
     def _record(self, sender: str, body: Any, headers: dict[str, Any], properties: dict[str, Any], **_: Any) -> None:
         routed = self._mine(sender)
@@ -103,12 +105,13 @@ class RoutingHook:
             stamped = {**headers, HEADER: {**(headers.get(HEADER) or {}), "attempt": 1}}
             message = serialise(body, stamped, properties, encoding=routed.encoding)
             chosen = Candidates((routed.tier,), reason=routed.admission.reason)
-            entry = Entry(headers["id"], message, publish=False)
+            entry = Entry(headers["id"], message, publish=False, fenced=routed.fenced, wait=routed.admission.wait)
             self._pool.store.admit(chosen, routed.request, entry=entry, wanted=routed.wanted, refuses=False)
         except Exception:  # the message may still be published: without the header it is not fenced, like any plain one
             logger.exception("job %s is not on the ledger: after a loss only the visibility time-out helps", headers["id"])
             return
-        headers[HEADER] = stamped[HEADER]
+        if routed.fenced:
+            headers[HEADER] = stamped[HEADER]
         log(self._pool.name, routed.request, replace(decision(routed.admission, routed.request), task_id=headers["id"]))
 
     def _release(self, sender: str, **_: Any) -> None:

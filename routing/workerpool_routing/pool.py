@@ -24,7 +24,7 @@ from workerpool_routing.decide import Candidates, Reason, Request, explain, pres
 from workerpool_routing.decision import Decision, decision, log, undecided
 from workerpool_routing.errors import NoAcceleratedTier, NotConfigured, Overloaded, PoolUnavailable
 from workerpool_routing.hook import RoutingHook
-from workerpool_routing.ledger import Job
+from workerpool_routing.ledger import Job, fenced
 from workerpool_routing.message import prepare
 from workerpool_routing.store import RedisStore, Store, TierState
 from workerpool_routing.wire import ENV_POOL, ENV_TIER, Keyspace, Policy, Presence, TierPolicy, Wish
@@ -232,7 +232,10 @@ class WorkerPool:
         return PoolUnavailable(f"pool {self.name} cannot decide: {why}")
 
     def job(self, task_id: str) -> Job | None:
-        """A job's ledger entry; None if it has none, or none any more. Raises :class:`PoolUnavailable`."""
+        """A job's ledger entry; None if it has none, as one of a task without a fence, or none any more.
+
+        Raises :class:`PoolUnavailable`.
+        """
         return self.store.job(task_id)
 
     def workers(self) -> dict[str, Presence]:

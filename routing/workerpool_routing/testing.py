@@ -207,7 +207,8 @@ class Double:
     def _write(self, entry: Entry, request: Request, admission: Admission, wanted: TierPolicy) -> None:
         tier, queue, reason = admission.tier, admission.queue, admission.reason
         required = request.accelerated == "required"
-        self._jobs[entry.task_id] = Job(entry.task_id, request.task, State.ADMITTED, 1, tier, wanted.name, required, reason)
+        if entry.fenced:
+            self._jobs[entry.task_id] = Job(entry.task_id, request.task, State.ADMITTED, 1, tier, wanted.name, required, reason)
         self._queues[queue] = self._queues.get(queue, 0) + 1
         message = json.loads(entry.message.to(queue))
         args, kwargs, _ = loads(b64decode(message["body"]), message["content-type"], message["content-encoding"])

@@ -411,6 +411,39 @@ def test_what_the_policy_names_is_routed_by_plain_delay_and_in_canvases_and_noth
     assert message["headers"]["workerpool"] == {"accelerated": "required", "attempt": 1}
 
 
+def ends_at_once() -> None:
+    """Nobody runs it here."""
+
+
+def test_a_task_without_a_fence_is_routed_and_not_on_the_ledger(app: Celery, client: Any) -> None:
+    """No worker claims its jobs: an entry would wait for ever, and the sweep would take each for lost."""
+    pool = WorkerPool("ml/media", app)
+    client.set(pool.keys.policy, Policy(TIERS, tasks=(TaskPolicy("*", accelerated=False),)).dump())
+    plain = app.task(ends_at_once, name="media.plain", shared=False, fenced=False)
+    first = pool.submit(plain, accelerated="required", idempotency_key="k")
+    assert pool.submit(plain, accelerated="required", idempotency_key="k").task_id == first.task_id
+    submitted, delayed = pool.submit(plain), plain.delay()
+    celerys_own = app.send_task("celery.starmap", kwargs={"task": {"task": "media.index"}, "it": []})
+    assert (pool.queue_length("gpu-jobs"), pool.queue_length("cpu-jobs")) == (1, 3)
+    assert not [pool.job(one) for one in (first.task_id, submitted.task_id, delayed.id, celerys_own.id) if pool.job(one)]
+    assert not client.keys(pool.keys.waiting("*")) + client.keys(pool.keys.spilled("*")) + client.keys(pool.keys.job("*"))
+    headers = [json.loads(raw)["headers"] for raw in client.lrange(pool.keys.queue_list("cpu-jobs", 0), 0, 1)]
+    assert ["workerpool" in one for one in headers] == [False, False], "by delay() it is the message of plain Celery"
+
+
+def test_the_wait_of_a_job_by_plain_delay_is_the_one_before_it_counts_itself(app: Celery, client: Any) -> None:
+    pool = WorkerPool("ml/media", app, tiers=TIERS)
+    seconds, _ = client.time()
+    client.zadd(pool.keys.slots("cpu"), {"worker/0": seconds * 1000})
+    client.hset(pool.keys.served("cpu"), "mean", 30)
+    waits = [
+        client.hget(pool.keys.job(index.id), "wait")
+        for _ in range(2)
+        for index in [app.tasks["media.index"].apply_async(("a",), headers={"workerpool": {"accelerated": False}})]
+    ]
+    assert [float(wait) for wait in waits] == [0, 30]
+
+
 @pytest.mark.parametrize("foreign", ["hello", "[1]", '"x"', '{"headers": 3}', "null"])
 def test_text_that_is_no_message_at_the_end_of_a_queue_has_no_age(
     pool: WorkerPool, app: Celery, client: Any, foreign: str
