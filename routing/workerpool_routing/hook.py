@@ -26,7 +26,7 @@ from workerpool_routing.decide import Candidates, Request
 from workerpool_routing.decision import decision, log
 from workerpool_routing.ledger import fenced
 from workerpool_routing.message import serialise
-from workerpool_routing.wire import HEADER, Policy, TierPolicy
+from workerpool_routing.wire import HEADER, Policy, TierPolicy, Wish
 
 if TYPE_CHECKING:
     from workerpool_routing.pool import WorkerPool
@@ -51,11 +51,12 @@ _routed: ContextVar[_Routed | None] = ContextVar("workerpool_routed", default=No
 
 class RoutingHook:
     """Routes the tasks that ``routing.tasks`` names. Never raises and never refuses: if anything goes wrong, the app's own
-    routing applies.
+    routing applies; a job that requires an accelerator waits on the accelerated tier of the last policy that was read.
     """
 
     def __init__(self, pool: WorkerPool) -> None:
         self._pool = pool
+        self._known: Policy | None = None
 
     def install(self, app: Celery) -> None:
         """Put the router in front of the app's own routes, and connect the two signals."""
@@ -77,13 +78,20 @@ class RoutingHook:
             routed = self._decide(name, options)
         except Exception:  # an error here would break a chain that nobody watches
             logger.exception("pool %s cannot route %s: the app's own routing applies", self._pool.name, name)
-            return None
+            routed = None
         _routed.set(routed)
-        return {"queue": routed.tier.queue} if routed else None
+        tier = routed.tier if routed else self._only_tier(name, options)
+        return {"queue": tier.queue} if tier else None
+
+    def _only_tier(self, name: str, options: Mapping[str, Any]) -> TierPolicy | None:
+        """Where a message has to wait that nothing was decided on; None leaves it to the app's own routes."""
+        known = self._known
+        return known.accelerated_tier() if known and _wish(known, name, _wishes(options)) == "required" else None
 
     def _decide(self, name: str, options: Mapping[str, Any]) -> _Routed | None:
         policy = self._pool.policy
-        request = _request(policy, name, (options.get("headers") or {}).get(HEADER) or {})
+        self._known = policy or self._known
+        request = _request(policy, name, _wishes(options))
         if policy is None or request is None:
             return None
         candidates, lease = self._pool.candidates(policy, request), str(uuid4())
@@ -129,17 +137,28 @@ class RoutingHook:
         return routed if routed and routed.by is self and routed.request.task == sender else None
 
 
+def _wishes(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    wishes = (options.get("headers") or {}).get(HEADER)
+    return wishes if isinstance(wishes, dict) else {}
+
+
+def _wish(policy: Policy, name: str, wishes: Mapping[str, Any]) -> Wish | None:
+    if "accelerated" in wishes:
+        return wishes["accelerated"] or False
+    return next((task.accelerated for task in policy.tasks if fnmatchcase(name, task.name)), None)
+
+
 def _request(policy: Policy | None, name: str, wishes: Mapping[str, Any]) -> Request | None:
     """What one call asks for, by its own header or else by the pool's policy for the task; None if neither says anything."""
     if policy is None:
         return None
-    named = next((task for task in policy.tasks if fnmatchcase(name, task.name)), None)
-    if named is None and "accelerated" not in wishes:
+    wish = _wish(policy, name, wishes)
+    if wish is None:
         return None
     content_type = wishes.get("content_type")
     return Request(
         name,
-        wishes.get("accelerated", named.accelerated if named else False),
+        wish,
         main_type(content_type) if content_type is not None else None,
         policy.max_wait_seconds,
     )

@@ -52,7 +52,9 @@ class WorkerPool:
         timeout: seconds that a call waits for Redis before it raises :class:`PoolUnavailable`.
         fail_open: whether jobs are still published when no decision can be made: to the app's default queue while the pool's
             policy is missing, to the last tier when the admission script fails. A job that requires an accelerator or has an
-            idempotency key is refused then (:class:`PoolUnavailable`), because only a decision can keep that promise.
+            idempotency key is refused then (:class:`PoolUnavailable`), because only a decision can keep that promise. A plain
+            ``delay()`` refuses nothing: it is left to the app's own routing, or waits on the accelerated tier of the last policy
+            that this process has read if it requires an accelerator.
 
     In a worker process that the operator or ``workerpool dev`` started for this pool, the app's tasks are fenced and the worker
     reports its presence; in any other process, jobs are routed. Nothing is read from Redis until the first job.
@@ -162,9 +164,9 @@ class WorkerPool:
             raise TypeError(f"submit() chooses {', '.join(taken)} itself; use apply_async() to choose them")
         if not isinstance(task, Task):
             raise TypeError(f"task is {task!r}; give the task itself, as the Celery app has registered it")
+        idempotency_key = _key(idempotency_key)
         task_id = str(uuid4())
         publish = partial(_publish_undecided, task, args, kwargs, task_id, deadline, options)
-        idempotency_key = _key(idempotency_key)
         if self._app.conf.task_always_eager:
             return publish(self._app)
         request, policy = _request(task, accelerated, content_type, deadline), self.store.policy()
@@ -309,11 +311,6 @@ def _request(task: Task, accelerated: Wish, content_type: str | None, deadline: 
     return Request(task.name, accelerated, main_type(content_type) if content_type is not None else None, deadline)
 
 
-def _limited(request: Request, policy: Policy, max_wait: float | None) -> Request:
-    """The request, limited to the shorter of its deadline and the longest wait that is accepted."""
-    if max_wait is not None and not max_wait >= 0:
-        raise ValueError(f"max_wait is {max_wait!r}; give the longest expected wait that is accepted, in seconds")
-    limits = [request.limit, policy.max_wait_seconds if max_wait is None else max_wait]
 def _is_a_time(seconds: float) -> bool:
     """Whether a message can say that it expires so many seconds from now."""
     try:
@@ -331,6 +328,11 @@ def _key(given: str | None) -> str | None:
         raise ValueError(f"idempotency_key is {given!r}, which is not text: {error.reason}") from error
 
 
+def _limited(request: Request, policy: Policy, max_wait: float | None) -> Request:
+    """The request, limited to the shorter of its deadline and the longest wait that is accepted."""
+    if max_wait is not None and not max_wait >= 0:
+        raise ValueError(f"max_wait is {max_wait!r}; give the longest expected wait that is accepted, in seconds")
+    limits = [request.limit, policy.max_wait_seconds if max_wait is None else max_wait]
     return Request(
         request.task, request.accelerated, request.content_type, min((one for one in limits if one is not None), default=None)
     )

@@ -431,6 +431,23 @@ def test_a_task_without_a_fence_is_routed_and_not_on_the_ledger(app: Celery, cli
     assert ["workerpool" in one for one in headers] == [False, False], "by delay() it is the message of plain Celery"
 
 
+def test_a_job_that_requires_an_accelerator_waits_for_one_while_nothing_can_be_decided(
+    app: Celery, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "KEPT_SECONDS", 0)
+    pool = WorkerPool("ml/media", app)
+    described = Policy(TIERS, tasks=(TaskPolicy("media.transcribe", accelerated="required"), TaskPolicy("media.index")))
+    transcribe, index = app.tasks["media.transcribe"], app.tasks["media.index"]
+    wishes = {"headers": {"workerpool": {"accelerated": "required", "content_type": 7}}}
+    client.set(pool.keys.policy, described.dump())
+    client.set(pool.keys.capacity, "no JSON")
+    assert [transcribe.delay("a"), index.delay("b"), index.apply_async(("c",), **wishes)]
+    assert (pool.queue_length("gpu-jobs"), pool.queue_length("celery")) == (2, 1)
+    client.delete(pool.keys.policy)
+    assert [transcribe.delay("a"), index.delay("b"), index.apply_async(("c",), **wishes)]
+    assert (pool.queue_length("gpu-jobs"), pool.queue_length("celery")) == (4, 2)
+
+
 def test_the_wait_of_a_job_by_plain_delay_is_the_one_before_it_counts_itself(app: Celery, client: Any) -> None:
     pool = WorkerPool("ml/media", app, tiers=TIERS)
     seconds, _ = client.time()
