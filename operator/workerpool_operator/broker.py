@@ -8,7 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -330,6 +330,7 @@ def _ask(pipe: Any, pool: Pool) -> None:
     keys = pool.keys
     pipe.hgetall(keys.routes)
     pipe.smembers(keys.drain)
+    pipe.hlen(keys.plain_unacked)
     for tier in pool.spec.tiers:
         for name in keys.queue_lists(tier.queue):
             pipe.llen(name)
@@ -346,13 +347,13 @@ def _ask(pipe: Any, pool: Pool) -> None:
 
 def _reading(pool: Pool, answers: Iterator[Any], run_id: str, database: int, now: Milliseconds) -> BrokerReading | Unavailable:
     """Take this pool's answers, all of them, then make sense of them."""
-    routes, marked = next(answers), next(answers)
+    routes, marked, plain = next(answers), next(answers), next(answers)
     answered = {tier.name: [next(answers) for _ in range(len(pool.keys.priority_steps) + 8)] for tier in pool.spec.tiers}
-    for answer in (routes, marked, *chain.from_iterable(answered.values())):
+    for answer in (routes, marked, plain, *chain.from_iterable(answered.values())):
         if isinstance(answer, Unavailable):
             return Unavailable(f"what Redis holds of the pool cannot be read: {answer.why}")
     try:
-        tiers = {name: _queue(answer, now) for name, answer in answered.items()}
+        tiers = {name: replace(_queue(answer, now), plain_in_flight=plain) for name, answer in answered.items()}
         return BrokerReading(
             tiers, run_id, now, {route: int(count) for route, count in routes.items()}, database, frozenset(marked)
         )

@@ -307,9 +307,9 @@ def told(job: Job) -> list[str]:
     for run in job.runs:
         lines.append(f"{at(run.began)}  attempt {run.attempt} starts on {run.tier}, {run.owner}")
         if run.ended:
-            lines.append(f"{at(run.ended)}  {run.how}{': ' + run.error if run.error else ''}")
+            lines.append(f"{at(run.ended)}  attempt {run.attempt} ends: {run.how}{', ' + run.error if run.error else ''}")
     ended = max((time for state, time in job.times.items() if state.ended), default=None)
-    return [*lines, f"{at(ended)}  {job.state}"] if ended and job.state.ended else lines
+    return [*lines, f"{at(ended)}  the job is {job.state}"] if ended and job.state.ended else lines
 
 
 async def _dev(pool: Pool, directory: Path, broker_url: str | None) -> None:

@@ -26,11 +26,11 @@ from workerpool_operator.reconcile import Reconciler
 APP_CHECK_SECONDS = 30.0
 
 STATUS_FILE = "workerpool.json"
-"""In the directory of the logs: the WorkerPool with its status, as an API server would keep it."""
+"""A file beside the logs: the WorkerPool with its status, as the API server would keep it."""
 
 
 class CannotStart(Exception):
-    """Nothing was left running; the message names what is wrong and the next step."""
+    """Dev mode could not start, and has left nothing running; the message says what is wrong, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +45,16 @@ class Session:
 
 @asynccontextmanager
 async def session(pool: Pool, *, directory: Path, reporter: Reporter, broker_url: str | None = None) -> AsyncIterator[Session]:
-    """Run a pool until the block is left; then stop its workers, each within its grace period.
+    """Run a pool inside the block; at its end stop the workers, each within its grace period.
 
     Args:
         pool: the pool; the broker that it names is replaced.
-        directory: gets the workers' logs, and :data:`STATUS_FILE`.
-        reporter: is told of every pass.
-        broker_url: a Redis that is there already; None starts a private one.
+        directory: where the workers' logs and :data:`STATUS_FILE` go.
+        reporter: is called after every pass.
+        broker_url: of a Redis that is running; None starts a private one.
 
     Raises:
-        CannotStart: Redis, the app or the template is unusable here.
+        CannotStart: Redis, the app or the template cannot be used here.
         RedisServerError: there is no redis-server to start.
     """
     async with AsyncExitStack() as stack:
@@ -96,7 +96,7 @@ class _OneUrl:
 
 @dataclass(frozen=True, slots=True)
 class _StatusKept:
-    """A reporter that also keeps the resource and its status in a file, for whoever asks with ``workerpool explain``."""
+    """A reporter that also writes the resource and its status to a file, for ``workerpool explain``."""
 
     path: Path
     reporter: Reporter
@@ -119,18 +119,18 @@ class _StatusKept:
 
 
 def shown(url: str) -> str:
-    """The URL, or all URLs of sentinels, without a password."""
+    """The URL, or the URLs of sentinels, without passwords."""
     return ";".join(sanitize_url(part) for part in url.partition("#")[0].split(";"))
 
 
 def at(url: str, broker: Broker) -> Broker:
-    """The same broker at the address that ``--broker-url`` gives; raises :class:`CannotStart`."""
+    """The same broker at the address of ``--broker-url``; raises :class:`CannotStart` if that is not valid."""
     master = broker.master_name if url.startswith("sentinel://") else None
     try:
         return Broker.model_validate({**broker.model_dump(), "url": url, "url_from": None, "master_name": master})
-    except ValidationError:  # its text repeats the URL, which may hold a password
+    except ValidationError:  # not chained: its text repeats the URL, which may contain a password
         raise CannotStart(
-            "--broker-url: must begin with redis://, rediss://, or with sentinel:// where the file has spec.broker.masterName"
+            "--broker-url: must begin with redis:// or rediss://, or with sentinel:// if the file has spec.broker.masterName"
         ) from None
 
 
@@ -140,7 +140,7 @@ def _fail_if(problems: list[Problem]) -> None:
 
 
 async def _check_app(pool: Pool) -> None:
-    """Load the app once as a worker would, so that a wrong module is one message and not a worker that dies again and again."""
+    """Load the app once, as a worker would, so that a wrong module is one message and not a worker that keeps dying."""
     start = launch(pool, pool.spec.tiers[0], "check")
     if "-A" not in start.command:
         return
@@ -153,12 +153,12 @@ async def _check_app(pool: Pool) -> None:
     if status:
         raise CannotStart(
             f"spec.app: {pool.spec.app} cannot be loaded from {start.directory}: {last_words(output) or 'it said nothing'}. "
-            "Start in the directory that the module's name begins in, with its dependencies installed."
+            "Start in the directory from which Python can import it, with its dependencies installed."
         )
 
 
 async def _run(command: list[str], start: Launch) -> tuple[int | None, str]:
-    """Exit status and output of a command in the place of a worker; nothing of it outlives the call, or this process."""
+    """Run a command as a worker would run; return its exit status and output. It does not outlive the call, or this process."""
     guardian = Guardian()
     try:
         process = await asyncio.create_subprocess_exec(

@@ -9,8 +9,8 @@ The marks in Redis are the only state, so a new leader goes on from them.
 3. The count is not lowered during a rollout, when the cluster chooses which worker goes (unless all of them may), nor while a
    busy worker is un-Ready, because the cluster would remove that one first.
 4. When demand rises, marks are taken back before a new worker is ordered.
-5. A worker that never reports (its app lacks the library) cannot see a mark. It goes once the queue has been empty for
-   :data:`EMPTY_WINDOW_SECONDS`, protected by its grace period alone.
+5. A worker that never reports (its app lacks the library) cannot see a mark. It goes once the queue has been empty, and no such
+   worker on the database has held a message, for :data:`EMPTY_WINDOW_SECONDS`, protected by its grace period alone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Memory:
 
     Attributes:
         marked: by worker, since when it is known to be marked.
-        empty_since: since when nothing has been waiting or in flight; None while something is.
+        empty_since: since when nothing has been waiting, or in flight at workers that do not report; None while something is.
     """
 
     marked: Mapping[str, Mark] = field(default_factory=dict)
@@ -189,7 +189,7 @@ def _learn(
 ) -> Memory:
     names = {replica.worker for replica in live.replicas}
     seen = {name: memory.marked.get(name, Mark(time, now)) for name in marked & names}
-    empty = not (queue.waiting or queue.in_flight)
+    empty = not (queue.waiting or queue.in_flight or queue.plain_in_flight)
     since = now if memory.empty_since is None else memory.empty_since
     return Memory(seen, since if empty else None)
 
@@ -202,7 +202,7 @@ def _waits_for(left: int, chosen: list[_Worker], endangered: str | None, *, roll
     elif endangered:
         why = f"once {endangered} is ready again: it holds a job and would be removed first"
     elif silent := sum(one.silent for one in chosen):
-        why = f"{silent} of them do not report, so not before the queue has been empty for {EMPTY_WINDOW_SECONDS:.0f} s"
+        why = f"{silent} of them do not report, so once nothing has been waiting or in flight for {EMPTY_WINDOW_SECONDS:.0f} s"
     elif any(one.busy for one in chosen):
         why = "once their jobs are finished"
     else:

@@ -24,6 +24,8 @@ from workerpool_routing.wire import CAPACITY_LIFE_MS
 
 _NAMES_SHOWN = 3
 _NUMBERS = {"jobs", "waiting", "in flight", "elsewhere"}
+_UNALARMING = {"True": "in order", "False": "not the case", "Unknown": "not known"}
+"""How the remaining conditions are introduced, by their status."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +73,10 @@ def _alarms(known: Explanation) -> Table:
         )
         rows.append((Text("no operator", "bold red"), message))
     rows += [(condition_name(condition), condition.message) for condition in conditions if worth_seeing(condition)]
-    if well := [condition.type.value for condition in conditions if not worth_seeing(condition)]:
-        rows.append((Text("as it should be", "dim"), ", ".join(well)))
+    well = [condition for condition in conditions if not worth_seeing(condition)]
+    for status, words in _UNALARMING.items():
+        if names := [condition.type.value for condition in well if condition.status == status]:
+            rows.append((Text(words, "dim"), ", ".join(names)))
     return _grid(rows)
 
 
@@ -101,8 +105,7 @@ def _leaving(reading: BrokerReading) -> Iterator[tuple[Text, str]]:
     for name, queue in reading.tiers.items():
         for worker in queue.workers:
             if worker.draining or worker.worker in reading.marked:
-                has = f"finishes {worker.busy} jobs" if worker.busy else "has no job left"
-                yield Text(worker.worker), f"{name}: takes nothing new and {has}"
+                yield Text(worker.worker), f"{name}: takes nothing new, jobs left: {worker.busy}"
 
 
 def _routes(pool: Pool, routes: Mapping[str, int]) -> RenderableType:

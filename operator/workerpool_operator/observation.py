@@ -140,6 +140,7 @@ class QueueReading:
         waits: of the jobs that it has started.
         counted: how all of its attempts ended that began since its breaker last changed; workers alone count.
         kept: what the operator has left there.
+        plain_in_flight: messages that workers without the library hold unacknowledged, of whatever queue of the database.
     """
 
     waiting: int
@@ -151,6 +152,7 @@ class QueueReading:
     waits: Waits = NOTHING_STARTED
     counted: Attempts = NO_ATTEMPTS
     kept: Checkpoint = NOTHING_KEPT
+    plain_in_flight: int = 0
 
     @property
     def attempts(self) -> Attempts:
@@ -207,6 +209,7 @@ class Replica:
         ordered_at: when it was created.
         ready_at: when it became ready, None before that.
         detail: what it waits for or dies of, in words.
+        witnessed: it was seen before it was ready; if not, ``ready_at`` may be a later readiness, and says nothing of its start.
     """
 
     worker: str
@@ -214,6 +217,7 @@ class Replica:
     ordered_at: float
     ready_at: float | None = None
     detail: str = ""
+    witnessed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,11 +252,11 @@ class TierReplicas:
 
     @property
     def newest(self) -> tuple[float, Replica] | None:
-        """When a worker became ready last, and which; None when none has."""
+        """When a worker became ready last, and which, of those whose start was witnessed; None when none has."""
         return newest(self.replicas)
 
 
 def newest(replicas: Iterable[Replica]) -> tuple[float, Replica] | None:
-    """When a worker became ready last, and which; None when none has."""
-    ready = [(replica.ready_at, replica) for replica in replicas if replica.ready_at is not None]
+    """When a worker became ready last, and which, of those whose start was witnessed; None when none has."""
+    ready = [(replica.ready_at, replica) for replica in replicas if replica.ready_at is not None and replica.witnessed]
     return max(ready, key=lambda one: (one[0], -one[1].ordered_at), default=None)

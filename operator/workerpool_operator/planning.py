@@ -184,12 +184,13 @@ def _begun(replica: Replica, stuck: Mapping[str, float]) -> float:
 
 def demand(queue: QueueReading, live: TierReplicas, arrived: int, stuck: Mapping[str, float], now: float) -> scaling.Demand:
     """What the rule is told of one tier; ``stuck`` as in :class:`TierPlan`."""
-    # A pod that drains may be un-Ready for it: it is not on its way but back as soon as its mark is taken away.
+    # A pod that was ready, or that drains, is un-Ready for another reason than its start: it is back at once when that is over.
     draining = {report.worker for report in queue.workers if report.draining}
-    starts = [replica for replica in live.replicas if replica.phase is Phase.STARTING]
-    back = sum(replica.worker in draining for replica in starts)
+    unready = [replica for replica in live.replicas if replica.phase is Phase.STARTING]
+    starts = [replica for replica in unready if replica.ready_at is None and replica.worker not in draining]
+    back = len(unready) - len(starts)
     count = max(0, live.starting - back)
-    starting = [_begun(replica, stuck) for replica in starts if replica.worker not in draining][:count] if count else []
+    starting = [_begun(replica, stuck) for replica in starts][:count] if count else []
     ready_at, newest = live.newest or (0.0, None)
     return scaling.Demand(
         waiting=queue.waiting,
@@ -301,7 +302,7 @@ def _starts(plan: TierPlan, stuck: int, now: float) -> tuple[float, list[float]]
     ]
     start = scaling.start_seconds(plan.decision.memory)
     if plan.decision.memory.start_seconds is None:
-        starting = [r for r in coming if r.phase is Phase.STARTING and r.worker not in takes_jobs]
+        starting = [r for r in coming if r.phase is Phase.STARTING and r.ready_at is None and r.worker not in takes_jobs]
         assumed = min(START_SECONDS, plan.decision.memory.first_start)
         start = max([assumed, *(now - _begun(replica, plan.stuck) for replica in starting)])
     count = max(0, plan.decision.replicas - sum(takes_jobs.values()) - stuck - plan.workers.count(Phase.EJECTED))

@@ -13,10 +13,10 @@ from workerpool_operator.ports import Pool
 from workerpool_routing import wire
 
 DEFAULT_GRACE_SECONDS = 600
-"""From SIGTERM to SIGKILL where the template says nothing."""
+"""From SIGTERM to SIGKILL, if the template does not say."""
 
 PROBE_LIFE_SECONDS = 30
-"""A worker gives a sign of life every second; after so long without one it is taken for stuck."""
+"""A worker touches its file every second; after so long without a touch it counts as stuck."""
 
 PROBE_SCRIPT = f"""\
 import importlib.util, pathlib, sys, time
@@ -31,15 +31,15 @@ sys.exit(not (fresh or silent))
 """
 """What a probe runs; arguments: ``alive`` or ``up``, and the directory of the library's probe files.
 
-An app that never loads the library writes no such files: it counts as alive, and where the library is not installed as up. The
-script has to run in any image that runs Celery, so it asks for a Python and for nothing else, not even a shell.
+An app that never loads the library writes no such files: it counts as alive, and, if the library is not installed, as up. The
+script has to run in any image that runs Celery, so it needs Python and nothing else, not even a shell.
 """
 
 
 def probe(which: str, directory: str) -> list[str]:
-    """The argument vector of a pod's probe: ``alive``, or ``up`` once it has taken its place in the pool.
+    """The argument vector of a pod's probe: ``alive``, or ``up``, which succeeds once the worker has joined the pool.
 
-    A worker that drains stays up: Kubernetes removes first what is not ready, and it may hold a job.
+    A draining worker stays up: Kubernetes removes un-Ready pods first, and it may still hold a job.
     """
     return ["python3", "-c", PROBE_SCRIPT, which, directory]
 
@@ -73,10 +73,10 @@ def environment(pool: Pool, tier: Tier) -> dict[str, str]:
 
 
 def grace_seconds(tier: Tier) -> int:
-    """How long a worker that was told to stop may go on with what it has."""
+    """How long a worker that was told to stop may go on with its jobs, in seconds."""
     return int(tier.template["spec"].get("terminationGracePeriodSeconds", DEFAULT_GRACE_SECONDS))
 
 
 def literal(text: str) -> str:
-    """Text in which Kubernetes finds no variable."""
+    """The text, escaped so that Kubernetes expands no variable in it."""
     return text.replace("$", "$$")

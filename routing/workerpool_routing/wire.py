@@ -226,6 +226,11 @@ class Keyspace:
         """The hash of messages that workers of the tier hold: delivery tag → JSON ``[message, exchange, routing_key]``."""
         return self.prefix + unacked_keys(self.pool, tier)["unacked_key"]
 
+    @property
+    def plain_unacked(self) -> str:
+        """The hash of messages that workers without the library hold, of all queues of the database."""
+        return f"{self.prefix}unacked"
+
     def unacked_index(self, tier: str) -> str:
         """The sorted set of the same tags by time of delivery (seconds)."""
         return self.prefix + unacked_keys(self.pool, tier)["unacked_index_key"]

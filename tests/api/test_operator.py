@@ -344,6 +344,29 @@ def test_an_operator_of_one_namespace_needs_no_rights_elsewhere(
             alone.end(signal.SIGKILL)
 
 
+def test_a_namespace_that_is_gone_keeps_no_other_from_being_served(
+    ml: Namespace, operator: Operator, kubeconfig: Path, kubectl: Kubectl, guardian: Guardian, tmp_path: Path
+) -> None:
+    gone = f"{ml.name}-gone"
+    kubectl("create", "namespace", gone)
+    with Chart.load(CHART) as chart:
+        rendered = chart.render({"watchNamespaces": [gone, ml.name]}, name="celery-workerpool", namespace=ml.name)
+    manifests = "---\n".join(text for path, text in rendered.items() if path.endswith(".yaml"))
+    assert kubectl("apply", "--server-side", "-f", "-", stdin=manifests).returncode == 0
+    log_in(kubeconfig, tmp_path / "kubeconfig", kubectl, ml.name, "celery-workerpool")
+    kubectl("delete", "namespace", gone)
+    with paused(operator.pid):
+        options = f"--namespace={gone}", f"--namespace={ml.name}", f"--lease-namespace={ml.name}"
+        alone = Operator(tmp_path / "kubeconfig", guardian, *options)
+        try:
+            ml.create_pool()
+            eventually(lambda: ml.replicas().get("media-cpu") == 1, alone)
+            alone.healthy()
+            assert alone.log().count(f"namespace {gone} is not served: ") == 1
+        finally:
+            alone.end(signal.SIGKILL)
+
+
 def test_the_operator_answers_probes_and_leaves_at_once_when_told_to(operator: Operator) -> None:
     operator.healthy()
     started = time.monotonic()

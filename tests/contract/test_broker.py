@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import pytest
 from redis import Redis
 from tests.contract import seeds
-from tests.contract.seeds import claim, consumer, make_pool, publish, report, take
+from tests.contract.seeds import celery_app, claim, consumer, make_pool, publish, report, take
 from tests.contract.workers import until
 
 from workerpool_operator import planning
@@ -134,6 +134,17 @@ def test_messages_that_a_worker_holds_are_in_flight_on_its_tier_alone(redis_url:
         assert first
         first.ack()
         assert read(redis_url, pool).tiers["gpu"].in_flight == 1
+
+
+@pytest.mark.parametrize("prefix", ["", "team-a:"])
+def test_what_workers_without_the_library_hold_is_told_apart(redis_url: str, prefix: str) -> None:
+    pool = make_pool(redis_url, broker={"url": redis_url, "globalKeyPrefix": prefix})
+    publish(pool, "celery", 0, 0)
+    with celery_app(pool).connection_for_read() as connection:
+        assert take(connection, "celery") is not None
+        cpu = read(redis_url, pool).tiers["cpu"]
+        assert (cpu.waiting, cpu.in_flight, cpu.plain_in_flight) == (1, 0, 1)
+        connection.default_channel.qos.restore_at_shutdown = False
 
 
 def test_a_job_that_had_to_go_elsewhere_is_read_as_spilled_from_the_tier_it_wanted(redis_url: str, pool: Pool) -> None:

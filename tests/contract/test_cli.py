@@ -185,7 +185,7 @@ def test_an_app_that_cannot_be_loaded_is_one_message(mark: str, code: str | None
     assert said.count("\n") == 1
     assert said.startswith(f"spec.app: tasks cannot be loaded from {Path.cwd()}: ")
     assert cause in said
-    assert "Start in the directory that the module's name begins in" in said
+    assert "Start in the directory from which Python can import it" in said
 
 
 def test_an_app_that_takes_for_ever_to_load_is_given_up_with_all_that_it_started(
@@ -236,7 +236,7 @@ def test_a_wrong_password_is_told_and_not_repeated(debug: list[str]) -> None:
 @pytest.mark.parametrize("url", [f"amqp://me:{PASSWORD}@h", "localhost:6379", f"http://{PASSWORD}"])
 def test_a_broker_that_is_not_redis_is_refused_by_the_option(mark: str, url: str) -> None:
     said = refused_by_dev(mark, resource(), "--broker-url", url)
-    assert said.startswith("--broker-url: must begin with redis://, rediss://, or with sentinel://")
+    assert said.startswith("--broker-url: must begin with redis:// or rediss://, or with sentinel://")
     assert "pass-phrase" not in said
 
 

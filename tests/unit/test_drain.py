@@ -155,12 +155,20 @@ def test_workers_that_never_report_leave_after_the_queue_has_been_empty_for_the_
     assert (busy.replicas, busy.memory.empty_since) == (2, None)
     empty = decide(0, workers, memory=busy.memory)
     assert found(empty)[:2] == (2, set())
-    why = "2 of them do not report, so not before the queue has been empty for 60 s"
+    why = "2 of them do not report, so once nothing has been waiting or in flight for 60 s"
     assert empty.message == f"workers still to leave: 2 ({why})"
     soon = decide(0, workers, memory=empty.memory, now=NOW + EMPTY_WINDOW_SECONDS - 1)
     assert soon.replicas == 2
     then = decide(0, workers, memory=soon.memory, now=NOW + EMPTY_WINDOW_SECONDS)
     assert found(then)[:2] == (0, {"a", "b"})
+
+
+def test_workers_that_never_report_stay_while_any_of_their_kind_holds_a_message() -> None:
+    live, long_empty = TierReplicas(1, (up("a"),)), Memory(empty_since=NOW - EMPTY_WINDOW_SECONDS)
+    outcomes = [
+        drain.decide(0, live, QueueReading(0, 0, 0, plain_in_flight=held), frozenset(), TIME, long_empty, NOW) for held in (0, 1)
+    ]
+    assert [(one.replicas, one.memory.empty_since is None) for one in outcomes] == [(0, False), (1, True)]
 
 
 def test_a_worker_that_has_just_become_ready_may_yet_report() -> None:

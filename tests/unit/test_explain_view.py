@@ -51,6 +51,8 @@ CONDITIONS = (
     condition(ConditionType.CAPACITY_AVAILABLE, "False", "gpu: 1 of 9 unschedulable: 0/3 nodes are available: insufficient GPUs"),
     condition(ConditionType.REBALANCING, "True", "4 of the waiting jobs moved from gpu to cpu: the wait costs more"),
     condition(ConditionType.QUEUE_SHARED, "False", "nobody else has these queues"),
+    condition(ConditionType.SPILLING, "Unknown", "Redis does not answer"),
+    condition(ConditionType.TIER_BROKEN, "False", "every accelerated tier takes part in routing"),
 )
 STATUS = Status(1, CONDITIONS, (GPU, CPU), 12, 2, "gpu 2/9, cpu 1/1")
 ROUTES = {"cpu:NoCapacity": 40, "gpu:FreeSlot": 7, "gpu:SlotStarting": 9, "elsewhere:FutureReason": 1}
@@ -118,7 +120,7 @@ def test_no_sentence_is_cut_however_narrow_the_screen(width: int) -> None:
     columns = text_of(KNOWN, width).splitlines()
     assert max(map(len, columns)) <= width
     assert "…" not in "".join(columns)
-    for last_words in ("insufficient GPUs", "the wait costs more", "finished their jobs"):
+    for last_words in ("insufficient GPUs", "the wait costs more", "their jobs are finished)"):
         assert without_blanks(last_words)[-8:] in without_blanks("".join(columns)), last_words
 
 
@@ -126,14 +128,16 @@ def test_conditions_that_want_attention_come_first_with_their_sentence_and_the_o
     text = text_of(KNOWN)
     assert line(text, "not CapacityAvailable").endswith("0/3 nodes are available: insufficient GPUs")
     assert line(text, "Rebalancing").endswith("4 of the waiting jobs moved from gpu to cpu: the wait costs more")
-    assert line(text, "as it should be") == "as it should be Ready, QueueShared"
+    assert line(text, "in order") == "in order Ready"
+    assert line(text, "not the case") == "not the case QueueShared, TierBroken"
+    assert line(text, "not known") == "not known Spilling"
     assert text.index("insufficient GPUs") < text.index("why each tier")
 
 
 def test_who_leaves_is_named_with_what_keeps_it() -> None:
     text = text_of(KNOWN)
-    assert line(text, "gpu-b") == "gpu-b gpu: takes nothing new and finishes 1 jobs"
-    assert line(text, "gpu-c") == "gpu-c gpu: takes nothing new and has no job left"
+    assert line(text, "gpu-b") == "gpu-b gpu: takes nothing new, jobs left: 1"
+    assert line(text, "gpu-c") == "gpu-c gpu: takes nothing new, jobs left: 0"
     assert "gpu-a" not in text
 
 

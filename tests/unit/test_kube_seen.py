@@ -18,7 +18,7 @@ from workerpool_operator.kube.seen import (
     pod,
     worker_pool,
 )
-from workerpool_operator.observation import Phase
+from workerpool_operator.observation import Phase, newest
 from workerpool_operator.ports import Pool
 
 pytestmark = pytest.mark.unit
@@ -143,6 +143,36 @@ def test_a_pod_that_is_ready_again_still_took_as_long_to_start_as_the_first_time
     assert isinstance(live, LivePod)
     assert live.replica.ready_at is not None
     assert live.replica.ready_at - live.replica.ordered_at == 30
+
+
+RUNNING = container(running={"startedAt": "2026-01-01T00:00:20Z"})
+UN_READY_AT_FIRST = {"type": "Ready", "status": "False", "lastTransitionTime": "2026-01-01T00:00:05Z"}
+
+
+@pytest.mark.parametrize(
+    ("statuses", "took"),
+    [
+        pytest.param([([], UN_READY_AT_FIRST), ([RUNNING], READY)], 30.0, id="seen from its order on"),
+        pytest.param([([RUNNING], UN_READY_AT_FIRST), ([RUNNING], READY)], 30.0, id="seen once it ran"),
+        pytest.param([([RUNNING], READY_LATER)], None, id="first seen ready: perhaps not for the first time"),
+        pytest.param([([RUNNING], READY), ([RUNNING], UN_READY), ([RUNNING], READY_LATER)], None, id="and un-Ready since"),
+        pytest.param([([RUNNING], UN_READY), ([RUNNING], READY_LATER)], None, id="first seen un-Ready after it had been ready"),
+    ],
+)
+def test_only_a_start_that_was_seen_says_how_long_starts_take(
+    statuses: list[tuple[list[Object], Object]], took: float | None
+) -> None:
+    pods: Cache[LivePod | TurnedAway] = Cache(pod)
+    for version, (containers, ready) in enumerate(statuses, start=1):
+        pods.put(raw_pod(version=version, containerStatuses=containers, conditions=[ready]))
+    found = newest(live.replica for live in pods.members(("ml", "media", "gpu")) if isinstance(live, LivePod))
+    assert (found and found[0] - found[1].ordered_at) == took
+
+
+def test_a_pod_that_is_un_ready_for_a_while_is_known_to_have_been_up_by_a_new_operator_too() -> None:
+    live = pod(raw_pod(containerStatuses=[RUNNING], conditions=[UN_READY]))
+    assert isinstance(live, LivePod)
+    assert (live.replica.phase, live.replica.ready_at is not None) == (Phase.STARTING, True)
 
 
 def known(pods: Cache[LivePod | TurnedAway], tier: str = "gpu") -> list[str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from workerpool_operator.kube import urls
 from workerpool_operator.kube.api import ApiError
 from workerpool_operator.kube.urls import CACHE_SECONDS, KubeUrls
 from workerpool_operator.model import parse_spec
@@ -131,12 +133,33 @@ def test_a_changed_url_changes_its_mark_which_says_nothing_of_it() -> None:
         assert "secret" not in mark
         await secrets.later()
         assert secrets.urls.mark(POOL) == mark
-        assert secrets.urls.mark(replace(POOL, uid="another")) != mark, "equal passwords of two pools look different"
+        another = replace(POOL, uid="another")
+        await secrets.urls.broker_url(another)
+        assert secrets.urls.mark(another) not in {mark, ""}, "equal passwords of two pools look different"
         secrets.url = "redis://:other@one/0"
         await secrets.later()
         assert secrets.urls.mark(POOL) not in {mark, ""}
         secrets.error = ApiError(404, "gone")
         await secrets.later()
         assert secrets.urls.mark(POOL) == ""
+
+    asyncio.run(scenario())
+
+
+def test_marks_are_made_beside_the_event_loop_which_has_a_lease_to_renew(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop_goes_on = threading.Event()
+
+    def slow(url: str, salt: str) -> str:
+        assert loop_goes_on.wait(20), "the event loop stands still"
+        return f"{salt} of {len(url)}"
+
+    monkeypatch.setattr(urls, "_mark", slow)
+
+    async def scenario() -> None:
+        secrets = Secrets()
+        asyncio.get_running_loop().call_later(0.05, loop_goes_on.set)
+        pools = [replace(POOL, uid=f"uid-{n}") for n in range(3)]
+        assert await asyncio.gather(*(secrets.urls.broker_url(pool) for pool in pools)) == [URL] * 3
+        assert [secrets.urls.mark(pool) for pool in pools] == [f"uid-{n} of {len(URL)}" for n in range(3)]
 
     asyncio.run(scenario())

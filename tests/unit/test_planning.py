@@ -142,6 +142,18 @@ def test_the_rule_is_told_what_starts_what_is_stuck_and_what_was_served() -> Non
     )
 
 
+def test_a_worker_that_was_ready_and_is_not_now_is_no_start_under_way() -> None:
+    three_days = 259_200.0
+    flapping = Replica("w", Phase.STARTING, ordered_at=0.0, ready_at=3.0)
+    told = planning.demand(QueueReading(0, 1, 0), TierReplicas(1, (flapping,)), 0, {}, three_days)
+    assert (told.ready, told.starting) == (1, ())
+    plans = planning.plan(POOL, reading(), {"gpu": TierReplicas(1, (flapping,)), "cpu": replicas(0)}, {}, three_days)
+    assert planning.capacity(POOL.spec, plans, TIME, three_days).tiers["gpu"].start_seconds == 3.0
+    unseen = replace(flapping, witnessed=False)
+    plans = planning.plan(POOL, reading(), {"gpu": TierReplicas(1, (unseen,)), "cpu": replicas(0)}, {}, three_days)
+    assert planning.checkpoints(plans) == {}, "a later operator learns nothing of it"
+
+
 def test_what_was_ever_sent_to_a_tier_is_the_sum_of_its_routes_but_for_what_moved_while_it_waited() -> None:
     routes = {"gpu:FreeSlot": 3, "gpu:SlotStarting": 4, "gpu:Rebalanced": 100, "gpu2:FreeSlot": 50, "cpu:NoCapacity": 5}
     seen = BrokerReading({}, "r1", Milliseconds(0), routes)

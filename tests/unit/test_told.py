@@ -28,10 +28,10 @@ def test_the_life_of_a_job_is_told_line_by_line() -> None:
         "t1  media.t  done, attempt 2, on cpu because AttemptFailed",
         "1970-01-01 00:00:00.500  admitted, wanted gpu",
         "1970-01-01 00:00:01.000  attempt 1 starts on gpu, g.1",
-        "1970-01-01 00:00:02.000  failed: RuntimeError('out of memory')",
+        "1970-01-01 00:00:02.000  attempt 1 ends: failed, RuntimeError('out of memory')",
         "1970-01-01 00:00:03.000  attempt 2 starts on cpu, c.1",
-        "1970-01-01 00:00:04.500  done",
-        "1970-01-01 00:00:04.600  done",
+        "1970-01-01 00:00:04.500  attempt 2 ends: done",
+        "1970-01-01 00:00:04.600  the job is done",
     ]
 
 

@@ -8,11 +8,12 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from http import HTTPStatus
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from workerpool_operator.deployment import BROKER_MARK, MANAGED_BY, MANAGER, POOL_LABEL, TIER_LABEL
-from workerpool_operator.kube.api import Api, path_to
-from workerpool_operator.model import API_VERSION, PLURAL, Problem, parse_spec, unknown_to_the_api_server
+from workerpool_operator.kube.api import Api, ApiError, path_to
+from workerpool_operator.model import API_VERSION, PLURAL, WORKER_CONTAINER, Problem, parse_spec, unknown_to_the_api_server
 from workerpool_operator.observation import Phase, Replica
 from workerpool_operator.ports import Pool
 from workerpool_routing.wire import ENV_QUEUE
@@ -187,16 +188,30 @@ class Seen:
         self.autoscalers: Cache[LiveAutoscaler] = Cache(autoscaler)
         self.complete = False
         """Whether everything that existed at the start is in."""
+        self._forbidden: set[str] = set()
 
     async def relist(self, api: Api, namespaces: Sequence[str]) -> None:
         """List everything: a watch tells neither when its first listing is complete nor what was deleted while it was away."""
         for namespace in namespaces or (None,):
-            self.pools.relist(namespace, await api.get(path_to(API_VERSION, namespace, PLURAL)))
-            deployments = await api.get(path_to("apps/v1", namespace, "deployments"), labelSelector=SELECTOR)
-            self.deployments.relist(namespace, deployments)
-            self.autoscalers.relist(namespace, await api.get(path_to("autoscaling/v2", namespace, AUTOSCALERS)))
-            self.pods.relist(namespace, await api.get(path_to("v1", namespace, "pods"), labelSelector=SELECTOR))
+            try:
+                await self._relist(api, namespace)
+            except ApiError as error:
+                # A namespace that was deleted took the operator's rights in it along.
+                if namespace is None or error.status != HTTPStatus.FORBIDDEN:
+                    raise
+                if namespace not in self._forbidden:
+                    logger.warning("namespace %s is not served: %s", namespace, error)
+                self._forbidden.add(namespace)
+            else:
+                self._forbidden.discard(namespace)
         self.complete = True
+
+    async def _relist(self, api: Api, namespace: str | None) -> None:
+        self.pools.relist(namespace, await api.get(path_to(API_VERSION, namespace, PLURAL)))
+        deployments = await api.get(path_to("apps/v1", namespace, "deployments"), labelSelector=SELECTOR)
+        self.deployments.relist(namespace, deployments)
+        self.autoscalers.relist(namespace, await api.get(path_to("autoscaling/v2", namespace, AUTOSCALERS)))
+        self.pods.relist(namespace, await api.get(path_to("v1", namespace, "pods"), labelSelector=SELECTOR))
 
 
 def autoscaler(raw: Mapping[str, Any], _before: LiveAutoscaler | None = None) -> LiveAutoscaler | None:
@@ -269,15 +284,29 @@ def pod(raw: Mapping[str, Any], before: LivePod | TurnedAway | None = None) -> L
         return TurnedAway(refused_at, why) if why and not taken_in and "deletionTimestamp" not in metadata else None
     ready = _condition(raw, "Ready")
     since = ready.get("lastTransitionTime")
-    ready_at = _seconds(since) if since and ready["status"] == "True" else None
+    ready_at = _seconds(since) if since and ready["status"] == "True" else _was_ready(raw)
+    witnessed = isinstance(before, LivePod)
     if isinstance(before, LivePod) and before.replica.ready_at is not None:
         # A pod that was un-Ready for a while still took as long to start as it took the first time.
-        ready_at = before.replica.ready_at
+        ready_at, witnessed = before.replica.ready_at, before.replica.witnessed
     phase, detail = _phase(raw)
     if phase is Phase.STARTING and ready_at is None and (crash := next(filter(None, map(_crash, _containers(status))), "")):
         phase, detail = Phase.FAILING, crash
-    replica = Replica(metadata["name"], phase, ordered_at, ready_at, detail)
+    replica = Replica(metadata["name"], phase, ordered_at, ready_at, detail, witnessed)
     return LivePod(replica, _annotations(raw).get(DELETION_COST, ""), taken_in)
+
+
+def _was_ready(raw: Mapping[str, Any]) -> float | None:
+    """When the worker of a pod that is not Ready began to run, if it has been Ready since; None where nothing says so.
+
+    The condition keeps the time of its last change: at the first start it is False from before the container runs.
+    """
+    ready = _condition(raw, "Ready")
+    worker = next((c for c in _containers(raw.get("status") or {}) if c["name"] == WORKER_CONTAINER), {})
+    began = ((worker.get("state") or {}).get("running") or {}).get("startedAt")
+    if not began or ready.get("status") != "False" or not ready.get("lastTransitionTime"):
+        return None
+    return _seconds(began) if _seconds(ready["lastTransitionTime"]) > _seconds(began) else None
 
 
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"

@@ -51,6 +51,7 @@ class KubeUrls:
         self._api = api
         self._clock = clock
         self._known: dict[tuple[str, SecretKeyRef], _Known] = {}
+        self._marking = asyncio.Lock()
 
     async def broker_url(self, pool: Pool) -> str | Unavailable:
         """The URL, or what is wrong with the Secret and what to do."""
@@ -74,7 +75,9 @@ class KubeUrls:
                 f"{_FIELD}: Secret {pool.namespace}/{reference.name}: a sentinel:// URL needs spec.broker.masterName, "
                 "and no other URL takes it"
             )
-        return broker.address(known.url)
+        url = known.url
+        await self._make_mark(known, url, pool.uid)
+        return broker.address(url)
 
     def mark(self, pool: Pool) -> str:
         """What tells this value of the Secret's key from another and gives nothing of it away; empty while none is known."""
@@ -82,11 +85,16 @@ class KubeUrls:
         if broker.url_from is None:
             return ""
         known = self._known.get((pool.namespace, broker.url_from.secret_key_ref))
-        if known is None or isinstance(known.url, Unavailable):
-            return ""
-        if pool.uid not in known.marks:
-            known.marks[pool.uid] = _mark(known.url, pool.uid)
-        return known.marks[pool.uid]
+        return "" if known is None or isinstance(known.url, Unavailable) else known.marks.get(pool.uid, "")
+
+    async def _make_mark(self, known: _Known, url: str, uid: str) -> None:
+        """Beside the event loop, which must be free to renew the lease, and one at a time: others need the threads too."""
+        if uid in known.marks:
+            return
+        async with self._marking:
+            mark = await asyncio.to_thread(_mark, url, uid)
+        if known.url == url:
+            known.marks[uid] = mark
 
     async def _ask(self, known: _Known, namespace: str, reference: SecretKeyRef) -> None:
         before = known.url

@@ -1,8 +1,8 @@
-"""A small process that outlives its parent just long enough to end what the parent started.
+"""A small process that outlives its parent just long enough to end what the parent has started.
 
-The parent holds the writing end of a pipe, the guardian reads the other. Each process that is started enters its own number
-into the pipe before it becomes what it is for, so there is no moment at which it lives unrecorded. The end of the pipe means
-that the parent is gone, however it went.
+The parent holds the writing end of a pipe, and the guardian reads the other end. Each process that is started writes its own id
+into the pipe before it executes its command, so it never lives unrecorded. When the pipe closes the parent is gone, however it
+ended.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 TERM_SECONDS = 2.0
-"""What orphans get between SIGTERM and SIGKILL."""
+"""How long orphans have between SIGTERM and SIGKILL."""
 
 _ENTER = 'echo "+$$" >&0 && exec "$@" </dev/null'
 
 
 class Guardian:
-    """Ends the process groups of a parent that can no longer do it.
+    """Ends the process groups of a parent that can no longer do so itself.
 
     Start a process with ``start_new_session=True``, :meth:`wrap` around its command, and :attr:`pipe` as its stdin;
     :meth:`release` its group once nothing of it is left.
@@ -48,12 +48,12 @@ class Guardian:
         return ["/bin/sh", "-c", _ENTER, "sh", *command]
 
     def release(self, group: int) -> None:
-        """Forget a group: its number may soon be another's."""
+        """Forget a group: its id may soon be used by another."""
         with suppress(BrokenPipeError):
             os.write(self.pipe, f"-{group}\n".encode())
 
     def close(self) -> None:
-        """End what is still recorded, and the guardian itself."""
+        """End the groups that are still recorded, and the guardian itself."""
         os.close(self.pipe)
         self._process.wait()
 

@@ -1,4 +1,4 @@
-"""What a tier's template means on this machine: command, environment, directory; and what of it cannot be had here."""
+"""What a tier's template means on this machine (command, environment, directory), and what in it needs a cluster."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def launch(pool: Pool, tier: Tier, worker: str) -> Launch:
 
 
 def expand(text: str, variables: Mapping[str, str]) -> str:
-    """Replace ``$(NAME)`` as Kubernetes does: an unknown name stays as it is, ``$$`` is one dollar sign."""
+    """Expand ``$(NAME)`` as Kubernetes does: an unknown name stays as it is, and ``$$`` is one dollar sign."""
 
     def replacement(match: re.Match[str]) -> str:
         name = match["name"]
@@ -62,7 +62,7 @@ def expand(text: str, variables: Mapping[str, str]) -> str:
 
 
 def unsupported(spec: WorkerPoolSpec) -> list[Problem]:
-    """What the spec asks of a cluster and this machine cannot give."""
+    """The fields of the spec that need a cluster, each with what to do instead."""
     problems = []
     if spec.broker.url is None:
         problems.append(Problem(field="spec.broker.urlFrom", message="needs a cluster; here, give the broker's url"))

@@ -1,4 +1,4 @@
-"""The ``Workers`` port with processes of this machine in place of Deployments."""
+"""The ``Workers`` port with local processes in place of Deployments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SUFFIX_LENGTH = 5
 
 
 class LocalWorkers:
-    """Runs each replica as a Celery process; none outlives this process, however it ends.
+    """Runs each replica as a Celery process. None of them outlives this process, however it ends.
 
     Args:
         directory: gets one log file a worker.
@@ -55,7 +55,7 @@ class LocalWorkers:
         }
 
     async def scale(self, pool: Pool, replicas: Mapping[str, int], leaving: frozenset[str]) -> None:
-        """Start what is missing, tell what is too many to stop; waits for neither.
+        """Start missing workers and tell surplus ones to stop; wait for neither.
 
         Raises ValueError for a pool that needs a cluster.
         """
@@ -74,7 +74,7 @@ class LocalWorkers:
         return next((w.process_group for tier in self._workers.values() for w in tier if w.name == worker), None)
 
     async def close(self) -> None:
-        """Stop every worker, each within its grace period; at once when cancelled."""
+        """Stop every worker, each within its grace period; if cancelled, at once."""
         workers = [worker for tier in self._workers.values() for worker in tier]
         for worker in workers:
             worker.stop()
