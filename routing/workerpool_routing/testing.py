@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+from kombu.compression import decompress
 from kombu.serialization import loads
 
 from workerpool_routing.admission import Admission, Entry
@@ -211,7 +212,10 @@ class Double:
             self._jobs[entry.task_id] = Job(entry.task_id, request.task, State.ADMITTED, 1, tier, wanted.name, required, reason)
         self._queues[queue] = self._queues.get(queue, 0) + 1
         message = json.loads(entry.message.to(queue))
-        args, kwargs, _ = loads(b64decode(message["body"]), message["content-type"], message["content-encoding"])
+        body, kind = b64decode(message["body"]), message["content-type"]
+        if compression := message["headers"].get("compression"):
+            body = decompress(body, compression)
+        args, kwargs, _ = loads(body, kind, message["content-encoding"], accept={kind})  # the test itself has written it
         self.submitted.append(Submitted(entry.task_id, request.task, tier, queue, reason, args, kwargs, message["headers"]))
 
 

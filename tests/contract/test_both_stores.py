@@ -328,6 +328,14 @@ def test_the_double_shows_what_the_worker_would_get_and_says_what_went_elsewhere
         submit(pool)
 
 
+@pytest.mark.parametrize("encoding", [{"compression": "gzip"}, {"serializer": "pickle"}, {"serializer": "yaml"}])
+def test_the_double_reads_what_a_worker_of_the_app_would(workerpool_in_memory: Any, encoding: dict[str, str]) -> None:
+    pool = WorkerPool("ml/media", app_of("memory://"))
+    double: Double = workerpool_in_memory(pool, tiers=TIERS)
+    submit(pool, **encoding)
+    assert list(double.submitted[0].args) == ["a.wav"]
+
+
 def test_a_tier_that_the_double_has_not_is_named(workerpool_in_memory: Any) -> None:
     double: Double = workerpool_in_memory(WorkerPool("ml/media", app_of("memory://")), tiers=TIERS)
     with pytest.raises(AssertionError, match="no tier 'tpu'; it has"):
