@@ -59,6 +59,9 @@ ERROR_CHARACTERS = 1_000
 MISSING_MS = 4_000
 """A message that is nowhere for so long was lost by a worker that died between taking and recording it."""
 
+ASIDE_KEPT = 1_000
+"""How many of what was set aside are kept, the last; all are counted."""
+
 REPUBLISHED_AT_MOST = 2
 """How often a job that nobody claims is published again. To lose its message so often takes as many workers that died in the
 millisecond between taking and recording it; it is more likely that workers without a fence run the job each time."""
@@ -454,8 +457,8 @@ def republish(keys: Keyspace, job: Job, tier: TierPolicy, *, delivery_tag: str) 
 def aside(keys: Keyspace, tier: str, task_id: str, *, tag: str, reason: str, message: str) -> Call:
     """Arguments of ``aside.lua``: set aside a message that nobody can read, or whose ledger entry nobody can read."""
     return Call(
-        [keys.job(task_id), keys.unacked(tier), keys.unacked_index(tier), keys.aside, keys.aside_count],
-        [task_id, tag, reason, message],
+        [keys.job(task_id), keys.unacked(tier), keys.unacked_index(tier), keys.aside, keys.aside_count, keys.aside_at],
+        [task_id, tag, reason, message, ASIDE_KEPT],
     )
 
 

@@ -151,6 +151,20 @@ def test_a_job_that_vanishes_and_is_never_claimed_is_not_published_for_ever(redi
         assert not client.llen("gpu-tasks")
 
 
+def test_the_last_of_what_is_set_aside_are_kept_and_all_are_counted(
+    redis_url: str, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "ASIDE_KEPT", 3)
+    with Redis.from_url(redis_url, decode_responses=True) as client:
+        client.flushall()
+        script = client.register_script(ledger.script("aside"))
+        for n in range(7):
+            call = ledger.aside(pool.keys, "gpu", f"job-{n}", tag="", reason="unreadable", message="text")
+            script(keys=call.keys, args=call.args)
+        assert set(client.hkeys(pool.keys.aside)) == set(client.zrange(pool.keys.aside_at, 0, -1)) == {"job-4", "job-5", "job-6"}
+        assert client.get(pool.keys.aside_count) == "7"
+
+
 def test_an_operator_may_die_at_every_step_and_the_next_one_finishes(redis_url: str, pool: Pool) -> None:
     async def dies_at(step: int) -> bool:
         client: Any = Mortal.from_url(redis_url, decode_responses=True)
