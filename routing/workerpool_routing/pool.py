@@ -153,8 +153,8 @@ class WorkerPool:
 
         Raises:
             Overloaded: no tier can start it within ``deadline`` and ``max_wait``; nothing was queued.
-            PoolUnavailable: Redis did not answer in time. Nothing was queued, unless Redis decided and only its answer was lost;
-                with an idempotency key it is safe to call again.
+            PoolUnavailable: Redis did not answer in time. Nothing was queued, unless Redis decided and only its answer was lost,
+                or the job was published without a decision (``fail_open``); with an idempotency key it is safe to call again.
             NoAcceleratedTier: the job requires an accelerator and the pool has no tier with one.
             TypeError: ``task`` is not a task, or ``options`` contain something that submit() chooses itself.
             ValueError: ``accelerated``, ``deadline``, ``max_wait`` or ``idempotency_key`` has an impossible value.
