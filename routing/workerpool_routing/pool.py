@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -79,6 +80,7 @@ class WorkerPool:
         self._fail_open = fail_open
         self._connection = Connection(app, patient=False, timeout=timeout)
         self._store: Store | None = None
+        self._silent_at = float("-inf")
         if ENV_TIER in os.environ:
             from workerpool_routing.worker import expect  # only workers pay for the import
 
@@ -182,8 +184,21 @@ class WorkerPool:
         return self._logged(request, self._admit(policy, candidates, request, entry, fail_open=fail_open))
 
     async def submit_async(self, task: Task, *args: Any, **kwargs: Any) -> Decision:
-        """:meth:`submit`, with the same arguments and exceptions, on a thread, so that the event loop never waits for Redis."""
-        return await asyncio.to_thread(self.submit, task, *args, **kwargs)
+        """:meth:`submit`, with the same arguments and exceptions, on a thread, so that the event loop never waits for Redis.
+
+        A call that waits for a thread beyond the pool's ``timeout``, while another one finds Redis silent, raises
+        :class:`PoolUnavailable` in its turn without asking again: however many there are, all are answered soon.
+        """
+        return await asyncio.to_thread(self._submit_in_turn, time.monotonic(), task, *args, **kwargs)
+
+    def _submit_in_turn(self, asked_at: float, task: Task, *args: Any, **kwargs: Any) -> Decision:
+        if self._silent_at > asked_at and time.monotonic() - asked_at > self._connection.timeout:
+            raise PoolUnavailable("Redis does not answer those who asked before")
+        try:
+            return self.submit(task, *args, **kwargs)
+        except PoolUnavailable:
+            self._silent_at = time.monotonic()
+            raise
 
     def should_accelerate(
         self,

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, cast
 
 import prometheus_client
 import pytest
 from celery import Celery, chain
+from celery.signals import before_task_publish
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kombu.exceptions import OperationalError
@@ -311,6 +313,30 @@ def test_the_event_loop_goes_on_while_redis_does_not_answer() -> None:
             os.kill(server.pid, signal.SIGCONT)
 
 
+def test_however_many_calls_wait_for_a_thread_those_that_waited_out_their_time_do_not_ask_a_silent_redis() -> None:
+    asked: list[int] = []
+
+    async def submit(pool: WorkerPool, task: Any, calls: int) -> list[Any]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(4))
+        return await asyncio.gather(*(pool.submit_async(task, (n,)) for n in range(calls)), return_exceptions=True)
+
+    with private_redis() as server:
+        app = media_app(server.url)
+        pool = WorkerPool("ml/media", app, tiers=TIERS)
+        before_task_publish.connect(lambda **_: asked.append(1), weak=False, dispatch_uid="asked")
+        task = app.tasks["media.index"]
+        try:
+            assert not [one for one in asyncio.run(submit(pool, task, 100)) if isinstance(one, Exception)], "Redis answers"
+            asked.clear()
+            os.kill(server.pid, signal.SIGSTOP)
+            answers = asyncio.run(submit(pool, task, 100))
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+            before_task_publish.disconnect(dispatch_uid="asked")
+    assert {type(one) for one in answers} == {PoolUnavailable}
+    assert len(asked) < 50, "four at a time would take 25 time-outs"
+
+
 def test_a_pool_that_is_not_to_fail_open_takes_nothing_undecided(app: Celery, pool: WorkerPool, client: Any) -> None:
     closed = WorkerPool("ml/other", app, fail_open=False)
     with pytest.raises(PoolUnavailable, match="policy is not in Redis"):
@@ -425,7 +451,7 @@ def test_a_task_without_a_fence_is_routed_and_not_on_the_ledger(app: Celery, cli
     submitted, delayed = pool.submit(plain), plain.delay()
     celerys_own = app.send_task("celery.starmap", kwargs={"task": {"task": "media.index"}, "it": []})
     assert (pool.queue_length("gpu-jobs"), pool.queue_length("cpu-jobs")) == (1, 3)
-    assert not [pool.job(one) for one in (first.task_id, submitted.task_id, delayed.id, celerys_own.id) if pool.job(one)]
+    assert [pool.job(str(one)) for one in (first.task_id, submitted.task_id, delayed.id, celerys_own.id)] == [None] * 4
     assert not client.keys(pool.keys.waiting("*")) + client.keys(pool.keys.spilled("*")) + client.keys(pool.keys.job("*"))
     headers = [json.loads(raw)["headers"] for raw in client.lrange(pool.keys.queue_list("cpu-jobs", 0), 0, 1)]
     assert ["workerpool" in one for one in headers] == [False, False], "by delay() it is the message of plain Celery"
