@@ -24,4 +24,4 @@ def main_type(given: str) -> str:
     guessed, _ = mimetypes.guess_type(word)
     if guessed:
         return guessed.partition("/")[0]
-    return word if re.fullmatch(r"[a-z0-9.+-]{1,64}", word) else UNKNOWN
+    return word if re.fullmatch(r"[a-z0-9.+-]{,64}", word) else UNKNOWN
