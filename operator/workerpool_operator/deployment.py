@@ -58,6 +58,8 @@ def build(pool: Pool, tier: Tier, broker_mark: str = "") -> dict[str, Any]:
         },
         "spec": {
             "selector": {"matchLabels": selector_of(pool, tier)},
+            # Paused by hand it would never end a rollout, and until one has ended nobody is let go.
+            "paused": False,
             **({"strategy": _ON_SCARCE_NODES} if tier.accelerated else {}),
             "template": _template(pool, tier, broker_mark),
         },

@@ -349,7 +349,8 @@ class Operator:
         if isinstance(url, str):
             # The pass that is under way may publish once more.
             await asyncio.sleep(LAST_PASS_SECONDS)
-            await self._broker.forget(url, pool)
+            if pool.id not in self._reconciler.pools:  # else it was made anew, and what is there is the new one's
+                await self._broker.forget(url, pool)
         else:
             logger.warning("%s is deleted, but what was published for it stays in Redis: %s", pool.id, url.why)
 

@@ -30,6 +30,9 @@ Longer than an API process takes from admission to publishing.
 AT_ONCE = 200
 """How many jobs of a tier one sweep looks at, the oldest first."""
 
+PUBLISHED, GIVEN_UP = 1, 2
+"""What ``republish.lua`` answers when it has published a job again, and when it has done so often enough."""
+
 _CHUNK = 1_000
 
 
@@ -109,9 +112,23 @@ async def _missing(client: Any, pool: Pool, tier: TierPolicy) -> list[str]:
     sentences = []
     for task_id in sorted(nowhere):
         call = ledger.republish(pool.keys, overtaken[task_id], tier, delivery_tag=str(uuid4()))
-        if await _run(client, "republish", call):
+        done = await _run(client, "republish", call)
+        if done == PUBLISHED:
             sentences.append(f"{tier.name}: job {task_id} was lost between the queue and a worker, it is published again")
+        elif done == GIVEN_UP and await _give_up(client, pool, tier, overtaken[task_id]):
+            sentences.append(
+                f"{tier.name}: job {task_id} of {overtaken[task_id].task} has failed: no worker of the pool claimed it, and"
+                f" it was published {1 + ledger.REPUBLISHED_AT_MOST} times: do workers without the library or a fence run it?"
+            )
     return sentences
+
+
+async def _give_up(client: Any, pool: Pool, tier: TierPolicy, job: Job) -> Any:
+    call = ledger.settle(
+        pool.keys, planning.policy(pool.spec), job.task_id, attempt=job.attempt, tag="", owner="", tier=tier.name,
+        before=State.ADMITTED, after=State.FAILED,
+    )  # fmt: skip
+    return await _run(client, "settle", call)
 
 
 async def _overtaken(client: Any, pool: Pool, tier: TierPolicy) -> Mapping[str, Job]:

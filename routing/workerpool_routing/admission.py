@@ -42,14 +42,18 @@ class Entry:
     """What the ledger stores of a new job.
 
     Attributes:
+        fenced: whether workers will claim it; one that they only run is published and not on the ledger.
         publish: whether the script publishes the message; for a plain ``delay()`` Celery does.
         idempotency_key: a second call with the same key gets the decision of the first.
+        wait: the expected wait if a decision was made before, which counts the job itself by now; None if it is made now.
     """
 
     task_id: str
     message: Message
     publish: bool = True
     idempotency_key: str | None = None
+    fenced: bool = True
+    wait: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +103,12 @@ def call(
     ask: dict[str, Any] = {"task": request.task, "refuses": refuses, "limit": request.limit, "lease": lease, "until_ms": until}
     parts: list[str] = []
     if entry:
-        ask |= {"id": entry.task_id, "job": keys.job(entry.task_id), "required": int(request.accelerated == "required")}
-        ask["idempotent"] = keys.idempotent(entry.idempotency_key) if entry.idempotency_key else None
+        ask |= {"id": entry.task_id, "required": int(request.accelerated == "required")}
+        # Either tells the script, when it is asked again because the connection broke, that the job is in its queue.
+        ask["job"] = keys.job(entry.task_id) if entry.fenced else None
+        known_as = entry.idempotency_key or (entry.task_id if entry.publish and not entry.fenced else None)
+        ask["idempotent"] = keys.idempotent(known_as) if known_as else None
+        ask["wait"] = None if entry.wait is None else f"{entry.wait:.17g}"
         ask["step"] = 1 + keys.step(entry.message.priority) if entry.publish else None
         parts = [entry.message.head, entry.message.tail]
     given = json.dumps({key: value for key, value in ask.items() if value is not None})

@@ -12,7 +12,8 @@ class WorkerPoolError(Exception):
 class PoolUnavailable(WorkerPoolError):
     """Redis did not answer in time, or refuses writes, or no decision can be made. It is worth trying again.
 
-    Nothing was queued, unless Redis decided and its answer was lost on the way; with an idempotency key it is safe to try again.
+    Nothing was queued, unless Redis decided and its answer was lost on the way, or the job was published without a decision; with
+    an idempotency key it is safe to try again.
     """
 
 

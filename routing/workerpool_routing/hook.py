@@ -24,8 +24,9 @@ from workerpool_routing.admission import Admission, Entry
 from workerpool_routing.content import main_type
 from workerpool_routing.decide import Candidates, Request
 from workerpool_routing.decision import decision, log
+from workerpool_routing.ledger import fenced
 from workerpool_routing.message import serialise
-from workerpool_routing.wire import HEADER, Policy, TierPolicy
+from workerpool_routing.wire import HEADER, Policy, TierPolicy, Wish
 
 if TYPE_CHECKING:
     from workerpool_routing.pool import WorkerPool
@@ -42,6 +43,7 @@ class _Routed:
     wanted: TierPolicy
     encoding: Mapping[str, Any]
     lease: str
+    fenced: bool
 
 
 _routed: ContextVar[_Routed | None] = ContextVar("workerpool_routed", default=None)
@@ -49,18 +51,19 @@ _routed: ContextVar[_Routed | None] = ContextVar("workerpool_routed", default=No
 
 class RoutingHook:
     """Routes the tasks that ``routing.tasks`` names. Never raises and never refuses: if anything goes wrong, the app's own
-    routing applies.
+    routing applies; a job that requires an accelerator waits on the accelerated tier of the last policy that was read.
     """
 
     def __init__(self, pool: WorkerPool) -> None:
         self._pool = pool
+        self._known: Policy | None = None
 
     def install(self, app: Celery) -> None:
         """Put the router in front of the app's own routes, and connect the two signals."""
         own = app.conf.task_routes
         rest = [] if own is None else list(own) if isinstance(own, list | tuple) else [own]
         app.conf.task_routes = [self.route, *rest]
-        self._conf = app.conf
+        self._app = app
         signals.before_task_publish.connect(self._record, weak=False)
         signals.after_task_publish.connect(self._release, weak=False)
 
@@ -75,25 +78,32 @@ class RoutingHook:
             routed = self._decide(name, options)
         except Exception:  # an error here would break a chain that nobody watches
             logger.exception("pool %s cannot route %s: the app's own routing applies", self._pool.name, name)
-            return None
+            routed = None
         _routed.set(routed)
-        return {"queue": routed.tier.queue} if routed else None
+        tier = routed.tier if routed else self._only_tier(name, options)
+        return {"queue": tier.queue} if tier else None
+
+    def _only_tier(self, name: str, options: Mapping[str, Any]) -> TierPolicy | None:
+        """Where a message has to wait that nothing was decided on; None leaves it to the app's own routes."""
+        known = self._known
+        return known.accelerated_tier() if known and _wish(known, name, _wishes(options)) == "required" else None
 
     def _decide(self, name: str, options: Mapping[str, Any]) -> _Routed | None:
         policy = self._pool.policy
-        request = _request(policy, name, (options.get("headers") or {}).get(HEADER) or {})
+        self._known = policy or self._known
+        request = _request(policy, name, _wishes(options))
         if policy is None or request is None:
             return None
         candidates, lease = self._pool.candidates(policy, request), str(uuid4())
         admission = self._pool.store.admit(candidates, request, lease=lease, refuses=False)
         tier = next(tier for tier in candidates.tiers if tier.name == admission.tier)
         wanted = candidates.tiers[0] if candidates.tiers[0].accelerated else tier
-        conf = self._conf
+        conf = self._app.conf
         encoding = {
             "serializer": options.get("serializer") or conf.task_serializer,
             "compression": options.get("compression") or conf.task_compression,
         }
-        return _Routed(self, request, admission, tier, wanted, encoding, lease)
+        return _Routed(self, request, admission, tier, wanted, encoding, lease, fenced(name, self._app.tasks.get(name)))
 
     def _record(self, sender: str, body: Any, headers: dict[str, Any], properties: dict[str, Any], **_: Any) -> None:
         routed = self._mine(sender)
@@ -103,12 +113,13 @@ class RoutingHook:
             stamped = {**headers, HEADER: {**(headers.get(HEADER) or {}), "attempt": 1}}
             message = serialise(body, stamped, properties, encoding=routed.encoding)
             chosen = Candidates((routed.tier,), reason=routed.admission.reason)
-            entry = Entry(headers["id"], message, publish=False)
+            entry = Entry(headers["id"], message, publish=False, fenced=routed.fenced, wait=routed.admission.wait)
             self._pool.store.admit(chosen, routed.request, entry=entry, wanted=routed.wanted, refuses=False)
         except Exception:  # the message may still be published: without the header it is not fenced, like any plain one
             logger.exception("job %s is not on the ledger: after a loss only the visibility time-out helps", headers["id"])
             return
-        headers[HEADER] = stamped[HEADER]
+        if routed.fenced:
+            headers[HEADER] = stamped[HEADER]
         log(self._pool.name, routed.request, replace(decision(routed.admission, routed.request), task_id=headers["id"]))
 
     def _release(self, sender: str, **_: Any) -> None:
@@ -126,17 +137,28 @@ class RoutingHook:
         return routed if routed and routed.by is self and routed.request.task == sender else None
 
 
+def _wishes(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    wishes = (options.get("headers") or {}).get(HEADER)
+    return wishes if isinstance(wishes, dict) else {}
+
+
+def _wish(policy: Policy, name: str, wishes: Mapping[str, Any]) -> Wish | None:
+    if "accelerated" in wishes:
+        return wishes["accelerated"] or False
+    return next((task.accelerated for task in policy.tasks if fnmatchcase(name, task.name)), None)
+
+
 def _request(policy: Policy | None, name: str, wishes: Mapping[str, Any]) -> Request | None:
     """What one call asks for, by its own header or else by the pool's policy for the task; None if neither says anything."""
     if policy is None:
         return None
-    named = next((task for task in policy.tasks if fnmatchcase(name, task.name)), None)
-    if named is None and "accelerated" not in wishes:
+    wish = _wish(policy, name, wishes)
+    if wish is None:
         return None
     content_type = wishes.get("content_type")
     return Request(
         name,
-        wishes.get("accelerated", named.accelerated if named else False),
+        wish,
         main_type(content_type) if content_type is not None else None,
         policy.max_wait_seconds,
     )

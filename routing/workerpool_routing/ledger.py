@@ -60,6 +60,13 @@ ERROR_CHARACTERS = 1_000
 MISSING_MS = 4_000
 """A message that is nowhere for so long was lost by a worker that died between taking and recording it."""
 
+ASIDE_KEPT = 1_000
+"""How many of what was set aside are kept, the last; all are counted."""
+
+REPUBLISHED_AT_MOST = 2
+"""How often a job that nobody claims is published again. To lose its message so often takes as many workers that died in the
+millisecond between taking and recording it; it is more likely that workers without a fence run the job each time."""
+
 PLACES = 100
 """How many messages at the head of a queue a job that moves there is compared with, to find its place by age."""
 
@@ -230,6 +237,13 @@ class Call:
 
     keys: Sequence[str]
     args: Sequence[str | bytes | int | float]
+
+
+def fenced(name: str, task: object) -> bool:
+    """Whether workers put the fence around a task (None: only its name is known): not around one whose author has set
+    ``fenced = False``, nor around Celery's own.
+    """
+    return bool(getattr(task, "fenced", True)) and not name.startswith("celery.")
 
 
 def claim(
@@ -438,15 +452,15 @@ def republish(keys: Keyspace, job: Job, tier: TierPolicy, *, delivery_tag: str) 
     renewed = rewrite(message, queue=tier.queue, attempt=job.attempt, delivery_tag=delivery_tag)
     return Call(
         [keys.job(job.task_id), keys.queue_list(tier.queue, priority_of(message))],
-        [job.attempt, json.dumps(renewed), MISSING_MS, wake_channel(keys.prefix), keys.pool, tier.name],
+        [job.attempt, json.dumps(renewed), MISSING_MS, wake_channel(keys.prefix), keys.pool, tier.name, REPUBLISHED_AT_MOST],
     )
 
 
 def aside(keys: Keyspace, tier: str, task_id: str, *, tag: str, reason: str, message: str) -> Call:
     """Arguments of ``aside.lua``: set aside a message that nobody can read, or whose ledger entry nobody can read."""
     return Call(
-        [keys.job(task_id), keys.unacked(tier), keys.unacked_index(tier), keys.aside, keys.aside_count],
-        [task_id, tag, reason, message],
+        [keys.job(task_id), keys.unacked(tier), keys.unacked_index(tier), keys.aside, keys.aside_count, keys.aside_at],
+        [task_id, tag, reason, message, ASIDE_KEPT],
     )
 
 

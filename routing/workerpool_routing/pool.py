@@ -6,8 +6,10 @@ import asyncio
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -23,7 +25,7 @@ from workerpool_routing.decide import Candidates, Reason, Request, explain, pres
 from workerpool_routing.decision import Decision, decision, log, undecided
 from workerpool_routing.errors import NoAcceleratedTier, NotConfigured, Overloaded, PoolUnavailable
 from workerpool_routing.hook import RoutingHook
-from workerpool_routing.ledger import Job
+from workerpool_routing.ledger import Job, fenced
 from workerpool_routing.message import prepare
 from workerpool_routing.store import RedisStore, Store, TierState
 from workerpool_routing.wire import ENV_POOL, ENV_TIER, Keyspace, Policy, Presence, TierPolicy, Wish
@@ -51,7 +53,9 @@ class WorkerPool:
         timeout: seconds that a call waits for Redis before it raises :class:`PoolUnavailable`.
         fail_open: whether jobs are still published when no decision can be made: to the app's default queue while the pool's
             policy is missing, to the last tier when the admission script fails. A job that requires an accelerator or has an
-            idempotency key is refused then (:class:`PoolUnavailable`), because only a decision can keep that promise.
+            idempotency key is refused then (:class:`PoolUnavailable`), because only a decision can keep that promise. A plain
+            ``delay()`` refuses nothing: it is left to the app's own routing, or waits on the accelerated tier of the last policy
+            that this process has read if it requires an accelerator.
 
     In a worker process that the operator or ``workerpool dev`` started for this pool, the app's tasks are fenced and the worker
     reports its presence; in any other process, jobs are routed. Nothing is read from Redis until the first job.
@@ -76,6 +80,7 @@ class WorkerPool:
         self._fail_open = fail_open
         self._connection = Connection(app, patient=False, timeout=timeout)
         self._store: Store | None = None
+        self._silent_at = float("-inf")
         if ENV_TIER in os.environ:
             from workerpool_routing.worker import expect  # only workers pay for the import
 
@@ -144,22 +149,24 @@ class WorkerPool:
                 ``acceleratedContentTypes``, a type that gains nothing from an accelerator goes to a plain tier.
             deadline: seconds from now by which it must have started, else it expires.
             max_wait: the longest expected wait, in seconds, that is accepted, in place of the pool's ``maxWaitSeconds``.
-            idempotency_key: a second call with the same key within a day returns the first decision and queues nothing.
+            idempotency_key: a second call with the same key within a day returns the first decision and queues nothing. An empty
+                one is none.
             options: further options of ``apply_async``.
 
         Raises:
             Overloaded: no tier can start it within ``deadline`` and ``max_wait``; nothing was queued.
-            PoolUnavailable: Redis did not answer in time. Nothing was queued, unless Redis decided and only its answer was lost;
-                with an idempotency key it is safe to call again.
+            PoolUnavailable: Redis did not answer in time. Nothing was queued, unless Redis decided and only its answer was lost,
+                or the job was published without a decision (``fail_open``); with an idempotency key it is safe to call again.
             NoAcceleratedTier: the job requires an accelerator and the pool has no tier with one.
             TypeError: ``task`` is not a task, or ``options`` contain something that submit() chooses itself.
-            ValueError: ``accelerated``, ``deadline`` or ``max_wait`` has an impossible value.
+            ValueError: ``accelerated``, ``deadline``, ``max_wait`` or ``idempotency_key`` has an impossible value.
             kombu.exceptions.EncodeError: the arguments cannot be serialised.
         """
         if taken := [name for name in _RESERVED if name in options]:
             raise TypeError(f"submit() chooses {', '.join(taken)} itself; use apply_async() to choose them")
         if not isinstance(task, Task):
             raise TypeError(f"task is {task!r}; give the task itself, as the Celery app has registered it")
+        idempotency_key = _key(idempotency_key)
         task_id = str(uuid4())
         publish = partial(_publish_undecided, task, args, kwargs, task_id, deadline, options)
         if self._app.conf.task_always_eager:
@@ -173,12 +180,25 @@ class WorkerPool:
         request = _limited(request, policy, max_wait)
         candidates = self.candidates(policy, request)
         message = prepare(task, args, kwargs, task_id=task_id, expires=deadline, options=options)
-        entry = Entry(task_id, message, idempotency_key=idempotency_key)
+        entry = Entry(task_id, message, idempotency_key=idempotency_key, fenced=fenced(task.name, task))
         return self._logged(request, self._admit(policy, candidates, request, entry, fail_open=fail_open))
 
     async def submit_async(self, task: Task, *args: Any, **kwargs: Any) -> Decision:
-        """:meth:`submit`, with the same arguments and exceptions, on a thread, so that the event loop never waits for Redis."""
-        return await asyncio.to_thread(self.submit, task, *args, **kwargs)
+        """:meth:`submit`, with the same arguments and exceptions, on a thread, so that the event loop never waits for Redis.
+
+        A call that waits for a thread beyond the pool's ``timeout``, while another one finds Redis silent, raises
+        :class:`PoolUnavailable` in its turn without asking again: however many there are, all are answered soon.
+        """
+        return await asyncio.to_thread(self._submit_in_turn, time.monotonic(), task, *args, **kwargs)
+
+    def _submit_in_turn(self, asked_at: float, task: Task, *args: Any, **kwargs: Any) -> Decision:
+        if self._silent_at > asked_at and time.monotonic() - asked_at > self._connection.timeout:
+            raise PoolUnavailable("Redis does not answer those who asked before")
+        try:
+            return self.submit(task, *args, **kwargs)
+        except PoolUnavailable:
+            self._silent_at = time.monotonic()
+            raise
 
     def should_accelerate(
         self,
@@ -229,7 +249,10 @@ class WorkerPool:
         return PoolUnavailable(f"pool {self.name} cannot decide: {why}")
 
     def job(self, task_id: str) -> Job | None:
-        """A job's ledger entry; None if it has none, or none any more. Raises :class:`PoolUnavailable`."""
+        """A job's ledger entry; None if it has none, as one of a task without a fence, or none any more.
+
+        Raises :class:`PoolUnavailable`.
+        """
         return self.store.job(task_id)
 
     def workers(self) -> dict[str, Presence]:
@@ -298,14 +321,31 @@ def _policy(tiers: Sequence[TierPolicy]) -> Policy:
 def _request(task: Task, accelerated: Wish, content_type: str | None, deadline: float | None) -> Request:
     if accelerated not in (True, False, "required"):
         raise ValueError(f'accelerated is {accelerated!r}; give True, False or "required"')
-    if deadline is not None and deadline < 0:
+    if deadline is not None and not (deadline >= 0 and _is_a_time(deadline)):
         raise ValueError(f"deadline is {deadline!r}; give the seconds from now by which the job must have started")
     return Request(task.name, accelerated, main_type(content_type) if content_type is not None else None, deadline)
 
 
+def _is_a_time(seconds: float) -> bool:
+    """Whether a message can say that it expires so many seconds from now."""
+    try:
+        datetime.now(UTC) + timedelta(seconds=seconds)
+    except (OverflowError, ValueError):  # infinite or in another age; not a number
+        return False
+    return True
+
+
+def _key(given: str | None) -> str | None:
+    """The idempotency key, if there is one; it often comes from a client's header."""
+    try:
+        return given if given and given.encode() else None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"idempotency_key is {given!r}, which is not text: {error.reason}") from error
+
+
 def _limited(request: Request, policy: Policy, max_wait: float | None) -> Request:
     """The request, limited to the shorter of its deadline and the longest wait that is accepted."""
-    if max_wait is not None and max_wait < 0:
+    if max_wait is not None and not max_wait >= 0:
         raise ValueError(f"max_wait is {max_wait!r}; give the longest expected wait that is accepted, in seconds")
     limits = [request.limit, policy.max_wait_seconds if max_wait is None else max_wait]
     return Request(

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from workerpool_routing import admission, metrics
 from workerpool_routing.admission import Admission, Entry
@@ -187,5 +187,8 @@ def _starting(raw: str | None) -> dict[str, int]:
 
 
 def _task_id(raw: str) -> str:
-    headers: dict[str, Any] = json.loads(raw).get("headers") or {}
-    return str(headers.get("id"))
+    """The id of a message's task; empty for text that is no message of Celery's."""
+    try:
+        return str(json.loads(raw)["headers"]["id"])
+    except (ValueError, LookupError, TypeError):
+        return ""

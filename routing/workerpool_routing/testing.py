@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+from kombu.compression import decompress
 from kombu.serialization import loads
 
 from workerpool_routing.admission import Admission, Entry
@@ -207,10 +208,14 @@ class Double:
     def _write(self, entry: Entry, request: Request, admission: Admission, wanted: TierPolicy) -> None:
         tier, queue, reason = admission.tier, admission.queue, admission.reason
         required = request.accelerated == "required"
-        self._jobs[entry.task_id] = Job(entry.task_id, request.task, State.ADMITTED, 1, tier, wanted.name, required, reason)
+        if entry.fenced:
+            self._jobs[entry.task_id] = Job(entry.task_id, request.task, State.ADMITTED, 1, tier, wanted.name, required, reason)
         self._queues[queue] = self._queues.get(queue, 0) + 1
         message = json.loads(entry.message.to(queue))
-        args, kwargs, _ = loads(b64decode(message["body"]), message["content-type"], message["content-encoding"])
+        body, kind = b64decode(message["body"]), message["content-type"]
+        if compression := message["headers"].get("compression"):
+            body = decompress(body, compression)
+        args, kwargs, _ = loads(body, kind, message["content-encoding"], accept={kind})  # the test itself has written it
         self.submitted.append(Submitted(entry.task_id, request.task, tier, queue, reason, args, kwargs, message["headers"]))
 
 

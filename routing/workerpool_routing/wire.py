@@ -39,6 +39,7 @@ key                       type    meaning
                                   expected these to be, and how many of them were so, see :data:`ledger.AS_EXPECTED_PART`
 ``drain``                 set     workers (by name) that are to stop consuming; written by the operator, expires by itself
 ``aside``                 hash    task id → JSON: a message or entry that nobody could read, and why; for people
+``aside:at``              zset    the same task ids → when; the last thousand are kept
 ``aside:count``           string  how many were ever set aside
 ========================  ======  =====================================================================================
 
@@ -180,6 +181,10 @@ class Keyspace:
     @property
     def aside(self) -> str:
         return self._own("aside")
+
+    @property
+    def aside_at(self) -> str:
+        return self._own("aside:at")
 
     @property
     def aside_count(self) -> str:

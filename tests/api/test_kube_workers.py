@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Coroutine
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
@@ -15,7 +16,8 @@ from kubernetes.aio import config
 from kubernetes.aio.client import ApiClient, Configuration
 from tests.api.conftest import Kubectl
 
-from workerpool_operator.kube.api import Api
+from workerpool_operator.kube import seen
+from workerpool_operator.kube.api import Api, ApiError, path_to
 from workerpool_operator.kube.seen import Seen
 from workerpool_operator.kube.workers import KubeWorkers
 from workerpool_operator.observation import Phase, TierReplicas, Unavailable
@@ -199,7 +201,25 @@ def test_a_deployment_that_lost_its_labels_is_repaired_before_anything_is_decide
     cluster.run(scenario)
 
 
-def test_the_drained_workers_are_the_ones_that_go(cluster: Cluster) -> None:
+def test_a_deployment_that_somebody_paused_goes_on(cluster: Cluster) -> None:
+    async def scenario(process: Process) -> None:
+        await process.scale(gpu=1)
+        cluster.kubectl("rollout", "pause", "deployment/media-gpu")
+        assert await process.scale(gpu=1) == 1
+        [deployment] = cluster.objects("deployments")
+        assert not deployment["spec"].get("paused")
+        assert await process.scale(gpu=1) == 0
+
+    cluster.run(scenario)
+
+
+@pytest.mark.parametrize("cost", ["", "-2000"])
+def test_the_drained_workers_are_the_ones_that_go(cluster: Cluster, cost: str) -> None:
+    if cost:
+        metadata = {"annotations": {"controller.kubernetes.io/pod-deletion-cost": cost}}
+        own = [{"op": "add", "path": "/spec/tiers/0/template/metadata", "value": metadata}]
+        cluster.kubectl("patch", "wp", "media", "--type=json", "--patch", json.dumps(own))
+
     def alive() -> list[str]:
         return [pod["metadata"]["name"] for pod in cluster.objects("pods") if "deletionTimestamp" not in pod["metadata"]]
 
@@ -215,6 +235,32 @@ def test_the_drained_workers_are_the_ones_that_go(cluster: Cluster) -> None:
         # Left to itself the controller removes first what became ready last.
         await process.scale(frozenset(pods) - {busy}, gpu=1)
         assert await until(lambda: alive() if len(alive()) == 1 else []) == [busy]
+
+    cluster.run(scenario)
+
+
+def test_a_listing_that_comes_in_pages_is_complete_and_forgets_nobody_who_was_on_one(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(process: Process) -> None:
+        await process.scale(gpu=5)
+        await until(lambda: [p["metadata"]["name"] for p in cluster.objects("pods")] if len(cluster.objects("pods")) == 5 else [])
+        sizes = []
+        get = process.api.get
+
+        async def counted(path: str, **query: str) -> Object:
+            answer = await get(path, **query)
+            sizes.append(len(answer["items"]))
+            return answer
+
+        monkeypatch.setattr(process.api, "get", counted)
+        monkeypatch.setattr(seen, "PAGE", 2)
+        for _ in range(2):
+            assert len((await process.observe("gpu")).replicas) == 5
+        assert max(sizes) == 2
+        await process.scale(gpu=0)
+        await until(lambda: [] if cluster.objects("pods") else ["none"])
+        assert (await process.observe("gpu")).replicas == ()
 
     cluster.run(scenario)
 
@@ -239,6 +285,20 @@ async def until(look: Callable[[], list[str]]) -> list[str]:
         assert time.monotonic() < deadline
         await asyncio.sleep(0.2)
     return seen
+
+
+def test_what_has_taken_the_place_of_a_deployment_that_was_to_go_is_not_deleted_for_it(cluster: Cluster) -> None:
+    async def scenario(process: Process) -> None:
+        await process.scale(gpu=0)
+        path = path_to("apps/v1", process.namespace, "deployments", "media-gpu")
+        with pytest.raises(ApiError) as refused:
+            await process.api.delete(path, "another")
+        assert refused.value.status == HTTPStatus.CONFLICT
+        [deployment] = cluster.objects("deployments")
+        await process.api.delete(path, deployment["metadata"]["uid"])
+        assert cluster.objects("deployments") == []
+
+    cluster.run(scenario)
 
 
 def test_what_is_refused_is_tried_again_with_growing_pauses_shown_and_kept_from_the_others(cluster: Cluster) -> None:

@@ -11,19 +11,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, cast
 
 import prometheus_client
 import pytest
 from celery import Celery, chain
+from celery.signals import before_task_publish
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kombu.exceptions import OperationalError
 from redis import Redis
 
 from workerpool_operator.local.redis_server import private_redis
-from workerpool_routing import Overloaded, PoolUnavailable, Reason, Tier, WorkerPool, metrics, wire
+from workerpool_routing import Overloaded, PoolUnavailable, Reason, Tier, WorkerPool, metrics, policy, wire
 from workerpool_routing.decide import Load, Request, assumed_seconds, place, preselect
 from workerpool_routing.decision import LOG_FIELDS
 from workerpool_routing.errors import NoAcceleratedTier, NotConfigured
@@ -311,6 +313,30 @@ def test_the_event_loop_goes_on_while_redis_does_not_answer() -> None:
             os.kill(server.pid, signal.SIGCONT)
 
 
+def test_however_many_calls_wait_for_a_thread_those_that_waited_out_their_time_do_not_ask_a_silent_redis() -> None:
+    asked: list[int] = []
+
+    async def submit(pool: WorkerPool, task: Any, calls: int) -> list[Any]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(4))
+        return await asyncio.gather(*(pool.submit_async(task, (n,)) for n in range(calls)), return_exceptions=True)
+
+    with private_redis() as server:
+        app = media_app(server.url)
+        pool = WorkerPool("ml/media", app, tiers=TIERS)
+        before_task_publish.connect(lambda **_: asked.append(1), weak=False, dispatch_uid="asked")
+        task = app.tasks["media.index"]
+        try:
+            assert not [one for one in asyncio.run(submit(pool, task, 100)) if isinstance(one, Exception)], "Redis answers"
+            asked.clear()
+            os.kill(server.pid, signal.SIGSTOP)
+            answers = asyncio.run(submit(pool, task, 100))
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+            before_task_publish.disconnect(dispatch_uid="asked")
+    assert {type(one) for one in answers} == {PoolUnavailable}
+    assert len(asked) < 50, "four at a time would take 25 time-outs"
+
+
 def test_a_pool_that_is_not_to_fail_open_takes_nothing_undecided(app: Celery, pool: WorkerPool, client: Any) -> None:
     closed = WorkerPool("ml/other", app, fail_open=False)
     with pytest.raises(PoolUnavailable, match="policy is not in Redis"):
@@ -409,6 +435,66 @@ def test_what_the_policy_names_is_routed_by_plain_delay_and_in_canvases_and_noth
     assert pool.queue_length("elsewhere") == pool.queue_length("celery") == 1
     [message] = [json.loads(raw) for raw in client.lrange(pool.keys.queue_list("gpu-jobs", 0), 0, -1)]
     assert message["headers"]["workerpool"] == {"accelerated": "required", "attempt": 1}
+
+
+def ends_at_once() -> None:
+    """Nobody runs it here."""
+
+
+def test_a_task_without_a_fence_is_routed_and_not_on_the_ledger(app: Celery, client: Any) -> None:
+    """No worker claims its jobs: an entry would wait for ever, and the sweep would take each for lost."""
+    pool = WorkerPool("ml/media", app)
+    client.set(pool.keys.policy, Policy(TIERS, tasks=(TaskPolicy("*", accelerated=False),)).dump())
+    plain = app.task(ends_at_once, name="media.plain", shared=False, fenced=False)
+    first = pool.submit(plain, accelerated="required", idempotency_key="k")
+    assert pool.submit(plain, accelerated="required", idempotency_key="k").task_id == first.task_id
+    submitted, delayed = pool.submit(plain), plain.delay()
+    celerys_own = app.send_task("celery.starmap", kwargs={"task": {"task": "media.index"}, "it": []})
+    assert (pool.queue_length("gpu-jobs"), pool.queue_length("cpu-jobs")) == (1, 3)
+    assert [pool.job(str(one)) for one in (first.task_id, submitted.task_id, delayed.id, celerys_own.id)] == [None] * 4
+    assert not client.keys(pool.keys.waiting("*")) + client.keys(pool.keys.spilled("*")) + client.keys(pool.keys.job("*"))
+    headers = [json.loads(raw)["headers"] for raw in client.lrange(pool.keys.queue_list("cpu-jobs", 0), 0, 1)]
+    assert ["workerpool" in one for one in headers] == [False, False], "by delay() it is the message of plain Celery"
+
+
+def test_a_job_that_requires_an_accelerator_waits_for_one_while_nothing_can_be_decided(
+    app: Celery, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "KEPT_SECONDS", 0)
+    pool = WorkerPool("ml/media", app)
+    described = Policy(TIERS, tasks=(TaskPolicy("media.transcribe", accelerated="required"), TaskPolicy("media.index")))
+    transcribe, index = app.tasks["media.transcribe"], app.tasks["media.index"]
+    wishes = {"headers": {"workerpool": {"accelerated": "required", "content_type": 7}}}
+    client.set(pool.keys.policy, described.dump())
+    client.set(pool.keys.capacity, "no JSON")
+    assert [transcribe.delay("a"), index.delay("b"), index.apply_async(("c",), **wishes)]
+    assert (pool.queue_length("gpu-jobs"), pool.queue_length("celery")) == (2, 1)
+    client.delete(pool.keys.policy)
+    assert [transcribe.delay("a"), index.delay("b"), index.apply_async(("c",), **wishes)]
+    assert (pool.queue_length("gpu-jobs"), pool.queue_length("celery")) == (4, 2)
+
+
+def test_the_wait_of_a_job_by_plain_delay_is_the_one_before_it_counts_itself(app: Celery, client: Any) -> None:
+    pool = WorkerPool("ml/media", app, tiers=TIERS)
+    seconds, _ = client.time()
+    client.zadd(pool.keys.slots("cpu"), {"worker/0": seconds * 1000})
+    client.hset(pool.keys.served("cpu"), "mean", 30)
+    waits = [
+        client.hget(pool.keys.job(index.id), "wait")
+        for _ in range(2)
+        for index in [app.tasks["media.index"].apply_async(("a",), headers={"workerpool": {"accelerated": False}})]
+    ]
+    assert [float(wait) for wait in waits] == [0, 30]
+
+
+@pytest.mark.parametrize("foreign", ["hello", "[1]", '"x"', '{"headers": 3}', "null"])
+def test_text_that_is_no_message_at_the_end_of_a_queue_has_no_age(
+    pool: WorkerPool, app: Celery, client: Any, foreign: str
+) -> None:
+    pool.submit(app.tasks["media.index"], ("a",))
+    client.rpush(pool.keys.queue_list("cpu-jobs", 0), foreign)
+    cpu = pool.status()["tiers"]["cpu"]
+    assert (cpu["waiting"], cpu["oldest_wait"]) == (2, None)
 
 
 def test_a_pool_that_nobody_described_leaves_every_job_to_the_app(app: Celery, caplog: pytest.LogCaptureFixture) -> None:

@@ -147,6 +147,11 @@ def test_a_second_call_with_the_same_key_gets_the_first_decision_and_queues_noth
     assert (pool.queue_length("gpu-jobs"), pool.queue_length("cpu-jobs")) == (1, 1)
 
 
+def test_an_empty_key_is_none(pool: WorkerPool) -> None:
+    assert submit(pool, idempotency_key="").task_id != submit(pool, idempotency_key="").task_id
+    assert pool.queue_length("cpu-jobs") == 2
+
+
 def test_a_hundred_callers_with_one_key_are_one_job(pool: WorkerPool) -> None:
     with ThreadPoolExecutor(16) as threads:
         decisions = list(threads.map(lambda _: submit(pool, idempotency_key="upload-7"), range(100)))
@@ -280,7 +285,12 @@ def test_the_async_form_is_the_same_call(pool: WorkerPool, seeds: Seeds) -> None
     ("options", "error", "words"),
     [
         ({"deadline": -1}, ValueError, "deadline is -1"),
+        ({"deadline": float("nan")}, ValueError, "deadline is nan"),
+        ({"deadline": float("inf")}, ValueError, "deadline is inf"),
+        ({"deadline": 1e300}, ValueError, "deadline is 1e"),
         ({"max_wait": -0.5}, ValueError, "max_wait is -0.5"),
+        ({"max_wait": float("nan")}, ValueError, "max_wait is nan"),
+        ({"idempotency_key": "\ud800"}, ValueError, "idempotency_key is .*not text"),
         ({"accelerated": "yes"}, ValueError, 'True, False or "required"'),
         ({"queue": "q"}, TypeError, "queue"),
     ],
@@ -316,6 +326,14 @@ def test_the_double_shows_what_the_worker_would_get_and_says_what_went_elsewhere
     double.unavailable = True
     with pytest.raises(PoolUnavailable):
         submit(pool)
+
+
+@pytest.mark.parametrize("encoding", [{"compression": "gzip"}, {"serializer": "pickle"}, {"serializer": "yaml"}])
+def test_the_double_reads_what_a_worker_of_the_app_would(workerpool_in_memory: Any, encoding: dict[str, str]) -> None:
+    pool = WorkerPool("ml/media", app_of("memory://"))
+    double: Double = workerpool_in_memory(pool, tiers=TIERS)
+    submit(pool, **encoding)
+    assert list(double.submitted[0].args) == ["a.wav"]
 
 
 def test_a_tier_that_the_double_has_not_is_named(workerpool_in_memory: Any) -> None:

@@ -128,6 +128,43 @@ def test_leaders_that_work_at_once_give_each_job_one_place(
     assert len(sentences) == len(left)
 
 
+def test_a_job_that_vanishes_and_is_never_claimed_is_not_published_for_ever(redis_url: str, pool: Pool) -> None:
+    """Workers without the library run it each time, and say nothing of it on the ledger."""
+    [(task_id, _)] = [found for found in leave_behind(redis_url, pool, 1).items() if found[1] == "taken"]
+
+    async def runs() -> list[str]:
+        client, said = aioredis.Redis.from_url(redis_url, decode_responses=True), []
+        for _ in range(5):
+            said += [await salvage.sweep(client, pool), await salvage.sweep(client, pool)]
+            await client.delete("gpu-tasks", pool.keys.unacked("gpu"), pool.keys.unacked_index("gpu"))
+        await client.aclose()
+        return [sentence for each in said for sentence in each if task_id in sentence]
+
+    *published, given_up = asyncio.run(runs())
+    assert ["published again" in sentence for sentence in published] == [True] * ledger.REPUBLISHED_AT_MOST
+    assert "no worker of the pool claimed it" in given_up
+    with Redis.from_url(redis_url, decode_responses=True) as client:
+        job = ledger.Job.load(task_id, client.hgetall(pool.keys.job(task_id)))
+        assert job
+        assert (job.state, job.message) == (State.FAILED, "")
+        assert client.zscore(pool.keys.waiting("gpu"), task_id) is None
+        assert not client.llen("gpu-tasks")
+
+
+def test_the_last_of_what_is_set_aside_are_kept_and_all_are_counted(
+    redis_url: str, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "ASIDE_KEPT", 3)
+    with Redis.from_url(redis_url, decode_responses=True) as client:
+        client.flushall()
+        script = client.register_script(ledger.script("aside"))
+        for n in range(7):
+            call = ledger.aside(pool.keys, "gpu", f"job-{n}", tag="", reason="unreadable", message="text")
+            script(keys=call.keys, args=call.args)
+        assert set(client.hkeys(pool.keys.aside)) == set(client.zrange(pool.keys.aside_at, 0, -1)) == {"job-4", "job-5", "job-6"}
+        assert client.get(pool.keys.aside_count) == "7"
+
+
 def test_an_operator_may_die_at_every_step_and_the_next_one_finishes(redis_url: str, pool: Pool) -> None:
     async def dies_at(step: int) -> bool:
         client: Any = Mortal.from_url(redis_url, decode_responses=True)

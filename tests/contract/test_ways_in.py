@@ -152,7 +152,8 @@ def test_no_lease_outlives_its_publish(routed: ModuleType, url: str) -> None:
 def test_a_hook_that_cannot_decide_leaves_the_message_to_the_app(routed: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(routed.pool.store), "admit", lambda *_, **__: 1 / 0)
-        assert routed.where.delay([]).get(timeout=20) == ["cpu"]
+        assert routed.merge.delay([]).get(timeout=20) == ["cpu"]
+        assert routed.where.delay([]).get(timeout=20) == ["gpu"], "it is required"
     assert "cannot route routed.where" in caplog.text
 
 

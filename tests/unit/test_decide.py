@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from workerpool_routing import admission
 from workerpool_routing.admission import Admission, Entry
-from workerpool_routing.content import main_type
+from workerpool_routing.content import UNKNOWN, main_type
 from workerpool_routing.decide import (
     ACCELERATION,
     MARGIN,
@@ -146,6 +146,11 @@ def test_the_content_types_of_the_policy_are_read_in_any_case() -> None:
 )  # fmt: skip
 def test_a_content_type_is_a_mime_type_a_main_type_or_a_file_name(given: str, expected: str) -> None:
     assert main_type(given) == expected
+
+
+@pytest.mark.parametrize("given", ["image\nrouted pool=ml/media", "x tier=gpu", "\u202eimage", "a" * 65, "x\x1b[2J"])
+def test_what_can_be_no_type_does_not_reach_the_log(given: str) -> None:
+    assert main_type(given) == UNKNOWN
 
 
 OUT, ON_TRIAL = Load(0, 0, 4, limit=0), Load(0, 0, 4, limit=1)
@@ -520,7 +525,9 @@ def test_a_question_without_a_job_writes_nothing() -> None:
 
 def test_the_script_knows_every_field_that_it_is_given() -> None:
     chosen = Candidates((GPU,), reason=Reason.REQUIRED)
-    pool, ask, _ = asked(chosen, Request("t", "required", limit=1.0), entry=ENTRY, lease="l", until=1, wanted=GPU2)
+    pool, ask, _ = asked(
+        chosen, Request("t", "required", limit=1.0), entry=replace(ENTRY, wait=1.0), lease="l", until=1, wanted=GPU2
+    )
     assert set(re.findall(r"pool\.(\w+)", script("admit"))) == set(pool)
     assert set(re.findall(r"ask\.(\w+)", script("admit"))) == set(ask)
 

@@ -28,7 +28,7 @@ READY = {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00
 UN_READY = {"type": "Ready", "status": "False", "lastTransitionTime": "2026-01-01T02:00:00Z"}
 READY_LATER = {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T03:00:00Z"}
 UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no GPU left"}
-GATED = {"type": "PodScheduled", "status": "False", "reason": "SchedulingGated"}
+GATED = {"type": "PodScheduled", "status": "False", "reason": "SchedulingGated", "message": "Scheduling is blocked"}
 
 
 def raw_pod(name: str = "media-gpu-1", version: int = 1, tier: str = "gpu", **status: Any) -> Object:
@@ -50,7 +50,7 @@ def container(name: str = "worker", **state: Any) -> Object:
     ("status", "phase", "detail"),
     [
         ({}, Phase.STARTING, ""),
-        ({"conditions": [GATED]}, Phase.STARTING, ""),
+        ({"conditions": [GATED]}, Phase.UNSCHEDULABLE, "Scheduling is blocked"),
         ({"containerStatuses": [container(waiting={"reason": "ContainerCreating"})]}, Phase.STARTING, ""),
         ({"containerStatuses": [container(running={})], "conditions": [UN_READY]}, Phase.STARTING, ""),
         ({"conditions": [UNSCHEDULABLE]}, Phase.UNSCHEDULABLE, "no GPU left"),
@@ -204,9 +204,9 @@ def test_a_listing_forgets_what_a_watch_missed_and_keeps_what_is_newer() -> None
     pods.put(raw_pod("listed", version=4))
     pods.put(raw_pod("newer", version=11))
     listing = {"metadata": {"resourceVersion": "10"}, "items": [raw_pod("listed", version=4), raw_pod("unseen", version=7)]}
-    pods.relist("elsewhere", {"metadata": {"resourceVersion": "10"}, "items": []})
+    pods.relist("elsewhere", {"metadata": {"resourceVersion": "10"}, "items": []}, set())
     assert known(pods) == ["listed", "missed", "newer"]
-    pods.relist("ml", listing)
+    pods.relist("ml", listing, set())
     assert known(pods) == ["listed", "newer", "unseen"]
 
 

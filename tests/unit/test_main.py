@@ -6,8 +6,9 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import aiohttp
 import pytest
@@ -83,6 +84,25 @@ def test_an_answer_that_is_no_listing_is_asked_for_again(
 
     asyncio.run(scenario())
     assert caplog.messages == ["listing failed, the next one tries again"]
+
+
+def test_a_pool_that_is_made_anew_keeps_what_it_publishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "LAST_PASS_SECONDS", 0.0)
+
+    async def scenario() -> None:
+        operator = Operator(Listing(), [], Mock())  # type: ignore[arg-type]
+        forget = AsyncMock()
+        monkeypatch.setattr(operator._broker, "forget", forget)
+        pool = worker_pool(stored("a"))
+        assert isinstance(pool, Pool)
+        operator._reconciler.pools[pool.id] = replace(pool, uid="another")
+        await operator._forget(pool)
+        forget.assert_not_awaited()
+        del operator._reconciler.pools[pool.id]
+        await operator._forget(pool)
+        forget.assert_awaited_once_with("redis://one", pool)
+
+    asyncio.run(scenario())
 
 
 def test_a_pass_that_does_not_end_makes_the_process_ask_for_its_restart(monkeypatch: pytest.MonkeyPatch) -> None:

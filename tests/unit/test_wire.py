@@ -107,7 +107,7 @@ def own_keys(keys: Keyspace) -> list[str]:
         keys.idempotent,
         keys.service,
     ]
-    own = [keys.policy, keys.capacity, keys.routes, keys.sides, keys.drain, keys.aside, keys.aside_count]
+    own = [keys.policy, keys.capacity, keys.routes, keys.sides, keys.drain, keys.aside, keys.aside_at, keys.aside_count]
     return [*own, *(name(what) for name in named for what in ("gpu", "cpu"))]
 
 
@@ -124,7 +124,7 @@ def test_every_key_starts_with_the_prefix_and_the_pool() -> None:
 def test_every_name_of_schema_version_1_stays_as_other_releases_know_it() -> None:
     assert wire.SCHEMA_VERSION == 1
     assert [name.removeprefix("workerpool:ml/media:") for name in own_keys(KEYS)] == [
-        "policy", "capacity", "routes", "sides", "drain", "aside", "aside:count",
+        "policy", "capacity", "routes", "sides", "drain", "aside", "aside:at", "aside:count",
         "presence:gpu", "presence:cpu", "slots:gpu", "slots:cpu", "spilled:gpu", "spilled:cpu", "served:gpu", "served:cpu",
         "attempts:gpu", "attempts:cpu", "checkpoint:gpu", "checkpoint:cpu", "outlier:gpu", "outlier:cpu",
         "held:gpu", "held:cpu", "job:gpu", "job:cpu", "unacked:gpu", "unacked:cpu", "unacked:gpu:index", "unacked:cpu:index",

@@ -92,10 +92,11 @@ class Api:
         """Server-side apply: create it or make the fields in ``body`` as they say, and own them."""
         return await self._request("PATCH", path, {"fieldManager": manager, "force": "true"}, body, APPLY)
 
-    async def delete(self, path: str) -> None:
-        """Delete an object, unless it is gone already; what it owns goes with it."""
+    async def delete(self, path: str, uid: str) -> None:
+        """Delete this one object, unless it is gone already; what it owns goes with it. Another of its name is a conflict."""
+        body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
         try:
-            await self._request("DELETE", path, {}, {"propagationPolicy": "Background"}, "application/json")
+            await self._request("DELETE", path, {}, body, "application/json")
         except ApiError as error:
             if error.status != HTTPStatus.NOT_FOUND:
                 raise

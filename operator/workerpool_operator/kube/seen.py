@@ -26,6 +26,9 @@ SCALE_MANAGER = "workerpool-scale"
 
 AUTOSCALERS = "horizontalpodautoscalers"
 
+PAGE = 500
+"""How many objects are asked for at once."""
+
 logger = logging.getLogger(__name__)
 
 Key: TypeAlias = tuple[str, str]
@@ -40,6 +43,7 @@ class LiveDeployment:
     """A Deployment as the API server has it.
 
     Attributes:
+        uid: tells it from another of its name.
         owner: ``(kind, name, uid)`` of its controller.
         fingerprint: changes with anything that a user or another controller could change in it, except the replica count.
         replicas_in_template: the replica count still belongs to the manager of the template.
@@ -49,6 +53,7 @@ class LiveDeployment:
         broker_mark: what its pods are annotated with.
     """
 
+    uid: str
     replicas: int
     labels: Mapping[str, str]
     owner: tuple[str, str, str] | None
@@ -146,12 +151,20 @@ class Cache(Generic[T]):
             self._values[key] = value
             self._versions[key] = int(version)
 
-    def relist(self, namespace: str | None, listing: Mapping[str, Any]) -> None:
-        """Take in a complete listing of a namespace, or of all: what is neither in it nor newer is gone."""
-        for raw in listing["items"]:
+    def relist(self, namespace: str | None, page: Mapping[str, Any], listed: set[Key]) -> None:
+        """Take in a page of the listing of a namespace, or of all; after the last one, what is on none and not newer is gone.
+
+        Args:
+            namespace: that is listed, None for all.
+            page: as the API server sends it.
+            listed: gathers what was on the pages so far.
+        """
+        for raw in page["items"]:
             self.put(raw)
-        listed = {_key(raw) for raw in listing["items"]}
-        at = _version(listing)
+            listed.add(_key(raw))
+        if page["metadata"].get("continue"):
+            return
+        at = _version(page)
         for key, version in list(self._versions.items()):
             if key not in listed and version <= at and namespace in {None, key[0]}:
                 self._remove(key)
@@ -207,11 +220,22 @@ class Seen:
         self.complete = True
 
     async def _relist(self, api: Api, namespace: str | None) -> None:
-        self.pools.relist(namespace, await api.get(path_to(API_VERSION, namespace, PLURAL)))
-        deployments = await api.get(path_to("apps/v1", namespace, "deployments"), labelSelector=SELECTOR)
-        self.deployments.relist(namespace, deployments)
-        self.autoscalers.relist(namespace, await api.get(path_to("autoscaling/v2", namespace, AUTOSCALERS)))
-        self.pods.relist(namespace, await api.get(path_to("v1", namespace, "pods"), labelSelector=SELECTOR))
+        await _list(api, self.pools, namespace, path_to(API_VERSION, namespace, PLURAL))
+        await _list(api, self.deployments, namespace, path_to("apps/v1", namespace, "deployments"), labelSelector=SELECTOR)
+        await _list(api, self.autoscalers, namespace, path_to("autoscaling/v2", namespace, AUTOSCALERS))
+        await _list(api, self.pods, namespace, path_to("v1", namespace, "pods"), labelSelector=SELECTOR)
+
+
+async def _list(api: Api, cache: Cache[Any], namespace: str | None, path: str, **query: str) -> None:
+    """Page by page: thousands of pods at once would hold up everything else, the renewal of the lease among it."""
+    listed: set[Key] = set()
+    query["limit"] = str(PAGE)
+    while True:
+        page = await api.get(path, **query)
+        cache.relist(namespace, page, listed)
+        if not (more := page["metadata"].get("continue")):
+            return
+        query["continue"] = more
 
 
 def autoscaler(raw: Mapping[str, Any], _before: LiveAutoscaler | None = None) -> LiveAutoscaler | None:
@@ -246,6 +270,7 @@ def deployment(raw: Mapping[str, Any], _before: LiveDeployment | None = None) ->
     """Parse a Deployment."""
     metadata, spec = raw["metadata"], raw["spec"]
     return LiveDeployment(
+        uid=metadata.get("uid", ""),
         replicas=int(spec.get("replicas", 1)),
         labels=metadata.get("labels") or {},
         owner=_controller(metadata),
@@ -313,11 +338,15 @@ DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 """Of pods that are equally ready, the one with the lower cost is removed first."""
 
 
+_NO_NODE = {"Unschedulable", "SchedulingGated"}
+"""Why the scheduler does not place a pod: no node takes it, or something (a quota, as of Kueue) has not let it go yet."""
+
+
 def _phase(raw: Mapping[str, Any]) -> tuple[Phase, str]:
     if "deletionTimestamp" in raw["metadata"]:
         return Phase.STOPPING, "it has been told to stop"
     scheduled = _condition(raw, "PodScheduled")
-    if scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable":
+    if scheduled.get("status") == "False" and scheduled.get("reason") in _NO_NODE:
         return Phase.UNSCHEDULABLE, scheduled.get("message", "no node can take it")
     if _condition(raw, "Ready").get("status") == "True":
         return Phase.READY, ""

@@ -42,8 +42,8 @@ PASSING_TRIES = 3
 TURNED_AWAY_SECONDS = 30.0
 """How long it counts against the pods that no node has taken in yet when one was turned away; the next is made at once."""
 
-LEAVING_COST = "-1000"
-"""The deletion cost of a pod that is drained: less than that of any other."""
+LEAVING_COST = str(-(2**31))
+"""The deletion cost of a pod that is drained: the least that there is, because a template may give its pods one of its own."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ class KubeWorkers:
             elif holds:
                 staying.append(f"Deployment {name} stays until its jobs are done: its tier is no longer in the {KIND}")
             else:
-                await self._api.delete(_path(pool, name))
+                await self._api.delete(_path(pool, name), live.uid)
                 _LOG.info("%s: deleted Deployment %s, its tier is no longer in the WorkerPool", pool.id, name)
         if staying:
             raise _Hindered("; ".join(staying))
@@ -260,13 +260,13 @@ class KubeWorkers:
         self._seen.deployments.amend(pool.namespace, name, version, replace(live, replicas=wanted))
 
     async def _mark(self, pool: Pool, tier: Tier, leaving: frozenset[str]) -> None:
-        """Make the pods that leave cheaper to remove than the others; one that was to leave and stays costs as before."""
+        """Make the pods that leave cheaper to remove than the others; one that was to leave and stays has no cost any more."""
         for pod in self._all_pods(pool, tier):
-            if isinstance(pod, TurnedAway):
+            if isinstance(pod, TurnedAway) or pod.replica.phase is Phase.STOPPING:
                 continue
-            cost = LEAVING_COST if pod.replica.worker in leaving else None
-            ours = (pod.deletion_cost or None) in {None, LEAVING_COST}
-            if pod.replica.phase is not Phase.STOPPING and ours and (pod.deletion_cost or None) != cost:
+            leaves, cheapest = pod.replica.worker in leaving, pod.deletion_cost == LEAVING_COST
+            if leaves is not cheapest:
+                cost = LEAVING_COST if leaves else None
                 path = path_to("v1", pool.namespace, "pods", pod.replica.worker)
                 try:
                     self._seen.pods.put(await self._api.merge(path, {"metadata": {"annotations": {DELETION_COST: cost}}}))

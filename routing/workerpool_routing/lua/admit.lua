@@ -11,7 +11,7 @@ local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 if ask.until_ms and now > ask.until_ms then return {now} end
 
 -- A caller that asks again, with its own key or because the connection broke, gets what the first call got.
-for _, key in ipairs(ask.step and {ask.job, ask.idempotent} or {}) do
+for _, key in ipairs(ask.step and {ask.job or ask.idempotent, ask.idempotent} or {}) do
   local first = redis.call('HMGET', key, 'id', 'tier', 'queue', 'reason', 'wait')
   if first[1] then return {now, unpack(first)} end
 end
@@ -126,11 +126,11 @@ end
 -- act
 local tier, first = pool.tiers[index], loads[1]
 local wanted = pool.wanted or tier
-local seconds = string.format('%.17g', loads[index].wait)
+local seconds = ask.wait or string.format('%.17g', loads[index].wait)
 local next_ms = first.expected > 0 and math.floor(1000 * first.next_slot + 0.5) or 0
 local answer = {now, ask.id or '', tier.name, tier.queue, reason, seconds, first.waiting, first.in_flight, first.ready, first.leased,
   first.expected, next_ms}
-if not (ask.job or ask.lease) then return answer end
+if not (ask.id or ask.lease) then return answer end
 
 if not pool.reason then
   if side == 'WaitTooLong' and not was_spilling then redis.call('HSET', pool.sides, ask.task, 1) end
@@ -147,19 +147,21 @@ redis.call('PUBLISH', pool.wake, pool.name)
 if reason == 'Overloaded' then return answer end
 
 local message = ARGV[3] .. cjson.encode(tier.queue) .. ARGV[4]
-redis.call('DEL', ask.job)
-redis.call('HSET', ask.job, 'version', pool.version, 'state', 'admitted', 'attempt', 1, 'id', ask.id, 'task', ask.task,
-  'tier', tier.name, 'queue', tier.queue, 'wanted', wanted.name, 'required', ask.required, 'reason', reason, 'wait', seconds,
-  'admitted_at', now)
-if #message <= pool.message_limit then redis.call('HSET', ask.job, 'message', message) end
-redis.call('EXPIRE', ask.job, pool.job_life)
-redis.call('ZADD', tier.waiting, now, ask.id)
-redis.call('ZREMRANGEBYSCORE', tier.waiting, '-inf', now - pool.job_life * 1000)
+if ask.job then
+  redis.call('DEL', ask.job)
+  redis.call('HSET', ask.job, 'version', pool.version, 'state', 'admitted', 'attempt', 1, 'id', ask.id, 'task', ask.task,
+    'tier', tier.name, 'queue', tier.queue, 'wanted', wanted.name, 'required', ask.required, 'reason', reason, 'wait', seconds,
+    'admitted_at', now)
+  if #message <= pool.message_limit then redis.call('HSET', ask.job, 'message', message) end
+  redis.call('EXPIRE', ask.job, pool.job_life)
+  redis.call('ZADD', tier.waiting, now, ask.id)
+  redis.call('ZREMRANGEBYSCORE', tier.waiting, '-inf', now - pool.job_life * 1000)
+end
 if ask.idempotent then
   redis.call('HSET', ask.idempotent, 'id', ask.id, 'tier', tier.name, 'queue', tier.queue, 'reason', reason, 'wait', seconds)
   redis.call('EXPIRE', ask.idempotent, pool.idempotency_life)
 end
-if tier.name ~= wanted.name then
+if ask.job and tier.name ~= wanted.name then
   redis.call('ZADD', wanted.spilled, now, ask.id)
   redis.call('ZREMRANGEBYSCORE', wanted.spilled, '-inf', now - pool.job_life * 1000)
   redis.call('EXPIRE', wanted.spilled, pool.job_life)

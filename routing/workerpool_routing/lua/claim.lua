@@ -49,7 +49,7 @@ local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 redis.call('HSET', KEYS[1], 'state', 'claimed', 'tag', tag, 'owner', owner, 'tier', tier, 'retries', retries,
   'stays', moves_on and '0' or '1', 'claim', ARGV[11],
   'claimed_at', now)
-redis.call('HDEL', KEYS[1], 'message', 'missing_at')
+redis.call('HDEL', KEYS[1], 'message', 'missing_at', 'republished')
 redis.call('EXPIRE', KEYS[1], life)
 redis.call('SADD', KEYS[2], id)
 redis.call('EXPIRE', KEYS[2], life)

@@ -102,7 +102,7 @@ if tag ~= '' then
   redis.call('HDEL', KEYS[4], tag)
   redis.call('ZREM', KEYS[5], tag)
 end
-if to ~= 'expired' and tonumber(job[6]) and job[7] then
+if to ~= 'expired' and tag ~= '' and tonumber(job[6]) and job[7] then
   local took, before = (now - job[6]) / 1000, tonumber(redis.call('HGET', KEYS[6], job[7]))
   redis.call('HSET', KEYS[6], job[7], string.format('%.3f', before and 0.8 * before + 0.2 * took or took))
 end

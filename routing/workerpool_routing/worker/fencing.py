@@ -58,7 +58,7 @@ def fence(task: Task, child: WorkerLife, main: WorkerLife) -> None:
         child: this worker's life, for the processes that run tasks.
         main: the same, for the main process.
     """
-    if task.name.startswith("celery.") or isinstance(task, FencedTask) or not getattr(task, "fenced", True):
+    if isinstance(task, FencedTask) or not ledger.fenced(task.name, task):
         return
     if task.acks_late is False:
         logger.warning("%s: acks_late=False is not used: a job acknowledged early could be lost with its worker", task.name)
