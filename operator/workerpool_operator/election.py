@@ -15,7 +15,10 @@ LEASE_SECONDS = 10.0
 """How long others wait after the last renewal that they saw."""
 
 TENURE_SECONDS = 8.0
-"""How long a holder may act after a renewal: less than :data:`LEASE_SECONDS`, so that a request under way can end."""
+"""How long a holder may begin requests after a renewal: less than :data:`LEASE_SECONDS`, so that those under way end within it.
+
+One that takes longer than the difference may still land after another operator has begun to act.
+"""
 
 RENEW_SECONDS = 2.5
 

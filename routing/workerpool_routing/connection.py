@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,14 +19,22 @@ from workerpool_routing.errors import NotConfigured, PoolUnavailable
 from workerpool_routing.ledger import Call, script
 from workerpool_routing.wire import PRIORITY_STEPS, Keyspace, Milliseconds
 
+logger = logging.getLogger("workerpool_routing")
+
 REQUEST_TIMEOUT_SECONDS = 0.25
 """How long an API request waits for Redis."""
 
 WORKER_TIMEOUT_SECONDS = 5.0
 WORKER_RETRIES = 8
-"""A worker outlasts a restart of Redis: it tries again for about ten seconds."""
+"""A worker outlasts a restart of Redis, or a while in which it takes no writes: it tries again for about ten seconds."""
+
+_BACKOFF = ExponentialBackoff(cap=2, base=0.1)
 
 _REFUSALS = ("READONLY", "OOM", "MISCONF", "LOADING", "MASTERDOWN", "NOREPLICAS", "NOAUTH", "WRONGPASS", "NOPERM", "BUSY")
+
+
+class Refused(PoolUnavailable):
+    """Redis answers, and takes no writes now."""
 
 
 class Connection:
@@ -51,7 +60,7 @@ class Connection:
                 decode_responses=True,
                 socket_timeout=self.timeout,
                 socket_connect_timeout=self.timeout,
-                retry=Retry(ExponentialBackoff(cap=2, base=0.1), WORKER_RETRIES) if self._patient else impatient,
+                retry=Retry(_BACKOFF, WORKER_RETRIES) if self._patient else impatient,
             )
         return self._client
 
@@ -59,8 +68,17 @@ class Connection:
         """Run one of the scripts; raises :class:`PoolUnavailable`, or redis.ResponseError when the script itself fails."""
         if name not in self._scripts:
             self._scripts[name] = self.client.register_script(script(name))
-        with unavailable_when_down():
-            return self._scripts[name](keys=call.keys, args=call.args)
+        failures = 0
+        while True:
+            try:
+                with unavailable_when_down():
+                    return self._scripts[name](keys=call.keys, args=call.args)
+            except Refused as refused:
+                failures += 1
+                if not self._patient or failures > WORKER_RETRIES:
+                    raise
+                logger.warning("%s: asked again", refused)
+                time.sleep(_BACKOFF.compute(failures))
 
     def now(self) -> Milliseconds:
         """Redis's time, reckoned by this host's monotonic clock; Redis is asked only the first time."""
@@ -86,7 +104,7 @@ def unavailable_when_down() -> Iterator[None]:
         # the code out of the text.
         said = f"{error.status_code or ''} {error}".strip()
         if any(refusal in said for refusal in _REFUSALS):
-            raise PoolUnavailable(f"Redis refuses: {said}") from error
+            raise Refused(f"Redis refuses: {said}") from error
         raise
     except (redis.ConnectionError, redis.TimeoutError) as error:
         raise PoolUnavailable(f"Redis does not answer: {error}") from error
