@@ -41,8 +41,11 @@ def test_nothing_is_left_of_a_cluster_whose_owner_is_killed(kube: Kube) -> None:
     command = [sys.executable, "-c", OWNER]
     with subprocess.Popen(command, cwd=images.ROOT, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
-        kubeconfig = next(line.split()[1] for line in owner.stdout if line.startswith("up "))
-        directory = Path(kubeconfig).parents[1]
+        said = [""]
+        while not said[-1].startswith("up ") and (line := owner.stdout.readline()):
+            said.append(line)
+        assert said[-1].startswith("up "), f"the cluster did not come up: {''.join(said)}"
+        directory = Path(said[-1].split()[1]).parents[1]
         assert len(left_of(directory)) > 10
         owner.send_signal(signal.SIGKILL)
     eventually(lambda: left_of(directory), lambda found: not found, seconds=240)
