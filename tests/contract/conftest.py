@@ -52,12 +52,12 @@ def url(redis_server: RedisServer) -> str:
 
 
 @pytest.fixture(scope="module")
-def jobs(url: str) -> Iterator[ModuleType]:
-    """The app as an API process has it."""
+def jobs(url: str) -> ModuleType:
+    """The app as an API process has it. The variable goes again: for Celery it outdoes the broker of every other app."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CELERY_BROKER_URL", url)
         sys.modules.pop(APP, None)
-        yield import_module(APP)
+        return import_module(APP)
 
 
 @pytest.fixture
