@@ -26,7 +26,7 @@ from workerpool_routing.decide import Candidates, Request
 from workerpool_routing.decision import decision, log
 from workerpool_routing.ledger import fenced
 from workerpool_routing.message import serialise
-from workerpool_routing.wire import HEADER, Policy, TierPolicy, Wish
+from workerpool_routing.wire import HEADER, Policy, TierPolicy, Wish, carried
 
 if TYPE_CHECKING:
     from workerpool_routing.pool import WorkerPool
@@ -86,12 +86,12 @@ class RoutingHook:
     def _only_tier(self, name: str, options: Mapping[str, Any]) -> TierPolicy | None:
         """Where a message has to wait that nothing was decided on; None leaves it to the app's own routes."""
         known = self._known
-        return known.accelerated_tier() if known and _wish(known, name, _wishes(options)) == "required" else None
+        return known.accelerated_tier() if known and _wish(known, name, carried(options.get("headers"))) == "required" else None
 
     def _decide(self, name: str, options: Mapping[str, Any]) -> _Routed | None:
         policy = self._pool.policy
         self._known = policy or self._known
-        request = _request(policy, name, _wishes(options))
+        request = _request(policy, name, carried(options.get("headers")))
         if policy is None or request is None:
             return None
         candidates, lease = self._pool.candidates(policy, request), str(uuid4())
@@ -110,7 +110,7 @@ class RoutingHook:
         if routed is None:
             return
         try:
-            stamped = {**headers, HEADER: {**(headers.get(HEADER) or {}), "attempt": 1}}
+            stamped = {**headers, HEADER: {**carried(headers), "attempt": 1}}
             message = serialise(body, stamped, properties, encoding=routed.encoding)
             chosen = Candidates((routed.tier,), reason=routed.admission.reason)
             entry = Entry(headers["id"], message, publish=False, fenced=routed.fenced, wait=routed.admission.wait)
@@ -135,11 +135,6 @@ class RoutingHook:
     def _mine(self, sender: str) -> _Routed | None:
         routed = _routed.get()
         return routed if routed and routed.by is self and routed.request.task == sender else None
-
-
-def _wishes(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    wishes = (options.get("headers") or {}).get(HEADER)
-    return wishes if isinstance(wishes, dict) else {}
 
 
 def _wish(policy: Policy, name: str, wishes: Mapping[str, Any]) -> Wish | None:
