@@ -93,13 +93,13 @@ def transfers(policy: Policy, loads: Mapping[str, Load], spilled: Mapping[str, i
 def _away(fast: TierPolicy, plain: list[TierPolicy], loads: Mapping[str, Load]) -> Transfer | None:
     candidates = Candidates((fast, *plain), accelerated=1)
     held = [loads[tier.name] for tier in candidates.tiers]
-    serves = held[0].slots > 0 and not held[0].full
     to, jobs, reason = 0, 0, Reason.NO_CAPACITY
     while held[0].waiting and jobs < AT_ONCE:
         without = replace(held[0], waiting=held[0].waiting - 1)
         verdict = place(candidates, [without, *held[1:]], limit=None)
         if verdict.index == 0 or verdict.wait == inf or verdict.index != (to or verdict.index):
             break
+        serves = without.slots > 0 and not without.full
         if serves and held[verdict.index].free <= 0:
             break
         to, reason, jobs, held[0] = verdict.index, verdict.reason, jobs + 1, without

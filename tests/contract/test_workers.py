@@ -295,8 +295,8 @@ def test_a_worker_that_is_told_to_stop_finishes_and_leaves_at_once(url: str, two
         claimed(two_tiers, decision.task_id)
         began = time.monotonic()
         leaving.send_signal(signal.SIGTERM)
-        assert leaving.wait(15) == 0
-        assert time.monotonic() - began < 6
+        assert leaving.wait(50) == 0
+        assert time.monotonic() - began < 40, "a third of its grace period is left"
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1})
 
 

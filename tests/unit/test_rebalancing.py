@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from workerpool_operator.rebalancing import AT_ONCE, TOLD_SECONDS, Moved, Transfer, tell, told, transfers
@@ -163,6 +163,7 @@ limited = st.builds(replace, held, limit=st.integers(0, 2))
 
 
 @given(gpu=held | limited, cpu=held, spilled=counts)
+@example(gpu=replace(load(1, 1, 1), limit=2), cpu=load(coming=1), spilled=0)
 def test_a_job_is_never_moved_there_and_back(gpu: Load, cpu: Load, spilled: int) -> None:
     loads: Mapping[str, Load] = {"gpu": gpu, "cpu": cpu}
     for transfer in transfers(POLICY, loads, {"gpu": spilled}):
