@@ -317,6 +317,7 @@ def test_a_drained_worker_hands_back_what_waits_for_its_eta(url: str, two_tiers:
         client.sadd(keys.drain, "back")
         until(lambda: client.llen("back-jobs") == 1 and client.hlen(keys.unacked("back")) == 0, "it is handed back", 5)
         client.srem(keys.drain, "back")
+    client.delete("back-jobs")
 
 
 def test_a_worker_that_is_told_to_stop_hands_back_what_it_has_not_begun(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
@@ -349,6 +350,7 @@ def test_a_drain_outlasts_the_connection_and_a_cancelled_consumer_reports_no_slo
         time.sleep(3)
         return log.read_text().count("takes nothing new") > 1
 
+    client.delete(keys.presence("lone"))  # another test's worker had that name, and may have been killed while it drained
     before = connections(client)
     with worker(url, "lone", "lone-jobs", "lone", tmp_path):
         client.sadd(keys.drain, "lone")
