@@ -202,7 +202,7 @@ def _waits_for(left: int, chosen: list[_Worker], endangered: str | None, *, roll
     elif endangered:
         why = f"once {endangered} is ready again: it holds a job and would be removed first"
     elif silent := sum(one.silent for one in chosen):
-        why = f"{silent} of them do not report, so once nothing has been waiting or in flight for {EMPTY_WINDOW_SECONDS:.0f} s"
+        why = f"{silent} of them do not report: once nothing has been waiting or in flight for {EMPTY_WINDOW_SECONDS:.0f} s"
     elif any(one.busy for one in chosen):
         why = "once their jobs are finished"
     else:

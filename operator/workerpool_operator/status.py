@@ -155,6 +155,7 @@ def stamp(conditions: Sequence[Condition], previous: Mapping[str, Any], now: flo
 
 
 def _held(condition: Condition, before: Mapping[str, str], now: float) -> bool:
+    """Whether a condition that comes and goes has to stay True for now, as it was stored."""
     if condition.type not in COMES_AND_GOES or (before.get("status"), condition.status) != ("True", "False"):
         return False
     return now - datetime.fromisoformat(before["lastTransitionTime"]).timestamp() < HELD_SECONDS

@@ -46,6 +46,7 @@ EJECTION_MS = 30_000
 """For how long the first time; each time it fails again when it is tried after that, for twice as long."""
 
 LONGEST_EJECTION_MS = 600_000
+"""No ejection is longer, so that a worker that was mended is noticed."""
 
 MARKED, EJECTED = 1, 2
 """What ``presence.lua`` answers: either, both or none."""

@@ -229,7 +229,7 @@ class Keyspace:
         return (bisect(self.priority_steps, priority) - 1) % len(self.priority_steps)
 
     def unacked(self, tier: str) -> str:
-        """The hash of messages that workers of the tier hold: delivery tag → JSON ``[message, exchange, routing_key]``."""
+        """The hash of messages that workers of the tier hold: delivery tag → JSON ``[message, "", queue]``."""
         return self.prefix + unacked_keys(self.pool, tier)["unacked_key"]
 
     @property

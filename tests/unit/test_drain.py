@@ -155,7 +155,7 @@ def test_workers_that_never_report_leave_after_the_queue_has_been_empty_for_the_
     assert (busy.replicas, busy.memory.empty_since) == (2, None)
     empty = decide(0, workers, memory=busy.memory)
     assert found(empty)[:2] == (2, set())
-    why = "2 of them do not report, so once nothing has been waiting or in flight for 60 s"
+    why = "2 of them do not report: once nothing has been waiting or in flight for 60 s"
     assert empty.message == f"workers still to leave: 2 ({why})"
     soon = decide(0, workers, memory=empty.memory, now=NOW + EMPTY_WINDOW_SECONDS - 1)
     assert soon.replicas == 2
