@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import httpx2 as httpx
 from PIL import Image
 from redis import Redis
 
-from workerpool_operator.local.redis_server import private_redis
+from workerpool_operator.local.redis_server import free_port, private_redis
 from workerpool_routing.wire import Keyspace, Policy, TierPolicy
 
 CONCURRENT = 100
@@ -59,9 +58,7 @@ async def load(url: str, requests: int) -> tuple[Counter[int], set[str], list[fl
 
 def main(requests: int) -> int:
     """Run it; 1 unless every request was accepted and is one job in a queue and on the ledger."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "uvicorn", "examples.media.api:api", "--port", str(port), "--log-level", "warning"]
     with private_redis() as server, tempfile.TemporaryDirectory() as media, Redis.from_url(server.url) as client:
         client.set(KEYS.policy, Policy((GPU, CPU)).dump())

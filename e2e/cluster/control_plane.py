@@ -9,18 +9,17 @@ import base64
 import http.client
 import json
 import signal
-import socket
 import ssl
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 from e2e.cluster import binaries
 from e2e.cluster.pki import Authority, new_key
+from e2e.cluster.ports import reserve_port
 
 READY_SECONDS = 60.0
 _LOG_LINES = 20
@@ -58,7 +57,7 @@ class ControlPlane:
 
     def __enter__(self) -> Self:
         self.directory = Path(tempfile.mkdtemp(prefix="celery-workerpool-cluster-"))
-        self._etcd, self._etcd_peers, self._api, self._controllers = _free_ports(4)
+        self._etcd, self._etcd_peers, self._api, self._controllers = (reserve_port() for _ in range(4))
         self.url = f"https://{self._address}:{self._api}"
         self.kubeconfig = self.directory / "kubeconfig"
         watchdog = [sys.executable, "-IS", str(Path(__file__).with_name("watchdog.py")), str(self.directory)]
@@ -218,14 +217,6 @@ def _kubeconfig(url: str, authority: bytes, certificate: bytes, key: bytes) -> b
             "current-context": "test",
         }
     ).encode()
-
-
-def _free_ports(count: int) -> Sequence[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(server.getsockname()[1]) for server in sockets]
-    for server in sockets:
-        server.close()
-    return ports
 
 
 def _answers(port: int, path: str, trust: ssl.SSLContext) -> bool:

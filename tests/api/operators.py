@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from urllib.error import HTTPError
 
 import yaml
 from celery import Celery
+from e2e.cluster.ports import reserve_port
 
 from workerpool_operator.local.guardian import Guardian
 
@@ -42,7 +42,7 @@ class Operator:
     def __init__(self, kubeconfig: Path, guardian: Guardian, *options: str) -> None:
         self.kubeconfig, self._guardian, self._options = kubeconfig, guardian, options
         self._log = kubeconfig.with_suffix(".log")
-        self.port = free_port()
+        self.port = reserve_port()
         self.start()
 
     def start(self) -> None:
@@ -185,11 +185,6 @@ def log_in(admin: Path, path: Path, kubectl: Kubectl, namespace: str, account: s
     login = json.loads(admin.read_text())
     login["users"][0]["user"] = {"token": token.stdout.strip()}
     path.write_text(json.dumps(login))
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 import yaml
+from e2e.cluster.ports import reserve_port
 from redis import Redis, RedisError
 
 from workerpool_operator.local.guardian import Guardian, kill_group
@@ -51,19 +52,13 @@ def end(process: subprocess.Popen[bytes]) -> None:
     guardian().release(process.pid)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @dataclass
 class Server:
     """A redis-server on a port of its own, which may keep what it has."""
 
     keeps: bool
     directory: Path
-    port: int = field(default_factory=free_port)
+    port: int = field(default_factory=reserve_port)
     process: Any = None
 
     @property

@@ -292,7 +292,7 @@ def test_an_admitted_job_wakes_whoever_has_read_its_pool_also_after_a_restart_of
         broker = RedisBroker(wake)
         for _ in range(2):
             with private_redis() as server:
-                monkeypatch.setattr(redis_server, "_free_port", lambda port=server.port: port)
+                monkeypatch.setattr(redis_server, "free_port", lambda port=server.port: port)
                 pool = make_pool(server.url)
                 await broker.publish(server.url, pool, planning.policy(pool.spec), CAPACITY)
                 await broker.read(server.url, [pool])

@@ -64,12 +64,6 @@ def check_that_kombu_finds_what_was_submitted(pool: WorkerPool, **options: Any) 
     assert pool.queue_length("cpu-jobs") == 0
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def tls_in_front_of(port: int, directory: Path) -> Iterator[tuple[int, Path]]:
     """A port that speaks TLS for a server that does not, and the file with its certificate."""

@@ -218,7 +218,7 @@ def test_without_redis_no_count_changes_and_it_recovers_by_itself(how: int, monk
                 assert warnings == ["BrokerUnreadable"]
 
                 os.kill(server.pid, signal.SIGCONT)
-                monkeypatch.setattr(redis_server, "_free_port", lambda: server.port)
+                monkeypatch.setattr(redis_server, "free_port", lambda: server.port)
                 with private_redis() if how == signal.SIGKILL else nullcontext():
                     await system.after(1)
                     assert system.condition(pool, ConditionType.BROKER_REACHABLE) == "True"

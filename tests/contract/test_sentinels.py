@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ from workerpool_operator import broker as broker_module
 from workerpool_operator import dev, planning
 from workerpool_operator.broker import TIMEOUT_SECONDS, RedisBroker
 from workerpool_operator.cli import main
-from workerpool_operator.local.redis_server import RedisServer, find_redis_server, private_redis
+from workerpool_operator.local.redis_server import RedisServer, find_redis_server, free_port, private_redis
 from workerpool_operator.model import API_VERSION
 from workerpool_operator.observation import BrokerReading, Unavailable
 from workerpool_operator.ports import Pool, Report
@@ -40,12 +39,6 @@ pytestmark = pytest.mark.contract
 MASTER = "main"
 TRANSPORT = {"master_name": MASTER}
 CAPACITY = Capacity({"gpu": TierCapacity(startable=1)})
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True, slots=True)

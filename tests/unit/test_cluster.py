@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
 from e2e.cluster import cluster, images
+from e2e.cluster.ports import reserve_port
 
 pytestmark = pytest.mark.unit
 
@@ -46,3 +48,12 @@ def test_an_image_is_built_again_when_what_goes_into_it_changes(tmp_path: Path, 
     second = images.digest("base", image)
     (tmp_path / "Dockerfile").write_text("FROM other\n")
     assert len({first, second, images.digest("base", image), images.digest("other", image)}) == 4
+
+
+def test_a_reserved_port_is_there_for_one_server_after_the_other_and_for_nobody_else() -> None:
+    port = reserve_port()
+    for _ in range(2):
+        with socket.create_server(("127.0.0.1", port)), pytest.raises(OSError, match="in use"):
+            socket.create_server(("127.0.0.1", port))
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))

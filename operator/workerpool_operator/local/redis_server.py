@@ -98,7 +98,7 @@ def _start(binary: Path, guardian: Guardian) -> tuple[subprocess.Popen[bytes], i
     last = ""
     for _ in range(_ATTEMPTS):
         # Another process may take the port before the server does: then the server ends, and the next port is tried.
-        port = _free_port()
+        port = free_port()
         # It would load the dump.rdb that another Redis has left in its directory, save or no save.
         dump = f"{uuid4().hex}.rdb"
         options = ["--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no", "--dbfilename", dump]
@@ -120,7 +120,8 @@ def _start(binary: Path, guardian: Guardian) -> tuple[subprocess.Popen[bytes], i
     raise RedisServerError(f"{binary} did not start: {last or 'it said nothing'}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
