@@ -136,7 +136,7 @@ def judge(status: int, passed: int, failed: int, skipped: int) -> tuple[int, int
 FILES_SIDE_BY_SIDE = ("--numprocesses=4", "--dist=loadfile", "--no-loadscope-reorder")
 """For what mostly waits for others. Each process has servers of its own, so no test meets another's."""
 
-UNIT = Level("unit", need_nothing)
+UNIT = Level("unit", need_nothing, ("--numprocesses=2",))
 LEVELS = (
     UNIT,
     Level("contract", need_redis, FILES_SIDE_BY_SIDE),

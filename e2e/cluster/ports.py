@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import socket
 
-_held: list[socket.socket] = []
-
 
 def reserve_port() -> int:
     """A port that Linux gives to nobody else until this process ends, neither as a free port nor to an outgoing connection.
@@ -17,5 +15,6 @@ def reserve_port() -> int:
     # Bound and not listening, it lets in whoever sets the same option, as redis-server, Go's and asyncio's servers do.
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind(("127.0.0.1", 0))
-    _held.append(held)
-    return int(held.getsockname()[1])
+    port = int(held.getsockname()[1])
+    held.detach()  # open until this process ends
+    return port
