@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def _least(request: Request, console: Console) -> float | None:
 def dump(scores: Mapping[str, Score], least: float | None) -> dict[str, Any]:
     """The JSON of a comparison."""
     return {
-        "policies": {name: score.dump() for name, score in scores.items()},
+        "policies": {name: asdict(score) for name, score in scores.items()},
         "bound": {"replica_hours": None if least is None else least / 3600},
     }
 

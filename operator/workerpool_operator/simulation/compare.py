@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from workerpool_operator.model import Replicas, Tier, WorkerPoolSpec
 from workerpool_operator.ports import Pool
@@ -48,10 +47,6 @@ class Score:
     cost_ratio: float | None
     killed: int
     changes: int
-
-    def dump(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
 
 
 def pool_of(tier: Tier, setting: Setting) -> Pool:
