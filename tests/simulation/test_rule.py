@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import time
 from collections.abc import Mapping
@@ -43,9 +42,9 @@ class Watched(Operator):
         return orders
 
 
-def run(jobs: Trace, setting: Setting, *, least: int = 0, most: int = 80, seed: int = 0) -> tuple[Outcome, Watched]:
+def run(jobs: Trace, setting: Setting, *, least: int = 0, most: int = 80) -> tuple[Outcome, Watched]:
     controller = Watched(pool_of(tier_of(Replicas(min=least, max=most)), setting))
-    return play(jobs, dataclasses.replace(setting, seed=seed), controller), controller
+    return play(jobs, setting, controller), controller
 
 
 def constant(rate: float, length: float, hours: float = 2.0) -> Trace:

@@ -22,7 +22,6 @@ class Setting:
     start_seconds: float
     target_wait: int
     slots: int = 1
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ def play(
 ) -> Outcome:
     """One policy over the trace, with a constant start time."""
     tier = TierSetup(TIER, lambda _: setting.start_seconds, setting.slots, initial=initial)
-    return engine.run(trace, World([tier], seed=setting.seed), controller, on_progress)
+    return engine.run(trace, World([tier]), controller, on_progress)
 
 
 def score(outcome: Outcome, setting: Setting, least: float | None) -> Score:
