@@ -97,50 +97,73 @@ def plan(
     """
     plans: dict[str, TierPlan] = {}
     decided: list[_Decided] = []
-    # A job orders where it waits, which is behind the tier that it wanted: what is ordered there has to be known first.
+    # A spilled job orders where it waits, behind the tier that it wanted: what is ordered there has to be known first.
     plain, accelerated = ([t for t in pool.spec.tiers if t.accelerated is kind] for kind in (False, True))
     for tier in (*plain, *reversed(accelerated)):
-        queue = None if isinstance(reading, Unavailable) else _bounded(reading, tier)
-        live = _without_ejected(workers[tier.name], queue)
-        known = _informed(memory.get(tier.name, Memory()), live, queue)
-        bounds = scaling.Policy(tier.replicas.min, tier.replicas.max, tier.concurrency, pool.spec.scaling.target_wait_seconds)
-        routing = _routing(pool, tier, queue, reading)
-        stuck = _stuck(live, known.stuck, now)
-        observed: scaling.Demand | scaling.Unread
-        if queue is None or isinstance(reading, Unavailable):
-            assert isinstance(reading, Unavailable)
-            # The minimum needs no reading: a Deployment that is not there is created with it.
-            observed = scaling.Unread(max(live.desired, tier.replicas.min), reading)
+        live, before = workers[tier.name], memory.get(tier.name, Memory())
+        if isinstance(reading, Unavailable):
+            plans[tier.name] = _hold(pool, tier, reading, live, before, now)
         else:
-            own = demand(_servable(queue, routing), live, reading.arrived(tier.name), stuck, now)
-            observed = _joint(own, bounds, known.scaling, decided, now)
-        decision = scaling.decide(bounds, observed, known.scaling, now)
-        if live.rival:
-            why = f"the count is left to {live.rival}"
-            decision = replace(decision, replicas=live.desired, reason=scaling.Reason.ANOTHER_AUTOSCALER, message=why)
-        if pool.spec.mode is Mode.PAUSED:
-            decision = replace(decision, replicas=live.desired, reason=scaling.Reason.PAUSED, message=_PAUSED)
-        if queue is None or isinstance(reading, Unavailable):
-            leaves = drain.held(live, decision.replicas, known.drain)
-        else:
-            leaves = drain.decide(decision.replicas, live, queue, reading.marked, reading.time, known.drain, now)
-        if isinstance(observed, scaling.Demand):
-            decided.append(_Decided(bounds, observed, decision))
-        plans[tier.name] = TierPlan(tier, queue, live, decision, leaves, routing, stuck)
+            plans[tier.name], own = _decide(pool, tier, reading, live, before, decided, now)
+            decided.append(own)
     return [plans[tier.name] for tier in pool.spec.tiers]
+
+
+def _hold(pool: Pool, tier: Tier, reading: Unavailable, live: TierReplicas, before: Memory, now: float) -> TierPlan:
+    """The plan while the broker cannot be read: the count and the workers stay."""
+    known = _informed(before, live, None)
+    # The minimum needs no reading: a Deployment that is not there is created with it.
+    unread = scaling.Unread(max(live.desired, tier.replicas.min), reading)
+    decision = _overruled(scaling.decide(_limits(pool, tier), unread, known.scaling, now), pool, live)
+    leaves = drain.held(live, decision.replicas, known.drain)
+    return TierPlan(tier, None, live, decision, leaves, stuck=_stuck(live, before.stuck, now))
+
+
+def _decide(
+    pool: Pool,
+    tier: Tier,
+    reading: BrokerReading,
+    live: TierReplicas,
+    before: Memory,
+    others: Sequence[_Decided],
+    now: float,
+) -> tuple[TierPlan, _Decided]:
+    queue = _bounded(reading, tier)
+    live = _without_ejected(live, queue)
+    known, stuck, limits = _informed(before, live, queue), _stuck(live, before.stuck, now), _limits(pool, tier)
+    routing = _routing(pool, tier, queue, reading.time)
+    own = demand(_servable(queue, routing), live, reading.arrived(tier.name), stuck, now)
+    own = _joint(own, limits, known.scaling, others, now)
+    decision = _overruled(scaling.decide(limits, own, known.scaling, now), pool, live)
+    leaves = drain.decide(decision.replicas, live, queue, reading.marked, reading.time, known.drain, now)
+    return TierPlan(tier, queue, live, decision, leaves, routing, stuck), _Decided(limits, own, decision)
+
+
+def _limits(pool: Pool, tier: Tier) -> scaling.Policy:
+    return scaling.Policy(tier.replicas.min, tier.replicas.max, tier.concurrency, pool.spec.scaling.target_wait_seconds)
+
+
+def _overruled(decision: scaling.Decision, pool: Pool, live: TierReplicas) -> scaling.Decision:
+    """The decision, or the count that runs now where it is not this operator's to change."""
+    if pool.spec.mode is Mode.PAUSED:
+        return replace(decision, replicas=live.desired, reason=scaling.Reason.PAUSED, message=_PAUSED)
+    if live.rival:
+        why = f"the count is left to {live.rival}"
+        return replace(decision, replicas=live.desired, reason=scaling.Reason.ANOTHER_AUTOSCALER, message=why)
+    return decision
 
 
 @dataclass(frozen=True, slots=True)
 class _Decided:
     """What a tier was asked for and what it will have."""
 
-    bounds: scaling.Policy
+    limits: scaling.Policy
     demand: scaling.Demand
     decision: scaling.Decision
 
 
 def _joint(
-    own: scaling.Demand, bounds: scaling.Policy, memory: scaling.Memory, others: Sequence[_Decided], now: float
+    own: scaling.Demand, limits: scaling.Policy, memory: scaling.Memory, others: Sequence[_Decided], now: float
 ) -> scaling.Demand:
     """The demand of a tier beside those that hold what spilled from it: no job orders two slots, none orders none.
 
@@ -148,21 +171,21 @@ def _joint(
     Those that run elsewhere count by their work, in slots of this tier; until both lengths are known one worker is ordered to
     find out. What is stuck here stays for as long as a job that wanted it is elsewhere: it is what makes room be found.
     """
-    soon = max(bounds.target_wait, scaling.start_seconds(memory))
-    late = sum(max(0, math.ceil(o.demand.waiting - scaling.starts(o.bounds, o.demand, o.decision, soon, now))) for o in others)
+    soon = max(limits.target_wait, scaling.start_seconds(memory))
+    late = sum(max(0, math.ceil(o.demand.waiting - scaling.starts(o.limits, o.demand, o.decision, soon, now))) for o in others)
     settled = max(0, own.spilled - late) if others else 0
     running = min(settled, sum(o.demand.in_flight for o in others))
     jobs, seconds = sum(o.demand.served.jobs for o in others), sum(o.demand.served.seconds for o in others)
-    carried = float(min(running, bounds.concurrency))
+    carried = float(min(running, limits.concurrency))
     if own.served.jobs and jobs and seconds:
         carried = running * min(1.0, own.served.seconds / own.served.jobs / (seconds / jobs))
-    kept = min(own.stuck * bounds.concurrency, own.spilled)
+    kept = min(own.stuck * limits.concurrency, own.spilled)
     return replace(own, settled=settled, carried=max(carried, kept))
 
 
-def _without_ejected(live: TierReplicas, queue: QueueReading | None) -> TierReplicas:
+def _without_ejected(live: TierReplicas, queue: QueueReading) -> TierReplicas:
     """Workers that are ejected run, and are neither ready nor on their way."""
-    ejected = {report.worker for report in queue.workers if report.ejected} if queue else frozenset[str]()
+    ejected = {report.worker for report in queue.workers if report.ejected}
     out = {one for one in live.replicas if one.worker in ejected and one.phase in (Phase.STARTING, Phase.READY)}
     told = (replace(one, phase=Phase.EJECTED, detail=_FAILS.format(one.worker)) if one in out else one for one in live.replicas)
     return replace(live, replicas=tuple(told)) if out else live
@@ -220,13 +243,13 @@ def _informed(memory: Memory, live: TierReplicas, queue: QueueReading | None) ->
     return replace(memory, scaling=replace(known, start_seconds=before, first_start=live.first_start or known.first_start))
 
 
-def _routing(pool: Pool, tier: Tier, queue: QueueReading | None, reading: BrokerReading | Unavailable) -> breaker.Decision | None:
+def _routing(pool: Pool, tier: Tier, queue: QueueReading, time: Milliseconds) -> breaker.Decision | None:
     elsewhere = any(not other.accelerated for other in pool.spec.tiers)
-    if isinstance(reading, Unavailable) or queue is None or pool.spec.mode is Mode.PAUSED or not (tier.accelerated and elsewhere):
+    if pool.spec.mode is Mode.PAUSED or not (tier.accelerated and elsewhere):
         return None
     # Nothing is limited in this mode, and nothing is kept of what it would come to.
     stored = NEVER_OPENED if pool.spec.mode is Mode.ADVISORY else queue.kept.breaker
-    return breaker.decide(stored, queue.attempts, queue.in_flight, reading.time)
+    return breaker.decide(stored, queue.attempts, queue.in_flight, time)
 
 
 def _servable(queue: QueueReading, routing: breaker.Decision | None) -> QueueReading:
