@@ -21,6 +21,9 @@ from workerpool_routing.wire import PRESENCE_LIFE_MS
 ENOUGH_JOBS = 20
 """A tier's job lengths are compared with its grace period only once it has ended so many jobs."""
 
+ADVICE = "advice only: "
+"""What begins the sentence of a decision that ``mode: Advisory`` keeps the operator from acting on."""
+
 _MODES = {
     Mode.ACTIVE: "the operator acts",
     Mode.ADVISORY: "mode: Advisory: decides and reports, touches nothing",
@@ -83,8 +86,10 @@ def assess(found: Findings, previous: Mapping[str, Any]) -> tuple[Status, tuple[
 
 def _as_advice(plan: TierPlan) -> TierPlan:
     """The plan as ``mode: Advisory`` tells it: nothing is ordered, marked or taken out of routing."""
-    decision = replace(plan.decision, message=plan.decision.message.replace(", ordered", ", would order"))
-    breaker = plan.breaker and replace(plan.breaker, message=plan.breaker.message.replace(": out of", ": would be out of"))
+    decision = replace(plan.decision, message=ADVICE + plan.decision.message)
+    breaker = plan.breaker
+    if breaker and breaker.message:
+        breaker = replace(breaker, message=ADVICE + breaker.message)
     return replace(plan, decision=decision, drain=Drain(plan.workers.desired), breaker=breaker)
 
 
@@ -161,8 +166,9 @@ def _silent(plan: TierPlan, now: float) -> bool:
 
 
 def _details(plan: TierPlan, phase: Phase) -> str:
-    stuck = [replica for replica in plan.workers.replicas if replica.phase is phase]
-    return f"{plan.tier.name}: {len(stuck)} of {plan.decision.replicas} {phase.lower()}: {stuck[0].detail}"
+    staying = [replica for replica in plan.workers.replicas if replica.phase is not Phase.STOPPING]
+    stuck = [replica for replica in staying if replica.phase is phase]
+    return f"{plan.tier.name}: {len(stuck)} of {len(staying)} {phase.lower()}: {stuck[0].detail}"
 
 
 def _unseen(found: Findings) -> _Verdict | None:
@@ -202,8 +208,8 @@ def _limited(found: Findings) -> _Verdict:
 
 def _shared(found: Findings) -> _Verdict:
     if conflict := found.conflict:
-        message = f"queue {conflict.queue} belongs to WorkerPool {conflict.owner}, which is older; this pool is held"
-        return "True", "QueueTaken", message
+        message = f"queue {conflict.queue} belongs to WorkerPool {conflict.owner}, which is older"
+        return "True", "QueueTaken", f"{message}; nothing is done for this pool until one of them names another queue"
     return "False", "QueuesOwned", "no other pool has these queues"
 
 
@@ -238,8 +244,8 @@ def _grace(found: Findings) -> _Verdict:
 def _overdue(found: Findings) -> _Verdict:
     late = [f"{plan.tier.name}: {', '.join(plan.drain.overdue)}" for plan in found.plans if plan.drain.overdue]
     if late:
-        message = f"still busy {OVERDUE_SECONDS:.0f} s after it was told to take nothing new; it is not killed"
-        return "True", "WorkersStayBusy", f"{'; '.join(late)}: {message}"
+        message = f"still busy {OVERDUE_SECONDS:.0f} s after it was told to take nothing new"
+        return "True", "WorkersStayBusy", f"{'; '.join(late)}: {message}; it is not killed, and leaves when its jobs end"
     return "False", "InTime", "no worker that is to leave has been busy for too long"
 
 

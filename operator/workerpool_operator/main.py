@@ -312,7 +312,7 @@ class Operator:
             try:
                 await self._seen.relist(self._api, self._namespaces)
             except ApiError as error:
-                logger.warning("listing failed: %s", error)
+                logger.warning("listing failed, what was seen before holds, and the next one tries again: %s", error)
             except Exception:
                 logger.exception("listing failed, the next one tries again")
             else:

@@ -514,11 +514,11 @@ def _sentence(policy: Policy, observed: Demand, memory: Memory, reason: Reason, 
         wants += f" ({observed.settled} of these served elsewhere)"
     tail = {
         Reason.WAITING_TO_LOWER: f"; lowers when the need has stayed lower for {_linger(policy, memory):.0f} s",
-        Reason.AT_MAXIMUM: "; the maximum limits it",
-        Reason.AT_MINIMUM: "; the minimum holds it",
+        Reason.AT_MAXIMUM: "; replicas.max limits it",
+        Reason.AT_MINIMUM: "; replicas.min holds it",
         Reason.HEADROOM: "; a start takes longer than the target, so some stand ready",
     }.get(reason, "")
     return (
-        f"{wants} need {needed} to start within {policy.target_wait:g} s (jobs of {memory.service.mean:.3g} s, "
-        f"starts of {start_seconds(memory):.3g} s), ordered {replicas}{tail}"
+        f"{wants} need {needed} worker{'' if needed == 1 else 's'} to start within {policy.target_wait:g} s (a job takes "
+        f"{memory.service.mean:.3g} s, a worker's start {start_seconds(memory):.3g} s); wanted: {replicas}{tail}"
     )

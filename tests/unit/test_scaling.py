@@ -384,16 +384,16 @@ def test_the_reason_names_what_decided(
     memory = dataclasses.replace(known(45.0), level=level)
     decision = decide(policy, Demand(queued, in_flight, 0, replicas, 45.0, in_flight), memory, 100.0)
     assert decision.reason is reason
-    assert ("the maximum limits" in decision.message) == (reason is Reason.AT_MAXIMUM)
-    assert ("the minimum holds" in decision.message) == (reason is Reason.AT_MINIMUM)
+    assert ("replicas.max limits" in decision.message) == (reason is Reason.AT_MAXIMUM)
+    assert ("replicas.min holds" in decision.message) == (reason is Reason.AT_MINIMUM)
     assert ("lowers when" in decision.message) == (reason is Reason.WAITING_TO_LOWER)
 
 
 def test_the_message_holds_the_numbers_it_stands_on() -> None:
     seen = Demand(waiting=11, in_flight=7, spilled=3, replicas=4)
     assert decide(Policy(0, 8, concurrency=2), seen, Memory(), 0.0).message == (
-        "11 waiting + 7 in flight + 3 spilled need 11 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 8; "
-        "the maximum limits it"
+        "11 waiting + 7 in flight + 3 spilled need 11 workers to start within 60 s (a job takes 30 s, a worker's start 240 s); "
+        "wanted: 8; replicas.max limits it"
     )
 
 
