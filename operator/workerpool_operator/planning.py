@@ -23,7 +23,16 @@ from workerpool_operator.observation import (
 )
 from workerpool_operator.ports import Marks, Pool
 from workerpool_routing.decide import START_SECONDS, Load, assumed_seconds
-from workerpool_routing.wire import Capacity, Milliseconds, Policy, StartingSlots, TaskPolicy, TierCapacity, TierPolicy
+from workerpool_routing.wire import (
+    PRESENCE_LIFE_MS,
+    Capacity,
+    Milliseconds,
+    Policy,
+    StartingSlots,
+    TaskPolicy,
+    TierCapacity,
+    TierPolicy,
+)
 
 GROUPS = 8
 """In how many groups the slots of a tier that are on their way are told of at most."""
@@ -34,8 +43,12 @@ OVERDUE = 0.125
 _NEWS = 0.1
 """By what part a start time has to differ from the one that is kept to be kept anew."""
 
-_STUCK = frozenset({Phase.UNSCHEDULABLE, Phase.FAILING})
-"""The phases of a worker that is ordered and cannot come up for now: no start is under way, and none takes so long."""
+_STUCK = frozenset({Phase.UNSCHEDULABLE, Phase.FAILING, Phase.LATE})
+"""The phases of a worker that is ordered and cannot come up for now."""
+
+_SILENT = "{} has not reported for {:.0f} s or longer: it, its node or its way to Redis is gone; it counts again once it reports"
+
+_HANGS = "{} is not ready {:.0f} s after it was ordered, and starts take {:.0f} s; see the Events of the pod"
 
 _FAILS = "attempts on {} fail, and their jobs succeed elsewhere; it is tried again after a pause"
 
@@ -48,7 +61,7 @@ class TierPlan:
 
     ``drain`` says how it comes to what it should have without cutting off a job, ``breaker`` whether it takes part in routing;
     None where there is nothing to decide: a plain tier, one whose jobs have nowhere else to go, a pool that is paused or unread.
-    ``stuck`` says when each worker that could not come up was last seen so.
+    ``stuck`` says when each worker that could not come up was last seen so, ``reported`` when each was last seen to report.
     """
 
     tier: Tier
@@ -58,11 +71,12 @@ class TierPlan:
     drain: drain.Drain
     breaker: breaker.Decision | None = None
     stuck: Mapping[str, float] = field(default_factory=dict)
+    reported: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def memory(self) -> Memory:
         """What the next pass has to know of this one."""
-        return Memory(self.decision.memory, self.drain.memory, self.stuck)
+        return Memory(self.decision.memory, self.drain.memory, self.stuck, self.reported)
 
     @property
     def spilled(self) -> int | None:
@@ -72,11 +86,12 @@ class TierPlan:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What is remembered of one tier from pass to pass; ``stuck`` as in :class:`TierPlan`."""
+    """What is remembered of one tier from pass to pass; ``stuck`` and ``reported`` as in :class:`TierPlan`."""
 
     scaling: scaling.Memory = field(default_factory=scaling.Memory)
     drain: drain.Memory = field(default_factory=drain.Memory)
     stuck: Mapping[str, float] = field(default_factory=dict)
+    reported: Mapping[str, float] = field(default_factory=dict)
 
 
 def plan(
@@ -116,7 +131,9 @@ def _hold(pool: Pool, tier: Tier, reading: Unavailable, live: TierReplicas, befo
     unread = scaling.Unread(max(live.desired, tier.replicas.min), reading)
     decision = _overruled(scaling.decide(_limits(pool, tier), unread, known.scaling, now), pool, live)
     leaves = drain.held(live, decision.replicas, known.drain)
-    return TierPlan(tier, None, live, decision, leaves, stuck=_stuck(live, before.stuck, now))
+    # What nobody has read says of nobody that it is silent.
+    heard = dict.fromkeys(before.reported, now)
+    return TierPlan(tier, None, live, decision, leaves, stuck=_stuck(live, before.stuck, now), reported=heard)
 
 
 def _decide(
@@ -129,14 +146,15 @@ def _decide(
     now: float,
 ) -> tuple[TierPlan, _Decided]:
     queue = _bounded(reading, tier)
-    live = _without_ejected(live, queue)
     known, stuck, limits = _informed(before, live, queue), _stuck(live, before.stuck, now), _limits(pool, tier)
+    reported = _reported(live, queue, before.reported, now)
+    live = _judged(live, queue, stuck, reported, known.scaling, now)
     routing = _routing(pool, tier, queue, reading.time)
     own = demand(_servable(queue, routing), live, reading.arrived(tier.name), stuck, now)
     own = _joint(own, limits, known.scaling, others, now)
     decision = _overruled(scaling.decide(limits, own, known.scaling, now), pool, live)
     leaves = drain.decide(decision.replicas, live, queue, reading.marked, reading.time, known.drain, now)
-    return TierPlan(tier, queue, live, decision, leaves, routing, stuck), _Decided(limits, own, decision)
+    return TierPlan(tier, queue, live, decision, leaves, routing, stuck, reported), _Decided(limits, own, decision)
 
 
 def _limits(pool: Pool, tier: Tier) -> scaling.Policy:
@@ -183,12 +201,38 @@ def _joint(
     return replace(own, settled=settled, carried=max(carried, kept))
 
 
-def _without_ejected(live: TierReplicas, queue: QueueReading) -> TierReplicas:
-    """Workers that are ejected run, and are neither ready nor on their way."""
+def _reported(live: TierReplicas, queue: QueueReading, before: Mapping[str, float], now: float) -> Mapping[str, float]:
+    """When each of the workers was last seen to report; those that never did are not in it."""
+    heard = {**before, **dict.fromkeys((report.worker for report in queue.workers), now)}
+    return {replica.worker: heard[replica.worker] for replica in live.replicas if replica.worker in heard}
+
+
+def _judged(
+    live: TierReplicas,
+    queue: QueueReading,
+    stuck: Mapping[str, float],
+    reported: Mapping[str, float],
+    known: scaling.Memory,
+    now: float,
+) -> TierReplicas:
+    """The workers, where those are neither ready nor on their way that are ejected, lost, or late beyond belief."""
     ejected = {report.worker for report in queue.workers if report.ejected}
-    out = {one for one in live.replicas if one.worker in ejected and one.phase in (Phase.STARTING, Phase.READY)}
-    told = (replace(one, phase=Phase.EJECTED, detail=_FAILS.format(one.worker)) if one in out else one for one in live.replicas)
-    return replace(live, replicas=tuple(told)) if out else live
+
+    def judge(one: Replica) -> Replica:
+        if one.phase not in (Phase.STARTING, Phase.READY):
+            return one
+        if one.worker in ejected:
+            return replace(one, phase=Phase.EJECTED, detail=_FAILS.format(one.worker))
+        silent = now - reported.get(one.worker, now)
+        if silent >= PRESENCE_LIFE_MS / 1000:
+            return replace(one, phase=Phase.LOST, detail=_SILENT.format(one.worker, silent))
+        lasts, latest = now - _begun(one, stuck), scaling.latest_start(known, _begun(one, stuck))
+        if one.phase is Phase.STARTING and one.ready_at is None and one.worker not in reported and lasts > latest:
+            seconds = now - one.ordered_at, scaling.start_seconds(known)
+            return replace(one, phase=Phase.LATE, detail=_HANGS.format(one.worker, *seconds))
+        return one
+
+    return replace(live, replicas=tuple(map(judge, live.replicas)))
 
 
 def _stuck(live: TierReplicas, before: Mapping[str, float], now: float) -> Mapping[str, float]:
@@ -328,7 +372,8 @@ def _starts(plan: TierPlan, stuck: int, now: float) -> tuple[float, list[float]]
         starting = [r for r in coming if r.phase is Phase.STARTING and r.ready_at is None and r.worker not in takes_jobs]
         assumed = min(START_SECONDS, plan.decision.memory.first_start)
         start = max([assumed, *(now - _begun(replica, plan.stuck) for replica in starting)])
-    count = max(0, plan.decision.replicas - sum(takes_jobs.values()) - stuck - plan.workers.count(Phase.EJECTED))
+    out = plan.workers.count(Phase.EJECTED) + plan.workers.count(Phase.LOST)
+    count = max(0, plan.decision.replicas - sum(takes_jobs.values()) - stuck - out)
     lasted = [now - _begun(replica, plan.stuck) for replica in coming]
     ready_in = sorted(min(max(start - seconds, start * OVERDUE), start) for seconds in lasted)[:count]
     # Where one is stuck, those that are not to be seen yet would be too.
