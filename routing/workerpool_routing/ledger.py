@@ -228,8 +228,9 @@ def _fallback(policy: Policy, job: Job) -> TierPolicy | None:
 
 @cache
 def script(name: str) -> str:
-    """The text of ``lua/<name>.lua``."""
-    return files("workerpool_routing").joinpath("lua", f"{name}.lua").read_text()
+    """The text of ``lua/<name>.lua``, after that of ``lua/ending.lua`` if it ends an attempt."""
+    names = ("ending", name) if name in ("move", "readmit", "settle") else (name,)
+    return "".join(files("workerpool_routing").joinpath("lua", f"{one}.lua").read_text() for one in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,10 +293,9 @@ class Result:
 
 def settle(
     keys: Keyspace, policy: Policy, task_id: str, *, attempt: int, tag: str, owner: str, tier: str, before: State, after: State,
-    how: str = "", error: str = "", retries: int | None = None, held_as: str = "",
-    message: str = "", queue: str = "", result: Result | None = None,
+    how: str = "", error: str = "", held_as: str = "", result: Result | None = None,
 ) -> Call:  # fmt: skip
-    """Arguments of ``settle.lua``: an attempt enters its next state, if it is still the one that counts.
+    """Arguments of ``settle.lua``: an attempt ends, or enters ``finishing``, if it is still the one that counts.
 
     Args:
         keys: the pool's.
@@ -309,10 +309,7 @@ def settle(
         after: the state that it enters.
         how: how its run ended, in a word; empty while it goes on.
         error: what it raised, if anything.
-        retries: the number of retries that the task's code has asked for, if it has changed.
         held_as: the delivery tag of a message to acknowledge in the same step, whether or not the attempt counts.
-        message: the retry's message as published, so that a sweep can publish it again if it gets lost.
-        queue: the queue that the retry went to.
         result: to be stored in the same step, if this attempt counts.
     """
     life = ENDED_JOB_LIFE_SECONDS if after.ended else JOB_LIFE_SECONDS
@@ -322,10 +319,33 @@ def settle(
             keys.job(task_id), keys.held(owner), keys.waiting(tier), keys.unacked(tier), keys.unacked_index(tier),
             keys.service(tier), keys.served(tier), keys.attempts(tier), keys.checkpoint(tier), keys.outlier(owner), *spilled,
         ],
-        [task_id, attempt, tag, owner, before, after, life, how, error[:ERROR_CHARACTERS],
-            "" if retries is None else retries, held_as, message, queue, JOB_LIFE_SECONDS,
+        [task_id, attempt, tag, owner, before, after, life, JOB_LIFE_SECONDS, how, error[:ERROR_CHARACTERS], held_as,
             *([result.key, result.value, result.seconds, "" if result.database is None else result.database] if result else ())],
     )  # fmt: skip
+
+
+def readmit(
+    keys: Keyspace, task_id: str, *, attempt: int, tag: str, owner: str, tier: str, how: str, retries: int | None = None,
+    message: str = "", queue: str = "",
+) -> Call:  # fmt: skip
+    """Arguments of ``readmit.lua``: the task's code has asked for another run, by a retry or by rejecting the message.
+
+    Args:
+        keys: the pool's.
+        task_id: the job.
+        attempt: its number.
+        tag: the delivery tag under which it was claimed.
+        owner: who has claimed it.
+        tier: where it ran.
+        how: how its run ended, in a word.
+        retries: the number of retries that the code has asked for by now; None if it has rejected the message.
+        message: the retry's message as published, so that a sweep can publish it again if it gets lost; empty if it cannot.
+        queue: the queue that the retry went to.
+    """
+    return Call(
+        [keys.job(task_id), keys.held(owner), keys.waiting(tier)],
+        [task_id, attempt, tag, owner, JOB_LIFE_SECONDS, how, "" if retries is None else retries, message, queue],
+    )
 
 
 def move(
