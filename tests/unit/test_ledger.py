@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from importlib.resources import files
 from itertools import product
 from typing import Any
 
@@ -327,6 +328,13 @@ def test_a_script_names_and_uses_exactly_the_keys_and_arguments_that_it_is_given
         named = re.split(r",\s+", names)
         assert len(named) == len(given)
         assert [name for name in named if len(re.findall(rf"\b{name}\b", re.sub("--.*", "", text))) < 2] == []
+
+
+def test_no_script_does_what_takes_longer_the_more_messages_wait() -> None:
+    scripts = list(files("workerpool_routing").joinpath("lua").iterdir())
+    commands = {name for one in scripts for name in re.findall(r"redis\.call\(\s*'(\w+)'", one.read_text())}
+    assert {"LLEN", "RPUSH"} <= commands
+    assert commands.isdisjoint({"LINSERT", "LINDEX", "LPOS", "LSET", "LTRIM", "KEYS", "SCAN"})
 
 
 @pytest.mark.parametrize(
