@@ -262,14 +262,12 @@ class TierPolicy:
         queue: the Celery queue that its workers, and nobody else, consume.
         accelerated: whether its workers have an accelerator.
         concurrency: jobs that one of its workers runs at a time.
-        max_slots: jobs that it may run at a time when it has grown as far as it may; None where no operator bounds it.
     """
 
     name: str
     queue: str
     accelerated: bool
     concurrency: int = 1
-    max_slots: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
