@@ -76,31 +76,34 @@ class Admission:
     time: Milliseconds
 
 
-def call(
-    keys: Keyspace,
-    candidates: Candidates,
-    request: Request,
-    *,
-    entry: Entry | None = None,
-    lease: str | None = None,
-    wanted: TierPolicy | None = None,
-    refuses: bool = True,
-    until: Milliseconds | None = None,
-) -> Call:
-    """Arguments of the script; with neither entry nor lease it decides and writes nothing.
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What the script is asked: where a job goes. With neither entry nor lease it decides and writes nothing.
 
-    Args:
-        keys: the pool's.
-        candidates: from :func:`~workerpool_routing.decide.preselect`, or the one that a lease was given for.
+    Attributes:
+        candidates: from :func:`~workerpool_routing.decide.preselect`, or the one tier that an earlier answer named.
         request: what the caller asks for.
         entry: the job to write to the ledger.
-        lease: an id under which the job counts on its tier until the lease is released.
+        lease: an id under which the job counts on its tier until the lease is released, or expires.
         wanted: the tier to whose demand the job counts; None for the first candidate if that is accelerated, else for the tier
             that the job gets.
         refuses: whether the answer may be a refusal.
-        until: Redis's time after which nobody waits for the answer any more; after it the script does nothing.
     """
-    ask: dict[str, Any] = {"task": request.task, "refuses": refuses, "limit": request.limit, "lease": lease, "until_ms": until}
+
+    candidates: Candidates
+    request: Request
+    entry: Entry | None = None
+    lease: str | None = None
+    wanted: TierPolicy | None = None
+    refuses: bool = True
+
+
+def call(keys: Keyspace, question: Question, *, until: Milliseconds | None = None) -> Call:
+    """Arguments of the script. After ``until``, by Redis's clock, it does nothing: nobody waits for its answer any more."""
+    request, entry = question.request, question.entry
+    ask: dict[str, Any] = {
+        "task": request.task, "refuses": question.refuses, "limit": request.limit, "lease": question.lease, "until_ms": until,
+    }  # fmt: skip
     parts: list[str] = []
     if entry:
         ask |= {"id": entry.task_id, "required": int(request.accelerated == "required")}
@@ -112,7 +115,7 @@ def call(
         ask["step"] = 1 + keys.step(entry.message.priority) if entry.publish else None
         parts = [entry.message.head, entry.message.tail]
     given = json.dumps({key: value for key, value in ask.items() if value is not None})
-    return Call([], [_of_the_pool(keys, candidates, wanted), given, *parts])
+    return Call([], [_of_the_pool(keys, question.candidates, question.wanted), given, *parts])
 
 
 def parse(reply: Sequence[Any]) -> Admission | Milliseconds:

@@ -18,7 +18,7 @@ import redis
 from celery import Celery, Task
 from kombu.exceptions import OperationalError
 
-from workerpool_routing.admission import Entry
+from workerpool_routing.admission import Entry, Question
 from workerpool_routing.connection import REQUEST_TIMEOUT_SECONDS, Connection, keyspace
 from workerpool_routing.content import main_type
 from workerpool_routing.decide import Candidates, Reason, Request, explain, preselect
@@ -78,7 +78,7 @@ class WorkerPool:
         self._app = app
         self.given = _policy(tiers) if tiers is not None else None
         self._fail_open = fail_open
-        self._connection = Connection(app, patient=False, timeout=timeout)
+        self.connection = Connection(app, patient=False, timeout=timeout)
         self._store: Store | None = None
         self._silent_at = float("-inf")
         if ENV_TIER in os.environ:
@@ -100,15 +100,10 @@ class WorkerPool:
         return keyspace(self.name, self._app)
 
     @property
-    def connection(self) -> Connection:
-        """The library's connection to the broker."""
-        return self._connection
-
-    @property
     def store(self) -> Store:
         """Where the pool's state is kept."""
         if self._store is None:
-            self._store = RedisStore(self._connection, self.keys, self.given)
+            self._store = RedisStore(self.connection, self.keys, self.given)
         return self._store
 
     @contextmanager
@@ -168,15 +163,15 @@ class WorkerPool:
             raise TypeError(f"task is {task!r}; give the task itself, as the Celery app has registered it")
         idempotency_key = _key(idempotency_key)
         task_id = str(uuid4())
-        publish = partial(_publish_undecided, task, args, kwargs, task_id, deadline, options)
+        publish = partial(self._publish_undecided, task, args, kwargs, task_id, deadline, options)
         if self._app.conf.task_always_eager:
-            return publish(self._app)
+            return publish()
         request, policy = _request(task, accelerated, content_type, deadline), self.store.policy()
         fail_open = self._fail_open and idempotency_key is None and accelerated != "required"
         if policy is None:
             if not fail_open:
                 raise self._cannot_decide("its policy is not in Redis: is the WorkerPool applied, and the operator running?")
-            return self._logged(request, publish(self._app))
+            return self._logged(request, publish())
         request = _limited(request, policy, max_wait)
         candidates = self.candidates(policy, request)
         message = prepare(task, args, kwargs, task_id=task_id, expires=deadline, options=options)
@@ -192,7 +187,7 @@ class WorkerPool:
         return await asyncio.to_thread(self._submit_in_turn, time.monotonic(), task, *args, **kwargs)
 
     def _submit_in_turn(self, asked_at: float, task: Task, *args: Any, **kwargs: Any) -> Decision:
-        if self._silent_at > asked_at and time.monotonic() - asked_at > self._connection.timeout:
+        if self._silent_at > asked_at and time.monotonic() - asked_at > self.connection.timeout:
             raise PoolUnavailable("Redis does not answer those who asked before")
         try:
             return self.submit(task, *args, **kwargs)
@@ -215,7 +210,7 @@ class WorkerPool:
             return undecided(None, self._app.conf.task_default_queue)
         request = _limited(request, policy, max_wait)
         try:
-            return decision(self.store.admit(self.candidates(policy, request), request), request)
+            return decision(self.store.admit(Question(self.candidates(policy, request), request)), request)
         except redis.ResponseError:
             logger.exception("pool %s: the admission script failed, the last tier would take %s", self.name, task.name)
             return _last_tier(None, policy)
@@ -230,7 +225,7 @@ class WorkerPool:
     def _admit(self, policy: Policy, candidates: Candidates, request: Request, entry: Entry, *, fail_open: bool) -> Decision:
         """Run the admission script; if the script itself fails, the last tier may take the job (``fail_open``)."""
         try:
-            return decision(self.store.admit(candidates, request, entry=entry), request)
+            return decision(self.store.admit(Question(candidates, request, entry)), request)
         except Overloaded:
             log(self.name, request, None)
             raise
@@ -240,6 +235,22 @@ class WorkerPool:
             logger.exception("pool %s: the admission script failed, the last tier takes %s", self.name, request.task)
             self.store.push(policy.tiers[-1].queue, entry.message)
             return _last_tier(entry.task_id, policy)
+
+    def _publish_undecided(
+        self,
+        task: Task,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None,
+        task_id: str,
+        deadline: float | None,
+        options: Any,
+    ) -> Decision:
+        """Publish a job by Celery's own routing."""
+        try:
+            task.apply_async(args, kwargs, task_id=task_id, expires=deadline, retry=False, **options)
+        except (OperationalError, redis.RedisError) as error:
+            raise PoolUnavailable(f"the job could not be published: {error}") from error
+        return undecided(task_id, self._app.conf.task_default_queue)
 
     def _logged(self, request: Request, decided: Decision) -> Decision:
         log(self.name, request, decided)
@@ -323,7 +334,7 @@ def _request(task: Task, accelerated: Wish, content_type: str | None, deadline: 
         raise ValueError(f'accelerated is {accelerated!r}; give True, False or "required"')
     if deadline is not None and not (deadline >= 0 and _is_a_time(deadline)):
         raise ValueError(f"deadline is {deadline!r}; give the seconds from now by which the job must have started")
-    return Request(task.name, accelerated, main_type(content_type) if content_type is not None else None, deadline)
+    return Request(task.name, accelerated, main_type(content_type), deadline)
 
 
 def _is_a_time(seconds: float) -> bool:
@@ -351,23 +362,6 @@ def _limited(request: Request, policy: Policy, max_wait: float | None) -> Reques
     return Request(
         request.task, request.accelerated, request.content_type, min((one for one in limits if one is not None), default=None)
     )
-
-
-def _publish_undecided(
-    task: Task,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    task_id: str,
-    deadline: float | None,
-    options: Any,
-    app: Celery,
-) -> Decision:
-    """Publish a job by Celery's own routing."""
-    try:
-        task.apply_async(args, kwargs, task_id=task_id, expires=deadline, retry=False, **options)
-    except (OperationalError, redis.RedisError) as error:
-        raise PoolUnavailable(f"the job could not be published: {error}") from error
-    return undecided(task_id, app.conf.task_default_queue)
 
 
 def _last_tier(task_id: str | None, policy: Policy) -> Decision:
