@@ -42,10 +42,11 @@ class Entry:
     """What the ledger stores of a new job.
 
     Attributes:
-        fenced: whether workers will claim it; one that they only run is published and not on the ledger.
+        fenced: whether workers claim it; a job that they do not claim is published, but gets no ledger entry.
         publish: whether the script publishes the message; for a plain ``delay()`` Celery does.
         idempotency_key: a second call with the same key gets the decision of the first.
-        wait: the expected wait if a decision was made before, which counts the job itself by now; None if it is made now.
+        wait: the expected wait by an earlier decision on this job; None if it is decided now. (After an earlier decision the
+            script would count the job itself among those that wait.)
     """
 
     task_id: str
@@ -62,8 +63,8 @@ class Admission:
 
     Attributes:
         task_id: of the job; that of an earlier call if the idempotency key was used before, empty if no job was to be admitted.
-        load: what the tier that was asked for held; all of its starting slots count as ready with the first of them. None if
-            the decision is an earlier one.
+        load: of the tier that was asked for, with all of its starting slots as one group, ready when the first of them is. None
+            if the decision is an earlier one.
         time: of Redis's clock, at the decision.
     """
 

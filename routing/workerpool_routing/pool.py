@@ -51,11 +51,11 @@ class WorkerPool:
         tiers: the tiers in order of preference, for a pool without an operator; otherwise leave it out: the operator publishes
             them.
         timeout: seconds that a call waits for Redis before it raises :class:`PoolUnavailable`.
-        fail_open: whether jobs are still published when no decision can be made: to the app's default queue while the pool's
-            policy is missing, to the last tier when the admission script fails. A job that requires an accelerator or has an
-            idempotency key is refused then (:class:`PoolUnavailable`), because only a decision can keep that promise. A plain
-            ``delay()`` refuses nothing: it is left to the app's own routing, or waits on the accelerated tier of the last policy
-            that this process has read if it requires an accelerator.
+        fail_open: whether jobs are published even if no decision can be made. While the pool's policy is missing, they go to
+            the app's default queue; if the admission script fails, to the last tier. A job that requires an accelerator or has
+            an idempotency key is refused even so (:class:`PoolUnavailable`): only a decision can keep that promise. A plain
+            ``delay()`` is never refused: the app's own routing applies. If it requires an accelerator, it waits on the
+            accelerated tier of the last policy that this process has read.
 
     In a worker process that the operator or ``workerpool dev`` started for this pool, the app's tasks are fenced and the worker
     reports its presence; in any other process, jobs are routed. Nothing is read from Redis until the first job.
@@ -140,18 +140,18 @@ class WorkerPool:
             args: its positional arguments.
             kwargs: its keyword arguments.
             accelerated: True if an accelerator helps, "required" if the job can run nowhere else.
-            content_type: what it works on, as a MIME type, the main part of one, or a file name. By the pool's list
-                ``acceleratedContentTypes``, a type that gains nothing from an accelerator goes to a plain tier.
-            deadline: seconds from now by which it must have started, else it expires.
-            max_wait: the longest expected wait, in seconds, that is accepted, in place of the pool's ``maxWaitSeconds``.
+            content_type: what it works on, as a MIME type, the main part of one, or a file name. If it is known and not in the
+                pool's ``acceleratedContentTypes``, the job goes to a plain tier.
+            deadline: seconds from now by which it must have started; otherwise it expires.
+            max_wait: the longest expected wait that is accepted, in seconds; None for the pool's ``maxWaitSeconds``.
             idempotency_key: a second call with the same key within a day returns the first decision and queues nothing. An empty
-                one is none.
+                key counts as none.
             options: further options of ``apply_async``.
 
         Raises:
             Overloaded: no tier can start it within ``deadline`` and ``max_wait``; nothing was queued.
-            PoolUnavailable: Redis did not answer in time. Nothing was queued, unless Redis decided and only its answer was lost,
-                or the job was published without a decision (``fail_open``); with an idempotency key it is safe to call again.
+            PoolUnavailable: Redis did not answer in time. The job may be queued all the same, if only the answer was lost. With
+                an idempotency key it is safe to call again.
             NoAcceleratedTier: the job requires an accelerator and the pool has no tier with one.
             TypeError: ``task`` is not a task, or ``options`` contain something that submit() chooses itself.
             ValueError: ``accelerated``, ``deadline``, ``max_wait`` or ``idempotency_key`` has an impossible value.
@@ -181,8 +181,8 @@ class WorkerPool:
     async def submit_async(self, task: Task, *args: Any, **kwargs: Any) -> Decision:
         """:meth:`submit`, with the same arguments and exceptions, on a thread, so that the event loop never waits for Redis.
 
-        A call that waits for a thread beyond the pool's ``timeout``, while another one finds Redis silent, raises
-        :class:`PoolUnavailable` in its turn without asking again: however many there are, all are answered soon.
+        Many calls wait for a thread. If one of them finds that Redis does not answer, those that have waited longer than the
+        pool's ``timeout`` raise :class:`PoolUnavailable` without asking Redis again, so that all are answered soon.
         """
         return await asyncio.to_thread(self._submit_in_turn, time.monotonic(), task, *args, **kwargs)
 
