@@ -94,7 +94,7 @@ def test_on_no_periodic_load_does_it_flap(period: float, duty: float, height: in
     changes = [(b[0], b[1] > a[1]) for a, b in pairwise(controller.seen) if a[1] != b[1]]
     turns = [(a, b) for a, b in pairwise(changes) if a[1] != b[1]]
     assert len(turns) <= 2 * len(jobs), "at most up and down again for each job"
-    regretted = [b[0] - a[0] for a, b in turns if a[1] and b[0] - a[0] < scaling.MIN_LINGER_SECONDS]
+    regretted = [b[0] - a[0] for a, b in turns if a[1] and b[0] - a[0] < scaling.MIN_STABILIZATION_SECONDS]
     assert not regretted, "what was ordered is kept for a while"
 
 

@@ -264,7 +264,7 @@ def test_a_tier_at_its_maximum_is_named_with_its_numbers() -> None:
     )
 
 
-def test_a_tier_that_only_lingers_at_its_maximum_is_not_limited() -> None:
+def test_a_tier_that_only_keeps_its_maximum_for_a_while_is_not_limited() -> None:
     assert values(told(plans(IDLE | {"cpu": workers(4, Phase.READY)})))["ScalingLimited"] == "False"
 
 

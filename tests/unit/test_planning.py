@@ -126,7 +126,7 @@ def test_each_tier_is_kept_by_its_own_memory() -> None:
     assert {name: plan.decision.replicas for name, plan in plans.items()} == {"gpu": 5, "cpu": 2}
 
 
-def test_a_tier_lingers_for_a_part_of_the_time_that_its_own_workers_took_to_start() -> None:
+def test_a_tier_keeps_its_workers_for_a_part_of_the_time_that_its_own_took_to_start() -> None:
     slow = TierReplicas(2, (Replica("w", Phase.READY, ordered_at=0.0, ready_at=40.0),))
     memory = {"gpu": Memory(level=0, fell=(991.0, 991.0))}
     assert plan(reading(), gpu=slow, memory=memory)["gpu"].decision.replicas == 2
@@ -560,7 +560,7 @@ def test_the_policy_says_what_the_spec_says() -> None:
         "fallback": {"onFailure": False, "onLoss": True},
     }
     assert planning.policy(spec(routing=routing)) == wire.Policy(
-        tiers=(TierPolicy("gpu", "gpu-tasks", True, 1, 8), TierPolicy("cpu", "celery", False, 4, 160)),
+        tiers=(TierPolicy("gpu", "gpu-tasks", True, 1), TierPolicy("cpu", "celery", False, 4)),
         accelerated_content_types=("audio",),
         tasks=(TaskPolicy("media.*", "required"), TaskPolicy("mail.*", False)),
         fallback_on_failure=False,
@@ -654,7 +654,7 @@ def test_advice_goes_by_what_fails_now_and_by_no_trial_that_was_begun_before_the
 
 def test_a_new_operator_goes_on_with_the_start_time_that_the_last_one_kept() -> None:
     (first, *_) = plans = list(plan(reading(gpu=QueueReading(3, 0, 0, kept=Checkpoint(start_seconds=300.0)))).values())
-    assert "starts of 300 s" in first.decision.message
+    assert "a worker's start 300 s" in first.decision.message
     assert planning.capacity(POOL.spec, plans, TIME, NOW).tiers["gpu"].start_seconds == 300.0
     assert planning.checkpoints(plans) == {}, "no news"
 
@@ -672,7 +672,7 @@ def test_a_learnt_start_time_is_kept_when_it_is_news(kept: float | None, told: d
 
 def test_what_is_only_said_of_starts_sizes_the_tier_and_is_not_kept_as_learnt() -> None:
     plans = list(plan(reading(gpu=QueueReading(3, 0, 0)), gpu=quick(replicas(0))).values())
-    assert "starts of 4 s" in plans[0].decision.message
+    assert "a worker's start 4 s" in plans[0].decision.message
     assert planning.checkpoints(plans) == {}
 
 
