@@ -443,17 +443,19 @@ def test_a_worker_that_was_to_leave_and_is_needed_again_is_back_in_a_moment() ->
     assert ready_in(ordered(9_999.0), None, leaving) == [(1, START_SECONDS / 8), (7, START_SECONDS)]
 
 
-def test_a_start_that_hangs_is_promised_to_nobody_and_holds_back_others() -> None:
-    for learnt in (40.0, 100.0, None):
-        latest = max(HANG_FACTOR * (learnt or START_SECONDS_UNTIL_KNOWN), START_SECONDS_UNTIL_KNOWN)
-        for seconds, late in ((latest - 1.0, 0), (latest + 1.0, 1)):
-            memory = {"gpu": Memory(start_seconds=learnt, newest_start=learnt, level=1)}
-            found = plan(reading(gpu=QueueReading(1, 0, 0)), gpu=replace(ordered(seconds), desired=1), memory=memory)["gpu"]
-            assert found.workers.count(Phase.LATE) == late
-            assert found.decision.replicas == 1, "another would hang as well"
-            assert (starting(told(found)["gpu"]), told(found)["gpu"].startable) == ((0, 0) if late else (1, 7))
-    (hung,) = found.workers.replicas
-    assert f"{latest + 1:.0f} s after it was ordered" in hung.detail
+@pytest.mark.parametrize("learnt", [40.0, 100.0, None])
+def test_a_start_that_hangs_is_promised_to_nobody_and_holds_back_others(learnt: float | None) -> None:
+    latest = max(HANG_FACTOR * (learnt or START_SECONDS_UNTIL_KNOWN), START_SECONDS_UNTIL_KNOWN)
+    memory = {"gpu": Memory(start_seconds=learnt, newest_start=learnt, level=1)}
+    slow, hung = (
+        plan(reading(gpu=QueueReading(1, 0, 0)), gpu=replace(ordered(seconds), desired=1), memory=memory)["gpu"]
+        for seconds in (latest - 1, latest + 1)
+    )
+    assert [one.workers.count(Phase.LATE) for one in (slow, hung)] == [0, 1]
+    assert [one.decision.replicas for one in (slow, hung)] == [1, 1], "another would hang as well"
+    assert (starting(told(slow)["gpu"]), told(slow)["gpu"].startable) == (1, 7)
+    assert (starting(told(hung)["gpu"]), told(hung)["gpu"].startable) == (0, 0)
+    assert f"{latest + 1:.0f} s after it was ordered" in hung.workers.replicas[0].detail
 
 
 def test_a_start_is_not_late_while_the_worker_waits_for_a_node_reports_or_has_been_ready() -> None:
@@ -491,7 +493,7 @@ def test_a_worker_that_falls_silent_is_replaced_before_the_cluster_sees_that_it_
     assert "w0 has not reported for 8 s" in lost.workers.replicas[0].detail
     both = TierReplicas(2, (Replica("w1", Phase.READY, 30.0, 50.0), *lost.workers.replicas))
     leaves = drain.decide(1, both, QueueReading(0, 0, 0, (worker("w1"),)), frozenset(), TIME, drain.Memory(), NOW)
-    assert (leaves.replicas, leaves.leaving) == (1, {"w0"}), "it is the first to go, and nobody waits for it"
+    assert (leaves.replicas, leaves.leaving) == (1, frozenset({"w0"})), "it is the first to go, and nobody waits for it"
     after(SILENT_SECONDS + 60, None)
     assert after(SILENT_SECONDS + 61, gone).workers.count(Phase.LOST) == 0, "Redis was away, and its report with it"
     assert after(SILENT_SECONDS + 70, here).workers.count(Phase.LOST) == 0
