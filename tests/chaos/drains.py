@@ -12,7 +12,7 @@ from typing import Any
 
 from celery import Celery
 from redis import Redis
-from tests.contract.seeds import make_pool
+from tests.seeds import make_pool
 
 from workerpool_operator.dev import Session, session
 from workerpool_operator.local.redis_server import private_redis

@@ -12,8 +12,7 @@ from uuid import uuid4
 import pytest
 from tests.chaos.parts import ROOT
 from tests.chaos.suite import run
-from tests.contract.seeds import processes
-from tests.contract.workers import until
+from tests.watching import processes, until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(240)]
 

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 from redis import Redis
-from tests.contract.seeds import claim, consumer, job, make_pool, report
 from tests.contract.test_broker import ask, submit
 from tests.contract.test_rebalancing import ROOM, line
 from tests.contract.test_reconcile import running
+from tests.seeds import claim, consumer, job, make_pool, report
 
 from workerpool_operator import planning
 from workerpool_operator.broker import RedisBroker

@@ -6,8 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -16,12 +15,13 @@ from typing import Any
 
 import pytest
 from redis import Redis
-from tests.contract import seeds
-from tests.contract.seeds import claim, consumer, make_pool
-from tests.contract.test_attempts import claimed, operator_pool, outcome, parked, take_over_the_lost
+from tests import seeds
+from tests.contract.api_and_operator import claimed, operator_pool, outcome, take_over_the_lost
 from tests.contract.test_broker import ask, open_for_jobs, read, submit
 from tests.contract.test_reconcile import running
-from tests.contract.workers import until, worker
+from tests.contract.workers import parked, worker
+from tests.seeds import claim, consumer, make_pool
+from tests.watching import until
 
 from workerpool_operator import breaker, planning
 from workerpool_operator.observation import Attempts, Breaker, BreakerState, BrokerReading, Checkpoint, TierReplicas
@@ -234,17 +234,6 @@ def test_an_operator_that_touches_nothing_takes_no_tier_out(redis_url: str, mode
         asyncio.run(scenario())
         assert client.get(pool.keys.capacity) is None
     assert read(redis_url, pool).tiers["gpu"].kept.breaker == Breaker()
-
-
-@pytest.fixture(scope="module")
-def two_tiers(url: str, jobs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    """The app, with a worker on either tier that no test kills."""
-    log = tmp_path_factory.mktemp("workers")
-    with ExitStack() as stack:
-        stack.enter_context(worker(url, "gpu", "gpu-jobs", "gpu-a", log))
-        stack.enter_context(worker(url, "cpu", "cpu-jobs", "cpu-a", log))
-        until(lambda: {w.worker for w in jobs.pool.workers().values()} == {"gpu-a", "cpu-a"}, "both workers report")
-        yield jobs
 
 
 def takes_jobs(jobs: ModuleType, name: str) -> bool:

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 import pytest
 from redis import Redis
-from tests.contract import seeds
-from tests.contract.seeds import celery_app, claim, consumer, make_pool, publish, report, take
-from tests.contract.workers import until
+from tests import seeds
+from tests.seeds import celery_app, claim, consumer, make_pool, publish, report, take
+from tests.watching import until
 
 from workerpool_operator import planning
 from workerpool_operator.broker import TIMEOUT_SECONDS, RedisBroker

@@ -13,7 +13,8 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from redis import Redis
-from tests.contract.seeds import TEMPLATE, processes
+from tests.seeds import TEMPLATE
+from tests.watching import processes
 
 from workerpool_operator import cli, dev
 from workerpool_operator.local.redis_server import private_redis

@@ -18,7 +18,8 @@ import pytest
 import yaml
 from celery import Celery
 from redis import Redis
-from tests.contract.seeds import TEMPLATE, processes
+from tests.seeds import TEMPLATE
+from tests.watching import processes
 
 from workerpool_operator.model import API_VERSION, KIND
 from workerpool_routing import WorkerPool

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from redis import Redis
-from tests.contract import seeds
-from tests.contract.seeds import make_pool, publish, report
+from tests import seeds
 from tests.contract.test_broker import ask
 from tests.contract.test_dev import dev, until, write_pool
+from tests.seeds import make_pool, publish, report
 
 from workerpool_operator import cli, planning
 from workerpool_operator.dry_run import Answer, DryRun

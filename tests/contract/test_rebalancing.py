@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 from redis import Redis
-from tests.contract import seeds
-from tests.contract.seeds import claim, consumer, make_pool, publish, take
-from tests.contract.test_attempts import operator_pool, outcome
+from tests import seeds
+from tests.contract.api_and_operator import operator_pool, outcome
 from tests.contract.test_breaker import fail
 from tests.contract.test_broker import ask, read, submit
 from tests.contract.test_reconcile import Place, running
-from tests.contract.workers import until, worker
+from tests.contract.workers import worker
+from tests.seeds import claim, consumer, make_pool, publish, take
+from tests.watching import until
 
 from workerpool_operator import planning
 from workerpool_operator.model import Mode

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from redis import Redis
-from tests.contract import seeds
-from tests.contract.seeds import claim, consumer, make_pool, publish, report
+from tests import seeds
+from tests.seeds import claim, consumer, make_pool, publish, report
 
 from workerpool_operator import planning, witness
 from workerpool_operator.broker import RedisBroker

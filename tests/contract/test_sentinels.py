@@ -17,8 +17,9 @@ import pytest
 from celery import Celery
 from click.testing import CliRunner
 from redis import Redis, SSLConnection
-from tests.contract.seeds import make_pool
-from tests.contract.workers import until, worker
+from tests.contract.workers import worker
+from tests.seeds import make_pool
+from tests.watching import until
 
 from workerpool_operator import broker as broker_module
 from workerpool_operator import dev, planning

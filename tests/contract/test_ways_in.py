@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 from celery import chain, chord, group
 from redis import Redis
+from tests.watching import until
 
 from workerpool_operator.local.redis_server import private_redis
 from workerpool_routing.ledger import State
@@ -72,15 +72,6 @@ def celery(url: str, log: Path, name: str, arguments: list[str], names: dict[str
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def until(true: Callable[[], Any], what: str, seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := true():
-            return found
-        time.sleep(0.05)
-    pytest.fail(f"not within {seconds} s: {what}")
 
 
 def ended(routed: ModuleType, task_id: str) -> Any:

@@ -1,12 +1,11 @@
-"""What a Redis and a machine look like in the middle of things: pools, queued messages, jobs that a worker holds."""
+"""What a Redis looks like in the middle of things: pools, queued messages, jobs that a worker holds."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from celery import Celery
@@ -110,17 +109,4 @@ def job(url: str, pool: Pool, task_id: str) -> ledger.Job:
     with Redis.from_url(url, decode_responses=True) as client:
         found = ledger.Job.load(task_id, client.hgetall(pool.keys.job(task_id)))
     assert found is not None
-    return found
-
-
-def processes(*marks: str) -> Mapping[int, str]:
-    """Every live process whose environment or command line holds one of the marks."""
-    found = {}
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            environment, command = (directory / "environ").read_bytes(), (directory / "cmdline").read_bytes()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-        if command and any(mark.encode() in environment + command for mark in marks):
-            found[int(directory.name)] = command.decode().replace("\0", " ")
     return found
