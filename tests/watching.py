@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,16 @@ def until(true: Callable[[], Any], what: str, seconds: float = 60) -> Any:
         if found := true():
             return found
         time.sleep(0.05)
+    pytest.fail(f"not within {seconds} s: {what}")
+
+
+async def until_then(true: Callable[[], Any], what: str, seconds: float = 60) -> Any:
+    """The same where an event loop has to go on meanwhile."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := true():
+            return found
+        await asyncio.sleep(0.02)
     pytest.fail(f"not within {seconds} s: {what}")
 
 

@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner, Result
 from redis import Redis
 from tests import seeds
-from tests.contract.test_broker import ask
-from tests.contract.test_dev import dev, until, write_pool
+from tests.contract.broker import ask
+from tests.contract.dev import dev, until, write_pool
 from tests.seeds import make_pool, publish, report
 
 from workerpool_operator import cli, planning

@@ -76,18 +76,19 @@ def group_lives(group: int) -> bool:
     return True
 
 
+def takes_jobs(jobs: ModuleType, name: str) -> bool:
+    """Whether admission counts on that worker."""
+    return any(worker.worker == name and worker.slots for worker in jobs.pool.workers().values())
+
+
 @contextmanager
 def parked(jobs: ModuleType, name: str = "gpu-a") -> Iterator[None]:
     """That worker takes nothing for the time of a block, so that another one of its tier gets what comes."""
-
-    def takes_jobs() -> bool:
-        return any(worker.worker == name and worker.slots for worker in jobs.pool.workers().values())
-
     client, keys = jobs.pool.connection.client, jobs.pool.keys
     client.sadd(keys.drain, name)
-    until(lambda: not takes_jobs(), f"{name} takes nothing")
+    until(lambda: not takes_jobs(jobs, name), f"{name} takes nothing")
     try:
         yield
     finally:
         client.srem(keys.drain, name)
-        until(takes_jobs, f"{name} is back")
+        until(lambda: takes_jobs(jobs, name), f"{name} is back")
