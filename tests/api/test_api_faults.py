@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.api.conftest import Kubectl
+from tests.api.kubectl import Kubectl
 from tests.api.operators import Namespace, Operator
 from tests.api.proxy import Proxy, Request, proxy
 
