@@ -15,7 +15,7 @@ from tests.watching import until
 
 from workerpool_operator import salvage
 from workerpool_operator.local.redis_server import RedisServer, private_redis
-from workerpool_routing import wire
+from workerpool_routing import WorkerPool, wire
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,6 +23,16 @@ def _own_tasks() -> Iterator[None]:
     """Celery hands the tasks of every app to every later one: those of a test file stay in it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("celery._state._on_app_finalizers", set())
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patience() -> Iterator[None]:
+    """What a test asks once has to be answered on a busy machine too; an API waits a quarter of a second, and refuses."""
+    defaults = WorkerPool.__init__.__kwdefaults__
+    assert defaults
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(defaults, "timeout", 5.0)
         yield
 
 

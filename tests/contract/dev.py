@@ -19,7 +19,8 @@ from tests.watching import processes
 
 from workerpool_operator.model import API_VERSION, KIND
 
-PATIENCE_SECONDS = 40.0
+PATIENCE_SECONDS = 120.0
+"""On a busy machine; less than the tasks last that are to be cut off."""
 
 
 WORKERPOOL = Path(sys.executable).with_name("workerpool")

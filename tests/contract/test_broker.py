@@ -12,6 +12,7 @@ from math import inf
 from typing import Any
 
 import pytest
+from e2e.cluster.ports import reserve_port
 from redis import Redis
 from tests import seeds
 from tests.contract.broker import CAPACITY, ask, open_for_jobs, read, submit
@@ -244,7 +245,7 @@ def test_a_key_of_the_wrong_kind_is_named_and_is_the_affair_of_its_own_pool(redi
 async def listening(url: str, *prefixes: str) -> None:
     """Return when somebody has subscribed to the wake channel of each prefix."""
     with Redis.from_url(url) as client:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not all(count for _, count in client.pubsub_numsub(*map(wake_channel, prefixes))):  # noqa: ASYNC110 it is Redis
                 await asyncio.sleep(0.02)
 
@@ -253,16 +254,17 @@ def test_an_admitted_job_wakes_whoever_has_read_its_pool_also_after_a_restart_of
     async def scenario() -> None:
         wake = asyncio.Event()
         broker = RedisBroker(wake)
+        port = reserve_port()
+        monkeypatch.setattr(redis_server, "free_port", lambda: port)
         for _ in range(2):
             with private_redis() as server:
-                monkeypatch.setattr(redis_server, "free_port", lambda port=server.port: port)
                 pool = make_pool(server.url)
                 await broker.publish(server.url, pool, planning.policy(pool.spec), CAPACITY)
                 await broker.read(server.url, [pool])
                 await listening(server.url, "")
                 wake.clear()
                 await asyncio.to_thread(submit, pool)
-                async with asyncio.timeout(1):
+                async with asyncio.timeout(60):
                     await wake.wait()
             await asyncio.sleep(0.2)  # the subscription meets a port on which nobody listens
         await broker.close()
@@ -280,7 +282,7 @@ def test_what_no_pool_names_any_more_is_let_go(redis_url: str) -> None:
             await broker.read(rotated, [old])
             await listening(redis_url, "old:", "new:")
             await broker.keep_only([(redis_url, new)])
-            async with asyncio.timeout(3):
+            async with asyncio.timeout(60):
                 while client.pubsub_channels() != [wake_channel("new:")]:  # noqa: ASYNC110 it is Redis
                     await asyncio.sleep(0.02)
             assert not any(connection["name"] == "rotated" for connection in client.client_list())

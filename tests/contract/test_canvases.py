@@ -31,7 +31,7 @@ def test_a_part_of_a_chord_whose_child_dies_before_it_is_acknowledged_counts_onc
     body = f"bodies-with-a-death-{dies}-{which}"
     header = [admit(two_tiers, two_tiers.part.s(n, dies if n == which else "")) for n in range(3)]
     result = chord(header)(two_tiers.total.s(body).set(queue="cpu-jobs"))
-    assert result.get(timeout=40) == 3
+    assert result.get(timeout=60) == 3
     for signature in header:
         assert outcome(two_tiers, signature.options["task_id"]) == (State.DONE, {"gpu": 1})
     behind = two_tiers.pool.submit(two_tiers.work, ({},))
@@ -41,9 +41,9 @@ def test_a_part_of_a_chord_whose_child_dies_before_it_is_acknowledged_counts_onc
 
 def test_a_chain_goes_on_after_a_step_that_fell_back(two_tiers: ModuleType) -> None:
     steps = admit(two_tiers, two_tiers.add.s(1, fails=True)) | two_tiers.add.s().set(queue="cpu-jobs")
-    assert steps.apply_async().get(timeout=20) == 3
+    assert steps.apply_async().get(timeout=60) == 3
 
 
 def test_a_group_has_every_result(two_tiers: ModuleType) -> None:
     parts = group(admit(two_tiers, two_tiers.add.s(n, fails=n == 1)) for n in range(4))
-    assert parts.apply_async().get(timeout=20) == [1, 2, 3, 4]
+    assert parts.apply_async().get(timeout=60) == [1, 2, 3, 4]

@@ -24,7 +24,7 @@ from workerpool_operator.ports import Pool
 from workerpool_routing import Overloaded, Reason, WorkerPool
 from workerpool_routing.wire import Capacity, TierCapacity, wake_channel
 
-pytestmark = [pytest.mark.contract, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.contract, pytest.mark.timeout(540)]
 
 ROOM = Capacity({"gpu": TierCapacity(startable=4)})
 

@@ -39,7 +39,7 @@ def test_a_message_that_nobody_holds_goes_back_and_one_that_is_nowhere_is_publis
     time.sleep(1.2)
     assert ["published again" in sentence for sentence in swept(url)] == [True]
     assert swept(url) == []
-    assert two_tiers.app.AsyncResult("lost-1").get(timeout=20) == 2
+    assert two_tiers.app.AsyncResult("lost-1").get(timeout=60) == 2
     assert outcome(two_tiers, "lost-1") == (State.DONE, {"cpu": 1})
 
 
@@ -59,7 +59,7 @@ def test_a_retry_that_is_lost_between_the_queue_and_a_worker_is_published_again(
         time.sleep(1.2)
         assert ["published again" in sentence for sentence in swept(url)] == [True]
         assert json.loads(client.lindex("gpu-jobs", -1))["body"] == json.loads(raw)["body"]
-    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == ["gpu", 1]
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=60) == ["gpu", 1]
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 2})
 
 

@@ -30,14 +30,14 @@ def test_a_result_that_nobody_wants_is_not_stored(two_tiers: ModuleType) -> None
 def test_a_result_that_cannot_be_stored_fails_its_job(two_tiers: ModuleType) -> None:
     decision = submit(two_tiers, two_tiers.unencodable)
     with pytest.raises(Exception, match="not JSON serializable"):
-        two_tiers.app.AsyncResult(decision.task_id).get(timeout=20)
+        two_tiers.app.AsyncResult(decision.task_id).get(timeout=60)
     assert outcome(two_tiers, decision.task_id) == (State.FAILED, {"gpu": 1})
 
 
 def test_callbacks_go_out_with_the_result(two_tiers: ModuleType) -> None:
     body = two_tiers.total.si([1], "linked").set(queue="cpu-jobs")
     decision = submit(two_tiers, two_tiers.work, {}, link=body)
-    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "gpu"
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=60) == "gpu"
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1})
     until(lambda: int(two_tiers.app.backend.client.get("linked") or 0) == 1, "the callback ran")
 
@@ -64,7 +64,7 @@ def test_the_result_is_where_the_app_says(
 def test_a_failure_that_is_not_acknowledged_ends_its_job_all_the_same(two_tiers: ModuleType) -> None:
     decision = submit(two_tiers, two_tiers.not_acknowledged)
     with pytest.raises(RuntimeError, match="cpu"):
-        two_tiers.app.AsyncResult(decision.task_id).get(timeout=20)
+        two_tiers.app.AsyncResult(decision.task_id).get(timeout=60)
     assert outcome(two_tiers, decision.task_id) == (State.FAILED, {"gpu": 1, "cpu": 1})
 
 
@@ -72,7 +72,7 @@ def test_a_job_whose_ledger_entry_is_gone_keeps_its_result(two_tiers: ModuleType
     decision = submit(two_tiers, two_tiers.work, {}, 1)
     claimed(two_tiers, decision.task_id)
     two_tiers.pool.connection.client.delete(two_tiers.pool.keys.job(decision.task_id))
-    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "gpu"
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=60) == "gpu"
 
 
 def test_a_failure_of_a_job_whose_ledger_entry_is_gone_is_stored(two_tiers: ModuleType) -> None:
@@ -82,7 +82,7 @@ def test_a_failure_of_a_job_whose_ledger_entry_is_gone_is_stored(two_tiers: Modu
     client.delete(two_tiers.pool.keys.job(decision.task_id))
     client.set("gate", "open")
     with pytest.raises(ValueError, match="asked to fail"):
-        two_tiers.app.AsyncResult(decision.task_id).get(timeout=20)
+        two_tiers.app.AsyncResult(decision.task_id).get(timeout=60)
     client.delete("gate")
 
 
@@ -107,7 +107,7 @@ def test_a_result_that_comes_when_the_ledger_has_forgotten_its_job_replaces_no_s
     client.set("gate", "open")
     until(lambda: not client.hlen(two_tiers.pool.keys.unacked("gpu")), "it is acknowledged")
     client.delete("gate")
-    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=1) == "accepted"
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=60) == "accepted"
 
 
 def test_a_user_who_may_not_change_the_database_stores_results_all_the_same(
@@ -119,7 +119,7 @@ def test_a_user_who_may_not_change_the_database_stores_results_all_the_same(
     with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-app", tmp_path):
         decision = submit(two_tiers, two_tiers.work, {})
         assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1})
-        assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "gpu"
+        assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=60) == "gpu"
 
 
 def test_a_result_waits_while_redis_takes_no_writes(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_redis_that_pauses_while_a_job_ends_costs_neither_job_nor_result(
     os.kill(redis_server.pid, signal.SIGSTOP)
     time.sleep(7)
     os.kill(redis_server.pid, signal.SIGCONT)
-    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=30) == "gpu"
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=60) == "gpu"
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1})
 
 
@@ -183,5 +183,5 @@ def test_a_child_that_dies_while_redis_does_not_answer_is_dealt_with_afterwards(
     os.kill(redis_server.pid, signal.SIGSTOP)
     time.sleep(3)
     os.kill(redis_server.pid, signal.SIGCONT)
-    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=30) == "cpu"
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=60) == "cpu"
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})

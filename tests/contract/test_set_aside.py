@@ -22,7 +22,7 @@ def test_what_is_no_message_is_set_aside_and_the_worker_goes_on(url: str, two_ti
     client.rpush("cpu-jobs", garbage)
     until(lambda: int(client.get(keys.aside_count) or 0) == before + 1, "it is counted")
     assert any(json.loads(kept)["message"] == garbage for kept in client.hvals(keys.aside))
-    assert two_tiers.add.apply_async((1,), queue="cpu-jobs").get(timeout=10) == 2
+    assert two_tiers.add.apply_async((1,), queue="cpu-jobs").get(timeout=60) == 2
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_message_that_cannot_be_started_is_set_aside_and_the_worker_goes_on(
     before = int(client.get(keys.aside_count) or 0)
     client.rpush("cpu-jobs", json.dumps(message))
     until(lambda: int(client.get(keys.aside_count) or 0) > before, "it is counted")
-    assert two_tiers.add.apply_async((1,), queue="cpu-jobs").get(timeout=20) == 2
+    assert two_tiers.add.apply_async((1,), queue="cpu-jobs").get(timeout=60) == 2
     until(lambda: not client.hlen(keys.unacked("cpu")), "nothing is held")
     until(lambda: not any(worker.busy for worker in two_tiers.pool.workers().values()), "no slot is taken")
 
@@ -67,8 +67,8 @@ def test_a_word_where_a_header_has_an_object_or_a_number_keeps_no_job_from_runni
     two_tiers.add.apply_async((1,), queue="shelf", task_id=f"worded-{'retries' in headers}")
     message = json.loads(client.rpop("shelf"))
     client.rpush("cpu-jobs", json.dumps({**message, "headers": {**message["headers"], **headers}}))
-    assert two_tiers.app.AsyncResult(message["headers"]["id"]).get(timeout=20) == 2
-    assert two_tiers.add.apply_async((1,), queue="cpu-jobs").get(timeout=20) == 2
+    assert two_tiers.app.AsyncResult(message["headers"]["id"]).get(timeout=60) == 2
+    assert two_tiers.add.apply_async((1,), queue="cpu-jobs").get(timeout=60) == 2
 
 
 def test_what_is_no_text_is_set_aside_too(two_tiers: ModuleType) -> None:
@@ -76,7 +76,7 @@ def test_what_is_no_text_is_set_aside_too(two_tiers: ModuleType) -> None:
     before = int(client.get(keys.aside_count) or 0)
     client.rpush("cpu-jobs", b"\xff\xfe is no UTF-8")
     until(lambda: int(client.get(keys.aside_count) or 0) == before + 1, "it is counted")
-    assert two_tiers.add.apply_async((1,), queue="cpu-jobs").get(timeout=10) == 2
+    assert two_tiers.add.apply_async((1,), queue="cpu-jobs").get(timeout=60) == 2
 
 
 @pytest.mark.parametrize("corruption", ["state", "attempt", "kind"])

@@ -36,7 +36,7 @@ def test_a_marked_worker_stops_within_a_second_finishes_and_resumes_when_unmarke
 
     with worker(url, "lone", "lone-jobs", "lone", tmp_path):
         running = two_tiers.count.apply_async(("drain-a",), queue="lone-jobs")
-        running.get(timeout=10)
+        running.get(timeout=60)
         took = [seconds_until_it_drains()]
         while took[-1] > 1 and len(took) < 10:
             client.srem(keys.drain, "lone")
@@ -49,7 +49,7 @@ def test_a_marked_worker_stops_within_a_second_finishes_and_resumes_when_unmarke
         assert later.state == "PENDING"
         assert client.llen("lone-jobs") == 1
         client.srem(keys.drain, "lone")
-        later.get(timeout=20)
+        later.get(timeout=60)
 
 
 def test_a_drain_outlasts_the_connection_and_a_cancelled_consumer_reports_no_slots(
@@ -78,7 +78,7 @@ def test_a_drain_outlasts_the_connection_and_a_cancelled_consumer_reports_no_slo
         until(lambda: report()["at"] > seen + 3000, "it has reported for three seconds")
         assert (report()["draining"], report()["slots"], client.llen("lone-jobs")) == (True, 0, 1)
         client.srem(keys.drain, "lone")
-        later.get(timeout=20)
+        later.get(timeout=60)
         until(lambda: report()["slots"] == 1, "it takes jobs")
         control.cancel_consumer("lone-jobs", destination=only)
         until(lambda: (report()["slots"], report()["draining"]) == (0, False), "it says that it takes none")
@@ -89,10 +89,10 @@ def test_a_drain_outlasts_the_connection_and_a_cancelled_consumer_reports_no_slo
 def test_a_drained_worker_hands_back_what_waits_for_its_eta(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
     client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
     with worker(url, "back", "back-jobs", "back", tmp_path):
-        two_tiers.count.apply_async(("back-count",), queue="back-jobs", countdown=60)
+        two_tiers.count.apply_async(("back-count",), queue="back-jobs", countdown=3600)
         until(lambda: client.hlen(keys.unacked("back")) == 1, "it is held")
         client.sadd(keys.drain, "back")
-        until(lambda: client.llen("back-jobs") == 1 and client.hlen(keys.unacked("back")) == 0, "it is handed back", 5)
+        until(lambda: client.llen("back-jobs") == 1 and client.hlen(keys.unacked("back")) == 0, "it is handed back")
         client.srem(keys.drain, "back")
     client.delete("back-jobs")
 
@@ -101,12 +101,12 @@ def test_a_worker_that_is_told_to_stop_hands_back_what_it_has_not_begun(url: str
     client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
     with worker(url, "back", "back-jobs", "back-term", tmp_path) as leaving:
         two_tiers.count.apply_async(("back-count",), queue="back-jobs", countdown=3600)
-        two_tiers.limited.apply_async(queue="back-jobs").get(timeout=20)
+        two_tiers.limited.apply_async(queue="back-jobs").get(timeout=60)
         two_tiers.limited.apply_async(queue="back-jobs")
         until(lambda: client.hlen(keys.unacked("back")) == 2 and not client.llen("back-jobs"), "both are held")
         until(lambda: int(client.get(keys.scheduled("back")) or 0) == 1, "it has reported so")
         leaving.send_signal(signal.SIGTERM)
-        assert leaving.wait(30) == 0
+        assert leaving.wait(60) == 0
     assert (client.llen("back-jobs"), client.hlen(keys.unacked("back"))) == (2, 0)
     assert int(client.get(keys.scheduled("back")) or 0) == 0
     client.delete("back-jobs")
@@ -141,7 +141,7 @@ def test_what_cannot_finish_within_the_grace_period_goes_back_uncounted(
     job = two_tiers.pool.job(decision.task_id)
     assert (job.attempt, job.losses, job.runs[0].how) == (1, 0, "given back")
     two_tiers.app.backend.client.set("gate", "open")
-    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "gpu"
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=60) == "gpu"
     two_tiers.app.backend.client.delete("gate")
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 2})
 
@@ -153,7 +153,7 @@ def test_a_warm_shutdown_finishes_and_a_cold_one_gives_back_uncounted(url: str, 
         leaving.send_signal(signal.SIGTERM)
         until(lambda: not any(w.worker == "gpu-leaving" and w.slots for w in two_tiers.pool.workers().values()), "no more slots")
         leaving.send_signal(signal.SIGQUIT)
-        assert leaving.wait(20) is not None
+        assert leaving.wait(60) is not None
     two_tiers.app.backend.client.set("gate", "open")
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 2})
     two_tiers.app.backend.client.delete("gate")

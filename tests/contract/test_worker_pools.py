@@ -23,7 +23,7 @@ def test_the_fence_holds_in_other_pools(url: str, two_tiers: ModuleType, tmp_pat
         for ending in ("return", "raise", "exit"):
             decision = submit(two_tiers, two_tiers.work, {"gpu": ending})
             tier = "gpu" if ending == "return" else "cpu"
-            assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == tier
+            assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=60) == tier
             assert two_tiers.pool.job(decision.task_id).runs[0].owner.startswith(f"gpu-{pool}.")
             assert outcome(two_tiers, decision.task_id)[1] == ({"gpu": 1} if tier == "gpu" else {"gpu": 1, "cpu": 1})
 
