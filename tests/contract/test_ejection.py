@@ -8,11 +8,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from redis import Redis
 from tests import seeds
 from tests.contract.api_and_operator import outcome
-from tests.contract.broker import ask, open_for_jobs, read, submit
+from tests.contract.broker import ROOM, ask, open_for_jobs, read, submit
 from tests.contract.workers import parked, takes_jobs, worker
+from tests.outlier import Outlier
 from tests.seeds import claim, consumer, fall_back, make_pool, now_of, settle
 from tests.watching import until
 
@@ -95,6 +98,59 @@ def test_a_worker_whose_attempts_fail_while_those_of_another_succeed_takes_no_jo
         assert client.ttl(pool.keys.outlier("bad.1")) > ENDED_JOB_LIFE_SECONDS
         ask(lambda broker: broker.take_over(redis_url, pool, "gpu", "bad.1"))
         assert not client.exists(pool.keys.outlier("bad.1")), "nothing is kept of a worker that is gone"
+
+
+BY_ITSELF, BY_ITS_JOB, WELL, ANOTHER, PAUSE = (
+    "fails",
+    "fails by its job's fault",
+    "succeeds",
+    "another succeeds",
+    "its pause ends",
+)
+TWICE_EJECTED_AND_CLEARED = [
+    (BY_ITSELF, 3), (ANOTHER, 3), (BY_ITSELF, 1), (PAUSE, 1), (BY_ITSELF, 1), (PAUSE, 1), (WELL, 1), (BY_ITSELF, 1),
+]  # fmt: skip
+steps = st.tuples(st.sampled_from([BY_ITSELF, BY_ITS_JOB, WELL, ANOTHER, PAUSE]), st.integers(1, ledger.EJECTED_AFTER))
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(runs=st.lists(steps, max_size=8))
+@example(runs=TWICE_EJECTED_AND_CLEARED)
+def test_the_rule_as_the_simulation_has_it_is_that_of_the_scripts(redis_url: str, runs: list[tuple[str, int]]) -> None:
+    pool, rule, succeeded = make_pool(redis_url), Outlier(), 0
+    key = pool.keys.outlier("bad.1")
+    with consumer(pool, "gpu") as gpu, consumer(pool, "cpu") as cpu, Redis.from_url(redis_url) as client:
+        client.flushall()
+        open_for_jobs(redis_url, pool, ROOM)
+        for step in (step for step, times in runs for _ in range(times)):
+            if step == PAUSE:
+                if rule.till is None:
+                    continue
+                client.hset(key, "till", 1)
+                rule.till = 1
+            else:
+                submit(pool)
+                owner = "good.1" if step == ANOTHER else "bad.1"
+                held = claim(redis_url, pool, gpu, "gpu", owner)
+                if step in (WELL, ANOTHER):
+                    settle(pool, held, "gpu", 1, State.DONE, "done", owner)
+                    succeeded += 1
+                    rule = Outlier() if owner == "bad.1" else rule
+                else:
+                    fall_back(redis_url, pool, held)
+                    rule.fails(succeeded, now_of(client))
+                    there = claim(redis_url, pool, cpu, "cpu", "w.1")
+                    if step == BY_ITSELF:
+                        settle(pool, there, "cpu", 2, State.DONE, "done")
+                        rule.is_at_fault()
+                    else:
+                        settle(pool, there, "cpu", 2, State.FAILED, "failed")
+            seeds.report(redis_url, pool, "gpu", "bad.1")
+            (seen,) = read(redis_url, pool).tiers["gpu"].workers
+            assert seen.ejected == rule.ejected(succeeded, now_of(client))
+            row, times, till = (int(client.hget(key, field) or 0) for field in ("row", "times", "till"))
+            assert (row, times) == (rule.row, rule.times)
+            assert till == pytest.approx(rule.till or 0, abs=ledger.EJECTION_MS / 4)
 
 
 def test_one_broken_worker_beside_a_good_one_is_ejected_and_the_others_jobs_keep_their_accelerator(
