@@ -38,7 +38,7 @@ class Uploads:
     def __init__(self, ml: Namespace) -> None:
         app = Celery("media.tasks", broker=ml.redis_url, set_as_current=False)
         self._task = app.task(transcribe, name="media.tasks.transcribe")
-        self._pool = WorkerPool(f"{ml.name}/media", app)
+        self._pool = WorkerPool(f"{ml.name}/media", app, timeout=5)
         ml.eventually(lambda: self._pool.policy)
 
     def tier(self) -> str:
