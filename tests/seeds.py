@@ -80,8 +80,9 @@ def report(url: str, pool: Pool, tier: str, owner: str, *, busy: int = 0, age_ms
     call, presence = ledger.report(pool.keys, entry, ()), pool.keys.presence(tier)
     with Redis.from_url(url, decode_responses=True) as client:
         client.register_script(ledger.script("presence"))(keys=call.keys, args=call.args)
-        stored = json.loads(client.hget(presence, owner))
-        client.hset(presence, owner, json.dumps({**stored, "at": stored["at"] - age_ms}))
+        if age_ms:
+            stored = json.loads(client.hget(presence, owner))
+            client.hset(presence, owner, json.dumps({**stored, "at": stored["at"] - age_ms}))
 
 
 @dataclass(frozen=True, slots=True)
