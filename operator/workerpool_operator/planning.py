@@ -248,9 +248,7 @@ def _bounded(reading: BrokerReading, tier: Tier) -> QueueReading:
 def policy(spec: WorkerPoolSpec) -> Policy:
     """What API pods and workers have to know of the pool."""
     return Policy(
-        tiers=tuple(
-            TierPolicy(t.name, t.queue, t.accelerated, t.concurrency, t.replicas.max * t.concurrency) for t in spec.tiers
-        ),
+        tiers=tuple(TierPolicy(t.name, t.queue, t.accelerated, t.concurrency) for t in spec.tiers),
         accelerated_content_types=spec.routing.accelerated_content_types,
         tasks=tuple(TaskPolicy(task.name, task.accelerated) for task in spec.routing.tasks),
         fallback_on_failure=spec.routing.fallback.on_failure,

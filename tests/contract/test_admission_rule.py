@@ -14,6 +14,7 @@ from redis import Redis
 from tests.seeds import load, now_of
 
 from workerpool_routing import Reason, Tier, WorkerPool
+from workerpool_routing.admission import Question
 from workerpool_routing.decide import Load, Request, assumed_seconds, place, preselect
 from workerpool_routing.wire import Capacity, Milliseconds, Policy, StartingSlots, TierCapacity
 
@@ -72,7 +73,7 @@ def check_against_the_rule(
     before = {key: client.dump(key) for key in client.scan_iter()}
     request = Request(TASK, wish, limit=limit)
     candidates = preselect(Policy(TIERS), request)
-    admission = pool.store.admit(candidates, request)
+    admission = pool.store.admit(Question(candidates, request))
     at_that_time = [
         replace(
             seen[tier.name].having(capacity[tier.name], admission.time), assumed=assumed_seconds(accelerated=tier.accelerated)
