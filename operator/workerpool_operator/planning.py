@@ -315,7 +315,7 @@ def policy(spec: WorkerPoolSpec, removed: Sequence[Tier] = ()) -> Policy:
 
 
 def _tier_policy(tier: Tier) -> TierPolicy:
-    return TierPolicy(tier.name, tier.queue, tier.accelerated, tier.concurrency, tier.replicas.max * tier.concurrency)
+    return TierPolicy(tier.name, tier.queue, tier.accelerated, tier.concurrency)
 
 
 def capacity(spec: WorkerPoolSpec, plans: list[TierPlan], time: Milliseconds, now: float) -> Capacity:

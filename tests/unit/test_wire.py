@@ -139,10 +139,10 @@ CAPACITY = Capacity({"gpu": TierCapacity((StartingSlots(1, Milliseconds(9)),), 2
 
 def test_a_policy_and_a_capacity_of_schema_version_1_stay_as_other_releases_write_them() -> None:
     policy = Policy(
-        (TierPolicy("gpu", "gpu-tasks", True, 2, 8),), ("audio",), (TaskPolicy("media.*", "required"),), False, True, 600
+        (TierPolicy("gpu", "gpu-tasks", True, 2),), ("audio",), (TaskPolicy("media.*", "required"),), False, True, 600
     )
     written = (
-        '{"version":1,"tiers":[{"name":"gpu","queue":"gpu-tasks","accelerated":true,"concurrency":2,"max_slots":8}],'
+        '{"version":1,"tiers":[{"name":"gpu","queue":"gpu-tasks","accelerated":true,"concurrency":2}],'
         '"accelerated_content_types":["audio"],"tasks":[{"name":"media.*","accelerated":"required"}],'
         '"fallback_on_failure":false,"fallback_on_loss":true,"max_wait_seconds":600'
     )
@@ -170,7 +170,7 @@ slots = st.integers(0, 1000)
 wishes = st.sampled_from([True, False, "required"])
 policies = st.builds(
     Policy,
-    tiers=st.lists(st.builds(TierPolicy, names, names, st.booleans(), slots, st.none() | slots), max_size=4).map(tuple),
+    tiers=st.lists(st.builds(TierPolicy, names, names, st.booleans(), slots), max_size=4).map(tuple),
     accelerated_content_types=st.lists(names, max_size=3).map(tuple),
     tasks=st.lists(st.builds(TaskPolicy, names, wishes), max_size=3).map(tuple),
     fallback_on_failure=st.booleans(),
