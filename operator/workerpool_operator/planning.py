@@ -156,13 +156,13 @@ def _hold(pool: Pool, tier: Tier, reading: Unavailable, live: TierReplicas, befo
     # What nobody has read says of nobody that it is silent.
     heard = dict.fromkeys(before.reported, now)
     removal = Removal() if tier in pool.removed else None
-    return TierPlan(tier, None, live, decision, leaves, None, _stuck(live, before.stuck, now), heard, removal)
+    return TierPlan(tier, None, live, decision, leaves, None, _stuck(live, before.stuck, now, unread=True), heard, removal)
 
 
 def _depart(pool: Pool, tier: Tier, reading: BrokerReading, live: TierReplicas, before: Memory, now: float) -> TierPlan:
     """The plan of a tier that is not in the spec any more."""
     queue = _left(pool, tier, _bounded(reading, tier))
-    known, stuck = _informed(before, live, queue), _stuck(live, before.stuck, now)
+    known, stuck = _informed(before, live, queue), _stuck(live, before.stuck, now, unread=False)
     reported = _reported(live, queue, before.reported, now)
     live = _judged(live, queue, stuck, reported, known.scaling, now)
     decision = _overruled(_departing(tier, queue, live, known), pool, live)
@@ -180,7 +180,7 @@ def _decide(
     now: float,
 ) -> tuple[TierPlan, _Decided]:
     queue = _bounded(reading, tier)
-    known, stuck, limits = _informed(before, live, queue), _stuck(live, before.stuck, now), _limits(pool, tier)
+    known, stuck, limits = _informed(before, live, queue), _stuck(live, before.stuck, now, unread=False), _limits(pool, tier)
     reported = _reported(live, queue, before.reported, now)
     live = _judged(live, queue, stuck, reported, known.scaling, now)
     routing = _routing(pool, tier, queue, reading.time)
@@ -269,13 +269,14 @@ def _judged(
     return replace(live, replicas=tuple(map(judge, live.replicas)))
 
 
-def _stuck(live: TierReplicas, before: Mapping[str, float], now: float) -> Mapping[str, float]:
-    """When each of the workers that could not come up was last seen so."""
-    return {
-        replica.worker: now if replica.phase in _STUCK else before[replica.worker]
-        for replica in live.replicas
-        if replica.phase in _STUCK or replica.worker in before
-    }
+def _stuck(live: TierReplicas, before: Mapping[str, float], now: float, *, unread: bool) -> Mapping[str, float]:
+    """When each of the workers that could not come up was last seen so; none comes up while its broker does not answer."""
+
+    def hindered(replica: Replica) -> bool:
+        return replica.phase in _STUCK or (unread and replica.phase is Phase.STARTING and replica.ready_at is None)
+
+    seen = {replica.worker: now for replica in live.replicas if hindered(replica)}
+    return {one.worker: before[one.worker] for one in live.replicas if one.worker in before} | seen
 
 
 def _begun(replica: Replica, stuck: Mapping[str, float]) -> float:
