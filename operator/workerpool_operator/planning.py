@@ -128,7 +128,7 @@ def plan(
         known = _informed(memory.get(tier.name, Memory()), live, queue)
         bounds = scaling.Policy(tier.replicas.min, tier.replicas.max, tier.concurrency, pool.spec.scaling.target_wait_seconds)
         routing = None if removed else _routing(pool, tier, queue, reading)
-        stuck = _stuck(live, known.stuck, now)
+        stuck = _stuck(live, known.stuck, now, unread=queue is None)
         if queue is None or isinstance(reading, Unavailable):
             assert isinstance(reading, Unavailable)
             # The minimum needs no reading: a Deployment that is not there is created with it.
@@ -193,13 +193,14 @@ def _without_ejected(live: TierReplicas, queue: QueueReading | None) -> TierRepl
     return replace(live, replicas=tuple(told)) if out else live
 
 
-def _stuck(live: TierReplicas, before: Mapping[str, float], now: float) -> Mapping[str, float]:
-    """When each of the workers that could not come up was last seen so."""
-    return {
-        replica.worker: now if replica.phase in _STUCK else before[replica.worker]
-        for replica in live.replicas
-        if replica.phase in _STUCK or replica.worker in before
-    }
+def _stuck(live: TierReplicas, before: Mapping[str, float], now: float, *, unread: bool) -> Mapping[str, float]:
+    """When each of the workers that could not come up was last seen so; none comes up while its broker does not answer."""
+
+    def hindered(replica: Replica) -> bool:
+        return replica.phase in _STUCK or (unread and replica.phase is Phase.STARTING and replica.ready_at is None)
+
+    seen = {replica.worker: now for replica in live.replicas if hindered(replica)}
+    return {one.worker: before[one.worker] for one in live.replicas if one.worker in before} | seen
 
 
 def _begun(replica: Replica, stuck: Mapping[str, float]) -> float:
