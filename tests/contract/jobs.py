@@ -34,6 +34,8 @@ further = [
 ]
 given = None if os.environ.get("JOBS_WITHOUT_TIERS") else [*tiers, *further]
 pool = WorkerPool("test/jobs", app, tiers=given, timeout=5)
+if "JOBS_LATE_CONF" in os.environ:
+    app.config_from_object(json.loads(os.environ["JOBS_LATE_CONF"]))
 
 
 class Unprintable(Exception):
