@@ -18,7 +18,7 @@ from workerpool_operator.local.launch import Launch, launch, unsupported
 from workerpool_operator.local.process import last_words
 from workerpool_operator.local.redis_server import private_redis
 from workerpool_operator.local.workers import LocalWorkers
-from workerpool_operator.model import API_VERSION, KIND, Broker, Problem
+from workerpool_operator.model import API_VERSION, KIND, Broker
 from workerpool_operator.observation import Unavailable
 from workerpool_operator.ports import Pool, Report, Reporter
 from workerpool_operator.reconcile import Reconciler
@@ -60,7 +60,8 @@ async def session(pool: Pool, *, directory: Path, reporter: Reporter, broker_url
     async with AsyncExitStack() as stack:
         url = broker_url or stack.enter_context(private_redis()).url
         pool = replace(pool, spec=pool.spec.model_copy(update={"broker": at(url, pool.spec.broker)}), status={})
-        _fail_if(unsupported(pool.spec))
+        if problems := unsupported(pool.spec):
+            raise CannotStart("\n".join(map(str, problems)))
         wake = asyncio.Event()
         redis = RedisBroker(wake)
         stack.push_async_callback(redis.close)
@@ -132,11 +133,6 @@ def at(url: str, broker: Broker) -> Broker:
         raise CannotStart(
             "--broker-url: must begin with redis:// or rediss://, or with sentinel:// if the file has spec.broker.masterName"
         ) from None
-
-
-def _fail_if(problems: list[Problem]) -> None:
-    if problems:
-        raise CannotStart("\n".join(map(str, problems)))
 
 
 async def _check_app(pool: Pool) -> None:
