@@ -163,7 +163,7 @@ def test_an_old_attempt_that_ends_while_a_trial_is_being_begun_is_not_counted_to
     open_for_jobs(redis_url, pool)
     for _ in range(4):
         submit(pool)
-    with consumer(pool, "gpu") as gpu, Redis.from_url(redis_url) as client:
+    with consumer(pool, "gpu") as gpu, consumer(pool, "cpu") as cpu, Redis.from_url(redis_url) as client:
         old = [claim(redis_url, pool, gpu, "gpu", "w.1") for _ in range(3)]
         last = now_of(client)
         until(lambda: now_of(client) > last, "the clock of Redis goes on")
@@ -178,6 +178,8 @@ def test_an_old_attempt_that_ends_while_a_trial_is_being_begun_is_not_counted_to
         assert (found.kept.breaker.state, found.attempts) == (BreakerState.HALF_OPEN, Attempts())
         settle(pool, claim(redis_url, pool, gpu, "gpu", "w.1"), "gpu", 1, State.DONE, "done")
         fail(redis_url, pool, old[2])
+        for _ in old:
+            settle(pool, claim(redis_url, pool, cpu, "cpu", "w.1"), "cpu", 2, State.DONE, "done")
         assert read(redis_url, pool).tiers["gpu"].attempts == Attempts(1)
 
 
@@ -501,7 +503,10 @@ def test_a_worker_whose_attempts_fail_while_those_of_another_succeed_takes_no_jo
         one_job("bad.1", works=False)
         assert ejected() == [], "one that went well clears it of all"
         assert client.ttl(pool.keys.outlier("bad.1")) > ENDED_JOB_LIFE_SECONDS
+        submit(pool)
+        fail(redis_url, pool, claim(redis_url, pool, gpu, "gpu", "bad.1"))
         ask(lambda broker: broker.take_over(redis_url, pool, "gpu", "bad.1"))
+        settle(pool, claim(redis_url, pool, cpu, "cpu", "w.1"), "cpu", 2, State.DONE, "done")
         assert not client.exists(pool.keys.outlier("bad.1")), "nothing is kept of a worker that is gone"
 
 
