@@ -565,6 +565,13 @@ def test_a_delivery_ends_with_its_job_though_its_worker_can_no_longer_acknowledg
         assert fence.world.client.zcard(fence.world.pool.keys.unacked_index("gpu")) == (0 if after.ended else 1)
 
 
+@pytest.mark.parametrize("after", [State.FINISHING, State.DONE, State.FAILED, State.EXPIRED])
+def test_how_long_a_task_takes_is_told_by_jobs_that_have_ended_and_not_by_revoked_ones(url: str, after: State) -> None:
+    with claimed(url) as (fence, delivery):
+        assert delivery.attempt.settle(State.CLAIMED, after)
+        assert fence.world.client.hexists(fence.world.pool.keys.service("gpu"), "t") is (after in (State.DONE, State.FAILED))
+
+
 @pytest.mark.parametrize("other", [{"attempt": 2}, {"tag": "second"}, {"owner": "gpu.other"}], ids=str)
 def test_an_attempt_is_ended_under_the_number_the_tag_and_the_owner_of_its_claim_and_no_other(
     url: str, other: dict[str, Any]
