@@ -572,6 +572,14 @@ def test_how_long_a_task_takes_is_told_by_jobs_that_have_ended_and_not_by_revoke
         assert fence.world.client.hexists(fence.world.pool.keys.service("gpu"), "t") is (after in (State.DONE, State.FAILED))
 
 
+def test_a_retry_of_a_job_that_the_ledger_does_not_know_goes_on_and_makes_no_entry(url: str) -> None:
+    with claimed(url) as (fence, delivery):
+        keys = fence.world.pool.keys
+        fence.world.client.delete(keys.job(JOB))
+        assert delivery.attempt.retry("", "gpu-tasks")
+        assert not fence.world.client.exists(keys.job(JOB), keys.held(delivery.life.owner))
+
+
 @pytest.mark.parametrize("other", [{"attempt": 2}, {"tag": "second"}, {"owner": "gpu.other"}], ids=str)
 def test_an_attempt_is_ended_under_the_number_the_tag_and_the_owner_of_its_claim_and_no_other(
     url: str, other: dict[str, Any]
@@ -626,3 +634,18 @@ def test_a_job_that_was_moved_away_and_home_falls_back_once(url: str, monkeypatc
     fence.an_attempt_is_counted_once()
     fence.teardown()
     assert {"moved to cpu", "moved to cpu and gpu", "claim run", "raised MOVED", "ended done"} <= Fence.reached
+
+
+def test_a_retry_may_go_to_a_tier_that_its_job_has_left(url: str) -> None:
+    Fence.url = url
+    fence = Rebalanced()
+    fence.an_operator_moves_it_to_another_tier_whose_worker_may_take_it(away=True, steps=2)
+    (delivery,) = fence.world.deliveries
+    assert (delivery.life.tier, delivery.step) == ("cpu", "running")
+    assert delivery.attempt.retry("", "gpu-tasks")
+    assert not fence.world.client.exists(fence.world.pool.keys.held(delivery.life.owner))
+    fence.connection.run("hold", ledger.hold(fence.world.pool.keys, "gpu", tag="retry", value="[]"))
+    accelerated = WorkerLife(delivery.life.pool, "gpu", "gpu.other", fence.connection)
+    assert Attempt(accelerated, JOB, 1, "retry", 1).claim(str) is Claim.RUN
+    fence.connection.client.close()
+    fence.world.client.close()
