@@ -586,7 +586,7 @@ def test_an_attempt_is_ended_under_the_number_the_tag_and_the_owner_of_its_claim
 ) -> None:
     with claimed(url) as (fence, delivery):
         keys, policy = fence.world.pool.keys, planning.policy(fence.world.pool.spec)
-        named = {"attempt": 1, "tag": delivery.tag, "owner": delivery.life.owner, "tier": "gpu"} | other
+        named: dict[str, Any] = {"attempt": 1, "tag": delivery.tag, "owner": delivery.life.owner, "tier": "gpu"} | other
         before = fence.world.client.hgetall(keys.job(JOB))
         calls = [
             ("settle", ledger.settle(keys, policy, JOB, **named, before=State.CLAIMED, after=after))
