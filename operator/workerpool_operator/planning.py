@@ -324,7 +324,7 @@ def _departing(tier: Tier, queue: QueueReading, live: TierReplicas, memory: Memo
         f"no longer in the WorkerPool, goes when nothing is left: {queue.waiting} waiting + {queue.in_flight} in flight"
         f" + {queue.scheduled} for a later time, {queue.unclaimed} unclaimed on the ledger; wanted: {replicas}"
     )
-    return scaling.Decision(replicas, scaling.Reason.REMOVED, message, memory.scaling, replicas)
+    return scaling.Decision(replicas, scaling.Reason.REMOVED, message, memory.scaling)
 
 
 def _removal(queue: QueueReading, live: TierReplicas, before: Removal | None, now: float) -> Removal:
