@@ -209,7 +209,11 @@ def _limited(found: Findings) -> _Verdict:
 def _shared(found: Findings) -> _Verdict:
     if conflict := found.conflict:
         message = f"queue {conflict.queue} belongs to WorkerPool {conflict.owner}, which is older"
-        return "True", "QueueTaken", f"{message}; nothing is done for this pool until one of them names another queue"
+        return (
+            "True",
+            "QueueTaken",
+            f"{message}; nothing is done for this pool until one of them names another queue or is deleted",
+        )
     return "False", "QueuesOwned", "no other pool has these queues"
 
 

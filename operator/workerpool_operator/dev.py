@@ -147,8 +147,9 @@ async def _check_app(pool: Pool) -> None:
     except TimeoutError:
         raise CannotStart(f"spec.app: {pool.spec.app} was not imported within {APP_CHECK_SECONDS:.0f} s") from None
     if status:
+        said = last_words(output).rstrip(".") or "it said nothing"
         raise CannotStart(
-            f"spec.app: {pool.spec.app} cannot be loaded from {start.directory}: {last_words(output) or 'it said nothing'}. "
+            f"spec.app: {pool.spec.app} cannot be loaded from {start.directory}: {said}. "
             "Start in the directory from which Python can import it, with its dependencies installed."
         )
 

@@ -140,7 +140,7 @@ def _hold(pool: Pool, tier: Tier, reading: Unavailable, live: TierReplicas, befo
     decision = _overruled(scaling.decide(_limits(pool, tier), unread, known.scaling, now), pool, live)
     leaves = drain.held(live, decision.replicas, known.drain)
     removal = Removal() if tier in pool.removed else None
-    return TierPlan(tier, None, live, decision, leaves, stuck=_stuck(live, before.stuck, now), removal=removal)
+    return TierPlan(tier, None, live, decision, leaves, stuck=_stuck(live, before.stuck, now, unread=True), removal=removal)
 
 
 def _depart(pool: Pool, tier: Tier, reading: BrokerReading, live: TierReplicas, before: Memory, now: float) -> TierPlan:
@@ -151,7 +151,7 @@ def _depart(pool: Pool, tier: Tier, reading: BrokerReading, live: TierReplicas, 
     decision = _overruled(_departing(tier, queue, live, known), pool, live)
     leaves = drain.decide(decision.replicas, live, queue, reading.marked, reading.time, known.drain, now)
     removal = _removal(queue, live, known.removal, now)
-    return TierPlan(tier, queue, live, decision, leaves, stuck=_stuck(live, before.stuck, now), removal=removal)
+    return TierPlan(tier, queue, live, decision, leaves, stuck=_stuck(live, before.stuck, now, unread=False), removal=removal)
 
 
 def _decide(
@@ -165,7 +165,7 @@ def _decide(
 ) -> tuple[TierPlan, _Decided]:
     queue = _bounded(reading, tier)
     live = _without_ejected(live, queue)
-    known, stuck, limits = _informed(before, live, queue), _stuck(live, before.stuck, now), _limits(pool, tier)
+    known, stuck, limits = _informed(before, live, queue), _stuck(live, before.stuck, now, unread=False), _limits(pool, tier)
     routing = _routing(pool, tier, queue, reading.time)
     own = demand(_servable(queue, routing), live, reading.arrived(tier.name), stuck, now)
     own = _joint(own, limits, known.scaling, others, now)
@@ -227,13 +227,14 @@ def _without_ejected(live: TierReplicas, queue: QueueReading) -> TierReplicas:
     return replace(live, replicas=tuple(told)) if out else live
 
 
-def _stuck(live: TierReplicas, before: Mapping[str, float], now: float) -> Mapping[str, float]:
-    """When each of the workers that could not come up was last seen so."""
-    return {
-        replica.worker: now if replica.phase in _STUCK else before[replica.worker]
-        for replica in live.replicas
-        if replica.phase in _STUCK or replica.worker in before
-    }
+def _stuck(live: TierReplicas, before: Mapping[str, float], now: float, *, unread: bool) -> Mapping[str, float]:
+    """When each of the workers that could not come up was last seen so; none comes up while its broker does not answer."""
+
+    def hindered(replica: Replica) -> bool:
+        return replica.phase in _STUCK or (unread and replica.phase is Phase.STARTING and replica.ready_at is None)
+
+    seen = {replica.worker: now for replica in live.replicas if hindered(replica)}
+    return {one.worker: before[one.worker] for one in live.replicas if one.worker in before} | seen
 
 
 def _begun(replica: Replica, stuck: Mapping[str, float]) -> float:

@@ -429,6 +429,21 @@ def test_a_worker_that_could_not_come_up_takes_its_whole_start_time_from_then_on
     assert after(700.0, Replica("another", Phase.STARTING, 700.0)).stuck == {}, "nothing is kept of workers that are gone"
 
 
+def test_a_start_that_waited_for_redis_teaches_no_longer_one() -> None:
+    memory = {"gpu": planning.Memory(Memory(start_seconds=40.0, level=0))}
+    seen = reading(gpu=QueueReading(1, 0, 0, kept=Checkpoint(start_seconds=40.0)))
+
+    def after(now: float, answer: BrokerReading | Unavailable, replica: Replica) -> Memory:
+        found, _ = planning.plan(POOL, answer, {"gpu": TierReplicas(1, (replica,)), "cpu": replicas(1)}, memory, now)
+        memory["gpu"] = found.memory
+        return found.decision.memory
+
+    after(10.0, OUTAGE, Replica("w", Phase.STARTING, 0.0))
+    after(600.0, OUTAGE, Replica("w", Phase.STARTING, 0.0))
+    assert after(605.0, seen, Replica("w", Phase.READY, 0.0, 605.0)).start_seconds == 40.0
+    assert after(800.0, seen, Replica("slow", Phase.READY, 700.0, 800.0)).start_seconds == 70.0, "one that did not wait teaches"
+
+
 def test_a_worker_that_was_to_leave_and_is_needed_again_is_back_in_a_moment() -> None:
     leaving = replace(worker("w0", slots=0), draining=True)
     assert ready_in(ordered(9_999.0), 40.0, leaving) == [(1, 5.0), (7, 40.0)]

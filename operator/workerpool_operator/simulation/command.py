@@ -81,6 +81,9 @@ def simulate(request: Request, console: Console, json_file: Path | None, plot_fi
         console.print(note, highlight=False)
     if not len(request.trace):
         raise CannotSimulate(f"{request.trace.name} holds no job: there is nothing to simulate")
+    busy, most = _busy(request), request.tier.replicas.max
+    if busy > most:
+        console.print(f"these jobs keep {busy:.0f} workers busy, replicas.max is {most}: they wait ever longer", highlight=False)
     least = _least(request, console)
     outcomes: dict[str, Outcome] = {}
     with Progress(console=console, transient=True) as progress:
@@ -100,11 +103,18 @@ def simulate(request: Request, console: Console, json_file: Path | None, plot_fi
         _plot(request, outcomes, plot_file)
 
 
+def _busy(request: Request) -> float:
+    """How many workers the jobs keep busy, on average from the first arrival to the last."""
+    arrivals = request.trace.arrivals
+    seconds = arrivals[-1] - arrivals[0]
+    return sum(request.trace.services) / request.setting.slots / seconds if seconds else 0.0
+
+
 def _least(request: Request, console: Console) -> float | None:
     try:
         return lower_bound(request.trace, request.setting)
     except ImportError:
-        console.print("SciPy is missing, so there is no bound: pip install 'celery-workerpool\\[simulate]'", highlight=False)
+        console.print("SciPy is missing, so there is no bound: pip install scipy", highlight=False)
         return None
 
 
@@ -141,5 +151,5 @@ def _plot(request: Request, outcomes: Mapping[str, Outcome], file: Path) -> None
     try:
         from workerpool_operator.simulation.plot import timeline
     except ImportError as error:
-        raise CannotSimulate("--plot needs Matplotlib: pip install 'celery-workerpool[simulate]'") from error
+        raise CannotSimulate("--plot needs Matplotlib: pip install matplotlib") from error
     timeline(request.trace, outcomes, request.setting.target_wait, file)
