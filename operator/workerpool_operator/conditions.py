@@ -124,9 +124,9 @@ def _ready(found: Findings, others: Mapping[ConditionType, _Verdict]) -> _Verdic
     for plan in found.plans:
         if plan.decision.replicas and not plan.workers.count(Phase.READY) and plan.workers.count(Phase.FAILING):
             return "False", "WorkersFailing", _details(plan, Phase.FAILING)
-    stuck = [_details(plan, Phase.UNSCHEDULABLE) for plan in found.plans if plan.workers.count(Phase.UNSCHEDULABLE)]
-    if stuck and not any(plan.workers.count(Phase.READY) for plan in found.plans):
-        return "False", "Unschedulable", f"no tier has a worker: {'; '.join(stuck)}"
+    if not any(plan.workers.count(Phase.READY) for plan in found.plans) and (out := _out(found)):
+        reason, message = out
+        return "False", reason, f"no tier has a worker: {message}"
     return "True", "Working", "the broker answers and no tier is down"
 
 
@@ -141,6 +141,8 @@ def _broker(found: Findings) -> _Verdict:
 _OUT = (
     (Phase.UNSCHEDULABLE, "Unschedulable"),
     (Phase.FAILING, "WorkersFailing"),
+    (Phase.LATE, "WorkersLate"),
+    (Phase.LOST, "WorkersLost"),
     (Phase.EJECTED, "WorkersEjected"),
 )
 """Workers that were ordered and take no jobs, and the reason that is told."""
@@ -149,14 +151,20 @@ _OUT = (
 def _capacity(found: Findings) -> _Verdict:
     if unseen := _unseen(found):
         return unseen
-    for phase, reason in _OUT:
-        stuck = [_details(plan, phase) for plan in found.plans if plan.workers.count(phase)]
-        if stuck:
-            return "False", reason, "; ".join(stuck)
+    if out := _out(found):
+        return "False", *out
     if silent := [plan.tier.name for plan in found.plans if _silent(plan, found.now)]:
         message = f"{', '.join(silent)}: workers are ready but none reports: the app lacks WorkerPool({found.pool.id!r}, app)"
         return "Unknown", "WorkersSilent", f"{message}, so nothing is known of free slots and nothing falls back"
     return "True", "AsOrdered", "every worker that was ordered runs or starts"
+
+
+def _out(found: Findings) -> tuple[str, str] | None:
+    """Reason and message, if workers were ordered and take no jobs."""
+    for phase, reason in _OUT:
+        if out := [_details(plan, phase) for plan in found.plans if plan.workers.count(phase)]:
+            return reason, "; ".join(out)
+    return None
 
 
 def _silent(plan: TierPlan, now: float) -> bool:

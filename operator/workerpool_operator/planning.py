@@ -24,7 +24,16 @@ from workerpool_operator.observation import (
 )
 from workerpool_operator.ports import Marks, Pool
 from workerpool_routing.decide import START_SECONDS, Load, assumed_seconds
-from workerpool_routing.wire import Capacity, Milliseconds, Policy, StartingSlots, TaskPolicy, TierCapacity, TierPolicy
+from workerpool_routing.wire import (
+    PRESENCE_LIFE_MS,
+    Capacity,
+    Milliseconds,
+    Policy,
+    StartingSlots,
+    TaskPolicy,
+    TierCapacity,
+    TierPolicy,
+)
 
 GROUPS = 8
 """The slots on their way are published in at most this many groups, each with the time when it is ready."""
@@ -35,8 +44,12 @@ OVERDUE = 0.125
 _NEWS = 0.1
 """A start time is stored again once it differs from the stored one by more than this part of it."""
 
-_STUCK = frozenset({Phase.UNSCHEDULABLE, Phase.FAILING})
+_STUCK = frozenset({Phase.UNSCHEDULABLE, Phase.FAILING, Phase.LATE})
 """The phases of a worker that is ordered and cannot come up for now. The time that it spends in them is no start time."""
+
+_SILENT = "{} has not reported for {:.0f} s or longer: it, its node or its way to Redis is gone; it counts again once it reports"
+
+_HANGS = "{} is not ready {:.0f} s after it was ordered, and starts take {:.0f} s; see the Events of the pod"
 
 REMOVED_SECONDS = 8.0
 """For how long nothing has to be left of a removed tier until it goes: longer than API pods keep a policy and publish by it."""
@@ -52,8 +65,8 @@ class TierPlan:
 
     ``drain`` says how it comes to what it should have without cutting off a job, ``breaker`` whether it takes part in routing;
     None where there is nothing to decide: a plain tier, one whose jobs have nowhere else to go, a pool that is paused or unread.
-    ``stuck`` says when each worker that could not come up was last seen so, ``removal`` how far a tier is that is not in the
-    spec any more.
+    ``stuck`` says when each worker that could not come up was last seen so, ``reported`` when each was last seen to report,
+    ``removal`` how far a tier is that is not in the spec any more.
     """
 
     tier: Tier
@@ -63,12 +76,13 @@ class TierPlan:
     drain: drain.Drain
     breaker: breaker.Decision | None = None
     stuck: Mapping[str, float] = field(default_factory=dict)
+    reported: Mapping[str, float] = field(default_factory=dict)
     removal: Removal | None = None
 
     @property
     def memory(self) -> Memory:
         """What the next pass has to know of this one."""
-        return Memory(self.decision.memory, self.drain.memory, self.stuck, self.removal)
+        return Memory(self.decision.memory, self.drain.memory, self.stuck, self.reported, self.removal)
 
     @property
     def lingers(self) -> bool:
@@ -92,11 +106,12 @@ class Removal:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What is remembered of one tier from pass to pass; ``stuck`` and ``removal`` as in :class:`TierPlan`."""
+    """What is remembered of one tier from pass to pass; ``stuck``, ``reported`` and ``removal`` as in :class:`TierPlan`."""
 
     scaling: scaling.Memory = field(default_factory=scaling.Memory)
     drain: drain.Memory = field(default_factory=drain.Memory)
     stuck: Mapping[str, float] = field(default_factory=dict)
+    reported: Mapping[str, float] = field(default_factory=dict)
     removal: Removal | None = None
 
 
@@ -139,19 +154,21 @@ def _hold(pool: Pool, tier: Tier, reading: Unavailable, live: TierReplicas, befo
     unread = scaling.Unread(max(live.desired, tier.replicas.min), reading)
     decision = _overruled(scaling.decide(_limits(pool, tier), unread, known.scaling, now), pool, live)
     leaves = drain.held(live, decision.replicas, known.drain)
+    # A worker whose report could not be read is not silent.
+    heard = dict.fromkeys(before.reported, now)
     removal = Removal() if tier in pool.removed else None
-    return TierPlan(tier, None, live, decision, leaves, stuck=_stuck(live, before.stuck, now, unread=True), removal=removal)
+    return TierPlan(tier, None, live, decision, leaves, None, _stuck(live, before.stuck, now, unread=True), heard, removal)
 
 
 def _depart(pool: Pool, tier: Tier, reading: BrokerReading, live: TierReplicas, before: Memory, now: float) -> TierPlan:
     """The plan of a removed tier: its workers finish what is left of it, then it goes."""
     queue = _left(pool, tier, _bounded(reading, tier))
-    live = _without_ejected(live, queue)
-    known = _informed(before, live, queue)
+    known, stuck = _informed(before, live, queue), _stuck(live, before.stuck, now, unread=False)
+    reported = _reported(live, queue, before.reported, now)
+    live = _judged(live, queue, stuck, reported, known.scaling, now)
     decision = _overruled(_departing(tier, queue, live, known), pool, live)
     leaves = drain.decide(decision.replicas, live, queue, reading.marked, reading.time, known.drain, now)
-    removal = _removal(queue, live, known.removal, now)
-    return TierPlan(tier, queue, live, decision, leaves, stuck=_stuck(live, before.stuck, now, unread=False), removal=removal)
+    return TierPlan(tier, queue, live, decision, leaves, None, stuck, reported, _removal(queue, live, before.removal, now))
 
 
 def _decide(
@@ -164,14 +181,15 @@ def _decide(
     now: float,
 ) -> tuple[TierPlan, _Decided]:
     queue = _bounded(reading, tier)
-    live = _without_ejected(live, queue)
     known, stuck, limits = _informed(before, live, queue), _stuck(live, before.stuck, now, unread=False), _limits(pool, tier)
+    reported = _reported(live, queue, before.reported, now)
+    live = _judged(live, queue, stuck, reported, known.scaling, now)
     routing = _routing(pool, tier, queue, reading.time)
     own = demand(_servable(queue, routing), live, reading.arrived(tier.name), stuck, now)
     own = _joint(own, limits, known.scaling, others, now)
     decision = _overruled(scaling.decide(limits, own, known.scaling, now), pool, live)
     leaves = drain.decide(decision.replicas, live, queue, reading.marked, reading.time, known.drain, now)
-    return TierPlan(tier, queue, live, decision, leaves, routing, stuck), _Decided(limits, own, decision)
+    return TierPlan(tier, queue, live, decision, leaves, routing, stuck, reported), _Decided(limits, own, decision)
 
 
 def _limits(pool: Pool, tier: Tier) -> scaling.Policy:
@@ -219,12 +237,38 @@ def _joint(
     return replace(own, settled=settled, carried=max(carried, kept))
 
 
-def _without_ejected(live: TierReplicas, queue: QueueReading) -> TierReplicas:
-    """The workers, with the phase Ejected for those that take no jobs for now because their attempts fail."""
+def _reported(live: TierReplicas, queue: QueueReading, before: Mapping[str, float], now: float) -> Mapping[str, float]:
+    """When each of the workers was last seen to report; those that never did are not in it."""
+    heard = {**before, **dict.fromkeys((report.worker for report in queue.workers), now)}
+    return {replica.worker: heard[replica.worker] for replica in live.replicas if replica.worker in heard}
+
+
+def _judged(
+    live: TierReplicas,
+    queue: QueueReading,
+    stuck: Mapping[str, float],
+    reported: Mapping[str, float],
+    known: scaling.Memory,
+    now: float,
+) -> TierReplicas:
+    """The workers, with the phase Ejected, Lost or Late for those that are not to be counted on."""
     ejected = {report.worker for report in queue.workers if report.ejected}
-    out = {one for one in live.replicas if one.worker in ejected and one.phase in (Phase.STARTING, Phase.READY)}
-    told = (replace(one, phase=Phase.EJECTED, detail=_FAILS.format(one.worker)) if one in out else one for one in live.replicas)
-    return replace(live, replicas=tuple(told)) if out else live
+
+    def judge(one: Replica) -> Replica:
+        if one.phase not in (Phase.STARTING, Phase.READY):
+            return one
+        if one.worker in ejected:
+            return replace(one, phase=Phase.EJECTED, detail=_FAILS.format(one.worker))
+        silent = now - reported.get(one.worker, now)
+        if silent >= PRESENCE_LIFE_MS / 1000:
+            return replace(one, phase=Phase.LOST, detail=_SILENT.format(one.worker, silent))
+        lasts, latest = now - _begun(one, stuck), scaling.latest_start(known, _begun(one, stuck))
+        if one.phase is Phase.STARTING and one.ready_at is None and one.worker not in reported and lasts > latest:
+            seconds = now - one.ordered_at, scaling.start_seconds(known)
+            return replace(one, phase=Phase.LATE, detail=_HANGS.format(one.worker, *seconds))
+        return one
+
+    return replace(live, replicas=tuple(map(judge, live.replicas)))
 
 
 def _stuck(live: TierReplicas, before: Mapping[str, float], now: float, *, unread: bool) -> Mapping[str, float]:
@@ -402,7 +446,8 @@ def _starts(plan: TierPlan, stuck: int, now: float) -> tuple[float, list[float]]
         starting = [r for r in coming if r.phase is Phase.STARTING and r.ready_at is None and r.worker not in takes_jobs]
         assumed = min(START_SECONDS, plan.decision.memory.first_start)
         start = max([assumed, *(now - _begun(replica, plan.stuck) for replica in starting)])
-    count = max(0, plan.decision.replicas - sum(takes_jobs.values()) - stuck - plan.workers.count(Phase.EJECTED))
+    out = plan.workers.count(Phase.EJECTED) + plan.workers.count(Phase.LOST)
+    count = max(0, plan.decision.replicas - sum(takes_jobs.values()) - stuck - out)
     lasted = [now - _begun(replica, plan.stuck) for replica in coming]
     ready_in = sorted(min(max(start - seconds, start * OVERDUE), start) for seconds in lasted)[:count]
     # Where one worker is stuck, those that cannot be seen yet would be stuck too.

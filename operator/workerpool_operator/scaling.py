@@ -333,6 +333,11 @@ def _learn(policy: Policy, observed: Demand, memory: Memory, now: float) -> Memo
     )
 
 
+def latest_start(memory: Memory, ordered_at: float) -> float:
+    """How many seconds after it could begin a start has taken so long that nobody should count on it any more."""
+    return max(_ceiling(memory, ordered_at), START_SECONDS_UNTIL_KNOWN)
+
+
 def _known(memory: Memory) -> float:
     return memory.first_start if memory.start_seconds is None else memory.start_seconds
 

@@ -198,6 +198,8 @@ def test_two_outages_at_once_are_both_told() -> None:
     [
         (Phase.UNSCHEDULABLE, "Unschedulable", "2 of 3 unschedulable"),
         (Phase.FAILING, "WorkersFailing", "2 of 3 failing"),
+        (Phase.LATE, "WorkersLate", "2 of 3 late"),
+        (Phase.LOST, "WorkersLost", "2 of 3 lost"),
         (Phase.EJECTED, "WorkersEjected", "2 of 3 ejected"),
     ],
 )

@@ -29,10 +29,19 @@ from workerpool_operator.observation import (
 )
 from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Marks, Pool
-from workerpool_operator.scaling import Memory, Reason
+from workerpool_operator.scaling import HANG_FACTOR, START_SECONDS_UNTIL_KNOWN, Memory, Reason
 from workerpool_routing import wire
 from workerpool_routing.decide import START_SECONDS, Load, assumed_seconds
-from workerpool_routing.wire import Capacity, Milliseconds, Presence, StartingSlots, TaskPolicy, TierCapacity, TierPolicy
+from workerpool_routing.wire import (
+    PRESENCE_LIFE_MS,
+    Capacity,
+    Milliseconds,
+    Presence,
+    StartingSlots,
+    TaskPolicy,
+    TierCapacity,
+    TierPolicy,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -70,7 +79,7 @@ def served(waiting: int, in_flight: int, spilled: int, seconds: float = 5.0) -> 
 
 
 def replicas(desired: int, *phases: Phase) -> TierReplicas:
-    return TierReplicas(desired, tuple(Replica(f"w{n}", phase, 0.0) for n, phase in enumerate(phases)))
+    return TierReplicas(desired, tuple(Replica(f"w{n}", phase, NOW - 100) for n, phase in enumerate(phases)))
 
 
 def plan(
@@ -405,7 +414,7 @@ def test_capacity_says_when_the_slots_that_are_on_their_way_are_ready(
 
 
 def test_a_start_that_takes_longer_than_any_before_is_expected_to_go_on_taking_longer() -> None:
-    assert ready_in(ordered(400.0), 40.0)[0] == (1, 20.0), "an eighth of four times the start time, as scaling believes then"
+    assert ready_in(ordered(200.0), 40.0)[0] == (1, 20.0), "an eighth of four times the start time, as scaling believes then"
 
 
 def test_a_worker_that_could_not_come_up_takes_its_whole_start_time_from_then_on_and_teaches_no_longer_one() -> None:
@@ -450,6 +459,69 @@ def test_a_worker_that_was_to_leave_and_is_needed_again_is_back_in_a_moment() ->
     assert ready_in(ordered(9_999.0), None, leaving) == [(1, START_SECONDS / 8), (7, START_SECONDS)]
 
 
+@pytest.mark.parametrize("learnt", [40.0, 100.0, None])
+def test_a_start_that_hangs_is_promised_to_nobody_and_holds_back_others(learnt: float | None) -> None:
+    latest = max(HANG_FACTOR * (learnt or START_SECONDS_UNTIL_KNOWN), START_SECONDS_UNTIL_KNOWN)
+    memory = {"gpu": Memory(start_seconds=learnt, newest_start=learnt, level=1)}
+    slow, hung = (
+        plan(reading(gpu=QueueReading(1, 0, 0)), gpu=replace(ordered(seconds), desired=1), memory=memory)["gpu"]
+        for seconds in (latest - 1, latest + 1)
+    )
+    assert [one.workers.count(Phase.LATE) for one in (slow, hung)] == [0, 1]
+    assert [one.decision.replicas for one in (slow, hung)] == [1, 1], "another would hang as well"
+    assert (starting(told(slow)["gpu"]), told(slow)["gpu"].startable) == (1, 7)
+    assert (starting(told(hung)["gpu"]), told(hung)["gpu"].startable) == (0, 0)
+    assert f"{latest + 1:.0f} s after it was ordered" in hung.workers.replicas[0].detail
+
+
+def test_a_start_is_not_late_while_the_worker_waits_for_a_node_reports_or_has_been_ready() -> None:
+    old = 10 * HANG_FACTOR * START_SECONDS_UNTIL_KNOWN
+    seen = reading(gpu=QueueReading(1, 0, 0))
+    memory = {"gpu": planning.Memory(stuck={"w0": NOW - 5})}
+    placed, _ = planning.plan(POOL, seen, {"gpu": ordered(old), "cpu": replicas(1)}, memory, NOW)
+    assert placed.workers.count(Phase.LATE) == 0, "until a moment ago it had no node"
+    joined = plan(reading(gpu=QueueReading(1, 0, 0, (worker("w0"),))), gpu=ordered(old))["gpu"]
+    assert joined.workers.count(Phase.LATE) == 0
+    was_ready = TierReplicas(1, (Replica("w0", Phase.STARTING, NOW - old, NOW - 20),))
+    assert plan(seen, gpu=was_ready)["gpu"].workers.count(Phase.LATE) == 0
+
+
+SILENT_SECONDS = PRESENCE_LIFE_MS / 1000
+
+
+@pytest.mark.parametrize("phase", [Phase.READY, Phase.STARTING])
+def test_a_worker_that_falls_silent_is_replaced_before_the_cluster_sees_that_it_is_gone(phase: Phase) -> None:
+    live = TierReplicas(1, (Replica("w0", phase, 0.0, 20.0),))
+    memory = {"gpu": planning.Memory(Memory(start_seconds=20.0, newest_start=20.0, level=1))}
+
+    def after(seconds: float, queue: QueueReading | None) -> TierPlan:
+        seen = reading(gpu=queue) if queue else OUTAGE
+        found, _ = planning.plan(POOL, seen, {"gpu": live, "cpu": replicas(1)}, memory, NOW + seconds)
+        memory["gpu"] = found.memory
+        return found
+
+    here, gone = QueueReading(0, 1, 0, (worker("w0", busy=1),)), QueueReading(1, 0, 0)
+    assert after(0.0, here).workers.count(Phase.LOST) == 0
+    assert after(SILENT_SECONDS - 1, gone).workers.count(Phase.LOST) == 0
+    lost = after(SILENT_SECONDS, gone)
+    assert (lost.workers.count(Phase.LOST), lost.decision.replicas) == (1, 2)
+    assert starting(told(lost)["gpu"]) == 1, "the one in its place"
+    assert "w0 has not reported for 8 s" in lost.workers.replicas[0].detail
+    both = TierReplicas(2, (Replica("w1", Phase.READY, 30.0, 50.0), *lost.workers.replicas))
+    leaves = drain.decide(1, both, QueueReading(0, 0, 0, (worker("w1"),)), frozenset(), TIME, drain.Memory(), NOW)
+    assert (leaves.replicas, leaves.leaving) == (1, frozenset({"w0"})), "it is the first to go, and nobody waits for it"
+    after(SILENT_SECONDS + 60, None)
+    assert after(SILENT_SECONDS + 61, gone).workers.count(Phase.LOST) == 0, "Redis was away, and its report with it"
+    assert after(SILENT_SECONDS + 70, here).workers.count(Phase.LOST) == 0
+    assert after(SILENT_SECONDS + 99, gone).workers.count(Phase.LOST) == 1
+    assert after(SILENT_SECONDS + 100, here).workers.count(Phase.LOST) == 0, "it was only cut off for a while"
+
+
+def test_a_worker_that_never_reported_is_not_lost() -> None:
+    live = TierReplicas(1, (Replica("w0", Phase.READY, 0.0, 20.0),))
+    assert plan(reading(gpu=QueueReading(1, 0, 0)), gpu=live)["gpu"].workers.count(Phase.LOST) == 0, "its app lacks the library"
+
+
 def test_what_may_still_be_ordered_takes_as_long_as_starts_do() -> None:
     for learnt, seconds in ((40.0, 40.0), (None, START_SECONDS)):
         memory = {"gpu": Memory(start_seconds=learnt, newest_start=learnt)}
@@ -458,7 +530,7 @@ def test_what_may_still_be_ordered_takes_as_long_as_starts_do() -> None:
 
 
 @settings(max_examples=60)
-@given(st.lists(st.floats(-5, 500), max_size=40), st.none() | st.floats(0.1, 300))
+@given(st.lists(st.floats(-5, START_SECONDS_UNTIL_KNOWN), max_size=40), st.none() | st.floats(0.1, 300))
 def test_slots_that_are_on_their_way_are_told_of_in_a_handful_of_groups_soonest_first(
     ages: list[float], learnt: float | None
 ) -> None:
@@ -487,7 +559,7 @@ def test_a_pod_that_drains_and_is_un_ready_for_it_is_not_one_that_takes_long_to_
     drains = replace(worker("w1", slots=0, busy=1), draining=True)
     live = replicas(3, Phase.READY, Phase.STARTING, Phase.STARTING)
     told = planning.demand(QueueReading(0, 2, 0, workers=(worker("w0", busy=1), drains)), live, 0, {}, 9_000.0)
-    assert (told.ready, told.starting) == (2, (0.0,))
+    assert (told.ready, told.starting) == (2, (NOW - 100,))
 
 
 def test_marks_are_set_for_who_is_to_leave_and_taken_back_from_who_stays_or_is_gone() -> None:
