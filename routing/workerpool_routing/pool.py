@@ -94,8 +94,8 @@ class WorkerPool:
             timeouts = {"socket_timeout": PUBLISH_TIMEOUT_SECONDS, "socket_connect_timeout": PUBLISH_TIMEOUT_SECONDS}
             app.conf.broker_transport_options = {**timeouts, **(app.conf.broker_transport_options or {})}
             self._options = frozenset(timeouts)
-        self._hook = RoutingHook(self)
-        self._hook.install(app)
+        self._hook = RoutingHook(self, app)
+        self._hook.install()
 
     @property
     def keys(self) -> Keyspace:
@@ -191,7 +191,7 @@ class WorkerPool:
             return self._logged(request, publish())
         request = _limited(request, policy, max_wait)
         candidates = self.candidates(policy, request)
-        message = prepare(task, args, kwargs, task_id=task_id, expires=deadline, options=options)
+        message = prepare(task, args, kwargs, task_id=task_id, expires=deadline, **options)
         entry = Entry(task_id, message, idempotency_key=idempotency_key, fenced=fenced(task.name, task))
         return self._logged(request, self._admit(policy, candidates, request, entry, fail_open=fail_open))
 
