@@ -313,7 +313,7 @@ def settle(
         result: to be stored in the same step, if this attempt counts.
     """
     life = ENDED_JOB_LIFE_SECONDS if after.ended else JOB_LIFE_SECONDS
-    spilled = [keys.spilled(tier.name) for tier in policy.tiers]
+    spilled = [keys.spilled(tier.name) for tier in (*policy.tiers, *policy.removed)]
     return Call(
         [
             keys.job(task_id), keys.held(owner), keys.waiting(tier), keys.unacked(tier), keys.unacked_index(tier),

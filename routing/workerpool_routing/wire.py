@@ -282,7 +282,8 @@ class TaskPolicy:
 class Policy:
     """The routing half of a WorkerPool, as the operator publishes it; tiers in order of preference.
 
-    ``max_wait_seconds``: beyond this expected wait a job is refused; None: never.
+    ``max_wait_seconds``: beyond this expected wait a job is refused; None: never. ``removed``: tiers that were taken out of it
+    and still have workers; no job is sent there, and those that are there end as on any other.
     """
 
     tiers: tuple[TierPolicy, ...]
@@ -291,10 +292,11 @@ class Policy:
     fallback_on_failure: bool = True
     fallback_on_loss: bool = True
     max_wait_seconds: int | None = None
+    removed: tuple[TierPolicy, ...] = ()
 
     def tier(self, name: str) -> TierPolicy | None:
-        """The tier of that name."""
-        return next((tier for tier in self.tiers if tier.name == name), None)
+        """The tier of that name, a removed one too."""
+        return next((tier for tier in (*self.tiers, *self.removed) if tier.name == name), None)
 
     def accelerated_tier(self) -> TierPolicy | None:
         """The preferred tier with an accelerator."""
@@ -319,6 +321,7 @@ class Policy:
                 fallback_on_failure=data["fallback_on_failure"],
                 fallback_on_loss=data["fallback_on_loss"],
                 max_wait_seconds=data["max_wait_seconds"],
+                removed=tuple(TierPolicy(**tier) for tier in data.get("removed", ())),
             )
 
 

@@ -16,7 +16,7 @@ import yaml
 from e2e.cluster.control_plane import ControlPlane
 from helm_python import Chart
 from redis import Redis
-from tests.api.conftest import CRD, Kubectl
+from tests.api.kubectl import CRD, Kubectl
 from tests.api.operators import (
     COLLECTOR_SECONDS,
     COMMAND,
@@ -198,24 +198,42 @@ def test_a_deleted_pool_takes_along_its_deployments_and_what_it_published(ml: Na
     ml.settled()
 
 
-def test_a_tier_that_is_taken_out_of_the_pool_takes_its_deployment_along(ml: Namespace) -> None:
-    ml.create_pool()
-    ml.settled()
-    ml.kubectl("patch", "wp", "media", "--type=json", "--patch", '[{"op": "remove", "path": "/spec/tiers/0"}]')
-    ml.eventually(lambda: ml.replicas() == {"media-cpu": 1})
-
-
-def test_a_tier_that_is_taken_out_of_the_pool_keeps_its_workers_until_its_jobs_are_done(ml: Namespace) -> None:
+def test_a_tier_that_is_taken_out_of_the_pool_keeps_its_workers_until_its_jobs_are_done_and_says_so(
+    ml: Namespace, operator: Operator
+) -> None:
     ml.create_pool()
     ml.publish("gpu", 2)
     ml.settled({"media-gpu": 2, "media-cpu": 1})
-    ml.kubectl("patch", "wp", "media", "--type=json", "--patch", '[{"op": "remove", "path": "/spec/tiers/0"}]')
-    ml.eventually(lambda: ml.get("workerpool", "media")["status"]["replicas"] == "cpu 0/1")
-    time.sleep(3)
-    assert ml.replicas() == {"media-gpu": 2, "media-cpu": 1}
+    take_out_gpu(ml)
+    ml.eventually(lambda: ml.get("workerpool", "media")["status"]["replicas"] == "cpu 0/1, gpu 0/2")
+    *_, gone = ml.get("workerpool", "media")["status"]["tiers"]
+    assert (gone["name"], gone["reason"], gone["waiting"]) == ("gpu", "Removed", 2)
+    assert "goes when nothing is left: 2 waiting" in gone["message"]
     with Redis.from_url(ml.redis_url) as redis:
+        redis.rpop(ml.queue("gpu"))
+        ml.eventually(lambda: ml.replicas() == {"media-gpu": 1, "media-cpu": 1})
+        operator.end(signal.SIGTERM)
+        operator.start()
         redis.delete(ml.queue("gpu"))
     ml.eventually(lambda: ml.replicas() == {"media-cpu": 1})
+    ml.eventually(lambda: ml.get("workerpool", "media")["status"]["replicas"] == "cpu 0/1")
+
+
+def test_a_tier_that_is_taken_out_of_a_paused_pool_stays_until_the_pool_is_active_again(ml: Namespace) -> None:
+    ml.create_pool()
+    ml.settled()
+    ml.kubectl("patch", "wp", "media", "--type=merge", "--patch", '{"spec": {"mode": "Paused"}}')
+    ml.eventually(lambda: ml.condition("Paused")["status"] == "True")
+    take_out_gpu(ml)
+    ml.eventually(lambda: ml.get("workerpool", "media")["status"]["replicas"] == "cpu 0/1, gpu 0/0")
+    ml.kubectl("scale", "deployment/media-gpu", "--replicas=1")
+    ml.eventually(lambda: ml.get("workerpool", "media")["status"]["replicas"] == "cpu 0/1, gpu 0/1")
+    ml.kubectl("patch", "wp", "media", "--type=merge", "--patch", '{"spec": {"mode": "Active"}}')
+    ml.eventually(lambda: ml.replicas() == {"media-cpu": 1})
+
+
+def take_out_gpu(ml: Namespace) -> None:
+    ml.kubectl("patch", "wp", "media", "--type=json", "--patch", '[{"op": "remove", "path": "/spec/tiers/0"}]')
 
 
 def test_a_secret_that_is_missing_or_wrong_is_named_and_found_when_it_is_right(ml: Namespace) -> None:
@@ -249,17 +267,12 @@ def test_what_the_scheduler_and_the_kubelet_say_of_pods_is_passed_on(ml: Namespa
     for pod in ml.objects("pods"):
         if pod["metadata"]["labels"]["workerpool.dev/tier"] == "gpu":
             unschedulable = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/9 nodes: no GPU"}
-            set_status(ml, pod, {"conditions": [unschedulable]})
+            ml.set_status(pod, {"conditions": [unschedulable]})
         else:
             ready = {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}
-            set_status(ml, pod, {"phase": "Running", "conditions": [ready]})
+            ml.set_status(pod, {"phase": "Running", "conditions": [ready]})
     ml.eventually(lambda: "2 of 2 unschedulable: 0/9 nodes: no GPU" in ml.condition("CapacityAvailable")["message"])
     ml.eventually(lambda: ml.get("workerpool", "media")["status"]["replicas"] == "gpu 0/2, cpu 1/1")
-
-
-def set_status(ml: Namespace, pod: Object, status: Object) -> None:
-    body = json.dumps({"status": status})
-    ml.kubectl("patch", "pod", pod["metadata"]["name"], "--subresource=status", "--type=strategic", "--patch", body)
 
 
 def test_a_deployment_of_somebody_else_is_left_alone_and_named(ml: Namespace) -> None:

@@ -141,11 +141,13 @@ def test_a_policy_and_a_capacity_of_schema_version_1_stay_as_other_releases_writ
     policy = Policy(
         (TierPolicy("gpu", "gpu-tasks", True, 2),), ("audio",), (TaskPolicy("media.*", "required"),), False, True, 600
     )
-    assert policy.dump() == (
+    written = (
         '{"version":1,"tiers":[{"name":"gpu","queue":"gpu-tasks","accelerated":true,"concurrency":2}],'
         '"accelerated_content_types":["audio"],"tasks":[{"name":"media.*","accelerated":"required"}],'
-        '"fallback_on_failure":false,"fallback_on_loss":true,"max_wait_seconds":600}'
+        '"fallback_on_failure":false,"fallback_on_loss":true,"max_wait_seconds":600'
     )
+    assert policy.dump() == f'{written},"removed":[]}}'
+    assert Policy.load(f"{written}}}") == policy, "as releases have written it that knew of no removed tiers"
     assert CAPACITY.dump() == (
         '{"version":1,"tiers":{"gpu":{"starting":[{"slots":1,"ready_at":9}],"startable":2,"start_seconds":4.5,'
         '"target_seconds":60.0,"unschedulable":3,"limit":1}}}'
