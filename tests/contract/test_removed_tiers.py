@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from redis import Redis
 from redis import asyncio as aioredis
-from tests.contract import seeds
-from tests.contract.seeds import claim, consumer, job, make_pool, publish, report, take
-from tests.contract.test_broker import ask, submit
-from tests.contract.test_reconcile import System, running
+from tests import seeds
+from tests.contract.broker import ROOM, ask, open_for_jobs, submit
+from tests.contract.passes import System, running
+from tests.seeds import claim, consumer, job, make_pool, publish, report, take
 
 from workerpool_operator import planning, salvage
 from workerpool_operator.model import Mode, Replicas
@@ -23,7 +23,7 @@ from workerpool_operator.reaper import SWEEP_SECONDS
 from workerpool_operator.status import ConditionType, TierStatus
 from workerpool_routing import Reason, ledger
 from workerpool_routing.ledger import State
-from workerpool_routing.wire import PRESENCE_LIFE_MS, Capacity, Policy, Presence, TierCapacity
+from workerpool_routing.wire import PRESENCE_LIFE_MS, Policy, Presence
 
 pytestmark = pytest.mark.contract
 
@@ -32,14 +32,12 @@ ACCELERATED = {**CPU, "name": "a100", "queue": "gpu-tasks", "accelerator": {"res
 LONG_MS = 120_000
 """For so long a report of a live worker holds here, however slow the machine is."""
 
-ROOM = Capacity({"gpu": TierCapacity(startable=100)})
-
 
 @pytest.fixture
 def pool(redis_url: str) -> Pool:
     """With its tier ``gpu`` still in it."""
     pool = make_pool(redis_url)
-    ask(lambda broker: broker.publish(redis_url, pool, planning.policy(pool.spec), ROOM))
+    open_for_jobs(redis_url, pool, ROOM)
     return pool
 
 
@@ -319,7 +317,7 @@ def test_what_a_deleted_pool_has_left_in_flight_is_taken_over_by_a_new_one_of_it
         claim(redis_url, pool, connection, "gpu", "w.1")
     ask(lambda broker: broker.forget(redis_url, pool))
     anew = replace(pool, uid="another")
-    ask(lambda broker: broker.publish(redis_url, anew, planning.policy(anew.spec), ROOM))
+    open_for_jobs(redis_url, anew, ROOM)
     assert len(ask(lambda broker: broker.sweep(redis_url, anew))) == 1
     moved = job(redis_url, anew, task_id)
     assert (moved.tier, moved.attempt) == ("cpu", 2)
