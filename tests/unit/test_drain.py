@@ -85,6 +85,11 @@ def test_a_report_from_before_the_mark_says_nothing() -> None:
     assert decide(1, [up("a"), up("b")], [says("a", 1), stale], ["b"]).leaving == frozenset()
 
 
+def test_a_worker_that_is_idle_and_has_not_seen_its_mark_yet_may_still_take_a_job() -> None:
+    unaware = says("b", at=TIME + 1_000)
+    assert decide(1, [up("a"), up("b")], [says("a", 1), unaware], ["b"]).leaving == frozenset()
+
+
 def test_a_new_leader_believes_only_what_is_said_after_it_saw_the_mark() -> None:
     workers, reports = [up("a"), up("b")], [says("a", 1), says("b", draining=True)]
     first = decide(1, workers, reports, ["b"], memory=Memory())
@@ -177,10 +182,9 @@ def test_workers_that_never_report_leave_after_the_queue_has_been_empty_for_the_
 
 def test_workers_that_never_report_stay_while_any_of_their_kind_holds_a_message() -> None:
     live, long_empty = TierReplicas(1, (up("a"),)), Memory(empty_since=NOW - EMPTY_WINDOW_SECONDS)
-    outcomes = [
-        drain.decide(0, live, QueueReading(0, 0, 0, plain_in_flight=held), frozenset(), TIME, long_empty, NOW) for held in (0, 1)
-    ]
-    assert [(one.replicas, one.memory.empty_since is None) for one in outcomes] == [(0, False), (1, True)]
+    readings = [QueueReading(0, 0, 0), QueueReading(0, 0, 0, plain_in_flight=1), QueueReading(0, 1, 0)]
+    outcomes = [drain.decide(0, live, reading, frozenset(), TIME, long_empty, NOW) for reading in readings]
+    assert [(one.replicas, one.memory.empty_since is None) for one in outcomes] == [(0, False), (1, True), (1, True)]
 
 
 def test_a_worker_that_has_just_become_ready_may_yet_report() -> None:
@@ -239,3 +243,13 @@ def test_a_rollout_that_is_stuck_does_not_keep_a_tier_that_nobody_needs() -> Non
     assert found(still)[:2] == (3, set())
     idle = decide(0, workers, [says("a", draining=True), says("b", draining=True)], ["a", "b"], rolling=True)
     assert found(idle)[:2] == (0, {"a", "b", "new"})
+
+
+def test_a_worker_that_reports_is_there_although_the_cluster_has_not_told_of_it_yet() -> None:
+    ours = [up("a"), up("b")]
+    reports = [says("a"), says("b"), *(says(f"unseen-{n}", busy=1) for n in range(4))]
+    assert decide(2, ours, reports, desired=6).replicas == 6, "four that are busy would have gone, unmarked"
+    assert decide(2, ours, reports[:4], desired=6).replicas == 4, "two are still to come"
+    idle = [says(name, draining=True) for name in ("a", "b")]
+    elsewhere = [says(f"by-hand-{n}") for n in range(4)]
+    assert decide(0, ours, [*idle, *elsewhere], ["a", "b"]).replicas == 0, "workers of no Deployment hold back none of it"

@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from workerpool_operator import main
-from workerpool_operator.kube.seen import worker_pool
+from workerpool_operator.kube.seen import PAGE, worker_pool
 from workerpool_operator.main import Operator
 from workerpool_operator.observation import Unavailable
 from workerpool_operator.ports import Pool
@@ -124,7 +124,7 @@ def test_a_pass_that_does_not_end_makes_the_process_ask_for_its_restart(monkeypa
         try:
             assert await healthz(port) == (200, "ok\n"), "a standby makes no pass"
             operator._began = time.monotonic()
-            await until(operator.ailing)
+            await until(operator.unhealthy)
             status, text = await healthz(port)
             assert status == 503
             assert text.startswith("no pass has ended for ")
@@ -142,9 +142,9 @@ def test_a_watch_that_does_nothing_makes_the_process_ask_for_its_restart() -> No
         operator._began = operator._reconciler.passes.last_ended_at = time.monotonic()
         for kind in main._WATCHED:
             operator._watched[kind] = operator._began
-        assert operator.ailing() == ""
+        assert operator.unhealthy() == ""
         operator._watched["pods"] -= main.SILENT_SECONDS + 1
-        assert operator.ailing().startswith("the watch of pods has done nothing for ")
+        assert operator.unhealthy().startswith("the watch of pods has done nothing for ")
 
     asyncio.run(scenario())
 
@@ -159,3 +159,7 @@ async def until(holds: Callable[[], object]) -> None:
 async def healthz(port: int) -> tuple[int, str]:
     async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/healthz") as answer:
         return answer.status, await answer.text()
+
+
+def test_kopf_lists_page_by_page() -> None:
+    assert main._settings().watching.chunk_size == PAGE, "thousands of pods in one answer would hold up the renewal of the lease"
