@@ -23,7 +23,7 @@ from workerpool_operator.observation import Phase, TierReplicas, Unavailable
 from workerpool_operator.ports import Pool
 from workerpool_operator.status import rfc3339
 
-pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.api
 
 SAMPLE = Path(__file__).parents[2] / "manifests" / "samples" / "workerpool.yaml"
 Object = dict[str, Any]
