@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from json import JSONDecodeError
+from queue import Empty
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -21,7 +21,8 @@ import kombu.transport
 from celery.worker import state
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
-from kombu.utils.json import dumps
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import dumps, loads
 from redis import RedisError
 
 from workerpool_routing import ledger
@@ -134,12 +135,29 @@ class Channel(_OfThisWorker, kombu_redis.Channel):  # type: ignore[misc,unused-i
     QoS = QoS
 
     def _brpop_read(self, **options: Any) -> Any:
-        """Read one message; text that is not JSON is set aside, where Kombu would end the worker."""
+        """Read one message as Kombu does; a text that cannot be read is set aside, where Kombu would end the worker."""
+        client = self.client
         try:
-            return super()._brpop_read(**options)
-        except JSONDecodeError as error:
-            self.life.set_aside(str(uuid4()), reason=f"not a Celery message: {error}", message=error.doc)
-            return True
+            try:
+                found = client.parse_response(client.connection, "BRPOP", **options)
+            except self.connection_errors:
+                client.connection.disconnect()
+                raise
+            if not found:
+                raise Empty
+            line, item = found
+            queue = bytes_to_str(line).rsplit(self.sep, 1)[0]
+            self._queue_cycle.rotate(queue)
+            try:
+                message = loads(bytes_to_str(item))
+            except Exception as error:  # noqa: BLE001 bad syntax, too deep, too long a number, no value of the type that it names
+                as_it_came = item.decode(errors="surrogateescape")
+                self.life.set_aside(str(uuid4()), reason=f"not a Celery message: {error!r}", message=as_it_came)
+            else:
+                self.connection._deliver(message, queue)  # noqa: SLF001 as Kombu calls it
+        finally:
+            self._in_poll = None
+        return True
 
 
 def uses_the_tiers_keys(life: WorkerLife, transport_options: Mapping[str, Any]) -> bool:
