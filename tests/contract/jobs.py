@@ -14,6 +14,7 @@ from typing import Any
 
 from celery import Celery, signals
 from celery.exceptions import Ignore, Reject
+from kombu import Connection
 
 from workerpool_routing import Tier, WorkerPool
 
@@ -33,6 +34,8 @@ further = [
 ]
 given = None if os.environ.get("JOBS_WITHOUT_TIERS") else [*tiers, *further]
 pool = WorkerPool("test/jobs", app, tiers=given, timeout=5)
+if "JOBS_LATE_CONF" in os.environ:
+    app.config_from_object(json.loads(os.environ["JOBS_LATE_CONF"]))
 
 
 class Unprintable(Exception):
@@ -105,11 +108,27 @@ def hold_redis() -> None:
     threading.Thread(target=strike, daemon=True).start()
 
 
-@app.task  # type: ignore[untyped-decorator]
-def late(endings: dict[str, str]) -> str:
-    """Return the tier's name, to a ledger that keeps it waiting where there is an accelerator and the job says so."""
+def interrupt_its_answer(connection: Any) -> None:
+    """Let a soft time limit strike when the ledger has entered the end of the attempt, before this child hears so."""
+    run = connection.run
+
+    def unheard(name: str, call: Any) -> Any:
+        answer = run(name, call)
+        if name == "settle":
+            connection.run = run
+            signal.raise_signal(signal.SIGUSR1)
+        return answer
+
+    connection.run = unheard
+
+
+@app.task(bind=True)  # type: ignore[untyped-decorator]
+def late(self: Any, endings: dict[str, str]) -> str:
+    """Return the tier's name, to a ledger that keeps it waiting or is not heard where the job says so."""
     if endings.get(TIER) == "hold":
         hold_redis()
+    if endings.get(TIER) == "unheard":
+        interrupt_its_answer(self.life.connection)
     return TIER
 
 
@@ -318,6 +337,16 @@ def acknowledged_early() -> str:
 def limited() -> str:
     """A task that a worker may run once."""
     return TIER
+
+
+@app.task  # type: ignore[untyped-decorator]
+def read_mail(letters: int) -> list[str]:
+    """Read some letters from a queue, by a connection of its own, and acknowledge all but the last."""
+    with Connection(URL) as connection, connection.SimpleQueue("mail") as mail:
+        read = [mail.get(timeout=30) for _ in range(letters)]
+        for letter in read[:-1]:
+            letter.ack()
+        return [letter.payload for letter in read]
 
 
 @app.task  # type: ignore[untyped-decorator]
