@@ -279,6 +279,7 @@ def test_the_async_form_is_the_same_call(pool: WorkerPool, seeds: Seeds) -> None
         ({"idempotency_key": "\ud800"}, ValueError, "idempotency_key is .*not text"),
         ({"accelerated": "yes"}, ValueError, 'True, False or "required"'),
         ({"queue": "q"}, TypeError, "queue"),
+        ({"acelerated": True}, TypeError, "no option 'acelerated'"),
     ],
 )
 def test_a_bad_argument_is_named_and_nothing_is_queued(pool: WorkerPool, options: Any, error: Any, words: str) -> None:
