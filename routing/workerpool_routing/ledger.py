@@ -426,7 +426,12 @@ def hold(keys: Keyspace, tier: str, *, tag: str, value: str) -> Call:
     return Call([keys.unacked(tier), keys.unacked_index(tier)], [tag, value])
 
 
-def requeue(keys: Keyspace, tier: str, *, tag: str, raw: str, delivery_tag: str) -> Call:
+def check(keys: Keyspace, tier: str) -> Call:
+    """Arguments of ``check.lua``: does Redis take writes."""
+    return Call([keys.unacked_index(tier)], [])
+
+
+def requeue(keys: Keyspace, tier: str, *, tag: str, raw: str, delivery_tag: str, unrecorded: bool = False) -> Call:
     """Arguments of ``requeue.lua``: a message that nobody has claimed, or that is finishing, is to be delivered again.
 
     Args:
@@ -435,6 +440,7 @@ def requeue(keys: Keyspace, tier: str, *, tag: str, raw: str, delivery_tag: str)
         tag: the delivery tag under which it is in flight.
         raw: the value under that tag, as ``hold.lua`` has kept it: the message, "", and the queue that it came from.
         delivery_tag: a fresh one.
+        unrecorded: whether it is put back even if it is not in flight: the worker that took it could not record it.
     """
     message, _, queue = json.loads(raw)
     properties = {**message["properties"], "delivery_tag": delivery_tag}
@@ -443,7 +449,7 @@ def requeue(keys: Keyspace, tier: str, *, tag: str, raw: str, delivery_tag: str)
     task_id, attempt = str(headers.get("id")), carried(headers).get("attempt", "")
     return Call(
         [keys.unacked(tier), keys.unacked_index(tier), list_name, keys.job(task_id), keys.waiting(tier)],
-        [tag, json.dumps(renewed), queue, task_id, attempt, tier, retries_of(headers.get("retries"))],
+        [tag, json.dumps(renewed), queue, task_id, attempt, tier, retries_of(headers.get("retries")), int(unrecorded)],
     )
 
 

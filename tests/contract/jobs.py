@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 from celery import Celery, signals
@@ -69,6 +70,14 @@ def work(endings: dict[str, str], seconds: float = 0) -> str:
     """Run for some seconds, end as told for this tier, else return the tier's name."""
     time.sleep(seconds)
     end(endings.get(TIER, "return"))
+    return TIER
+
+
+@app.task  # type: ignore[untyped-decorator]
+def held(path: str) -> str:
+    """Run as long as a file exists, whatever Redis does meanwhile."""
+    while Path(path).exists():
+        time.sleep(0.05)
     return TIER
 
 

@@ -264,7 +264,7 @@ def test_a_message_whose_headers_hold_words_is_put_back_all_the_same() -> None:
     worded = {**message, "headers": {**message["headers"], "workerpool": "required", "retries": "x"}}
     call = ledger.requeue(KEYS, "gpu", tag="a", raw=json.dumps([worded, *rest]), delivery_tag="fresh")
     assert json.loads(str(call.args[1]))["headers"]["workerpool"] == "required"
-    assert call.args[4:] == ["", "gpu", 0]
+    assert call.args[4:] == ["", "gpu", 0, 0]
 
 
 def test_the_claim_script_answers_in_the_words_of_the_library() -> None:

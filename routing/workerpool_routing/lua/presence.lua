@@ -11,6 +11,9 @@ local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 
 local before = redis.call('HGET', KEYS[1], report.owner)
+-- A Redis that is out of memory refuses a script's first write if it may need some, and none after a write that does not: this report
+-- takes the place of the last one.
+redis.call('HDEL', KEYS[1], report.owner)
 before = before and cjson.decode(before) or {slots = 0, since = now}
 report.since, report.at = before.since, now
 local fault = redis.call('HMGET', KEYS[7], 'row', 'beside', 'times', 'till', 'again')

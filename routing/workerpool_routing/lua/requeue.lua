@@ -2,10 +2,10 @@
 -- Of several callers one wins.
 --
 -- KEYS: unacked hash, unacked index, queue list, job, waiting:<tier>. ARGV: delivery tag, the message, queue, task id, attempt, tier,
--- retries that the message has had.
+-- retries that the message has had, 1 when it may be in no key because its worker could not record it.
 -- Returns 1 when it was put back, 0 when it is no longer in flight under that tag.
 redis.call('ZREM', KEYS[2], ARGV[1])
-if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
+if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 and ARGV[8] ~= '1' then return 0 end
 redis.call('RPUSH', KEYS[3], ARGV[2])
 -- Whoever takes it next may die before recording it: then the sweep publishes it again from the ledger.
 -- The copy of an earlier attempt or retry, or of a job that has moved to another tier, says nothing about the one that counts.

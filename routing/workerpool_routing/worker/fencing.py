@@ -296,7 +296,7 @@ class FencedRequest:
         if attempt and lost and self._dealt_with(attempt, ledger.after_loss, "lost", error, again):
             return None
         if attempt and isinstance(error, Ignore) and not isinstance(error, Dropped):  # the child may not have reached the ledger
-            self._settle_soon(partial(attempt.settle, State.CLAIMED, State.DONE, how="ignored"))
+            self.life.soon(partial(attempt.settle, State.CLAIMED, State.DONE, how="ignored"))
         self._outcome = State.FAILED
         return super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc]
 
@@ -321,7 +321,7 @@ class FencedRequest:
             return
         self.acknowledged = True
         settled(self._message)
-        self._settle_soon(partial(attempt.acknowledge, self._outcome))
+        self.life.soon(partial(attempt.acknowledge, self._outcome))
         self.life.look_for_work()
 
     def reject(self, requeue: bool = False) -> None:
@@ -335,7 +335,7 @@ class FencedRequest:
         self._outcome = State.EXPIRED
         super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
         if attempt := self._attempt():
-            self._settle_soon(
+            self.life.soon(
                 lambda: attempt.settle_unclaimed(State.EXPIRED) or attempt.settle(State.CLAIMED, State.EXPIRED, how=reason)
             )
 
@@ -386,14 +386,6 @@ class FencedRequest:
             return False
         super().acknowledge()  # type: ignore[misc]
         return True
-
-    def _settle_soon(self, settle: Callable[[], object]) -> None:
-        """Call ``settle``, now or as soon as Redis answers."""
-        try:
-            settle()
-        except (PoolUnavailable, RedisError) as unavailable:
-            logger.warning("not closed task_id=%s, asked again in %.0f s: %s", self.id, RETRY_SECONDS, unavailable)
-            self.life.call_later(RETRY_SECONDS, partial(self._settle_soon, settle))
 
     def _attempt(self) -> Attempt | None:
         message = self._message
