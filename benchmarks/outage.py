@@ -79,7 +79,8 @@ class Lived:
         back: when the first of them was ready again.
         start_seconds: how long a worker took to start.
         lost: jobs that were not done in the end.
-        twice: jobs that came to their end more than once.
+        twice: jobs whose code came to its end more often than once, and once more for each worker that they lost: it may be
+            killed between the end of the code and the record of it.
         moved: how many waiting jobs went to the plain tier, and how many came home.
     """
 
@@ -233,7 +234,8 @@ async def live(scenario: Scenario, directory: Path, seed: int) -> Lived:
 
             await until(all_ended, "all jobs have ended")
             kept = [(int(entry["admitted_at"]), Job.load(task_id, entry)) for task_id, entry in zip(ids, entries(), strict=True)]
-            twice = sum(int(ends) > 1 for ends in client.hgetall(ENDS).values())
+            ends = client.hgetall(ENDS)
+            twice = sum(int(ends.get(job.task_id, 0)) > 1 + sum(run.how == "lost" for run in job.runs) for _, job in kept if job)
         starts = [r.ready_at - r.ordered_at for r in await stage.ready("gpu") if r.ready_at is not None]
         return Lived(
             jobs=Trace(planned.name, [at / 1000 - began for at, _ in kept], planned.services),
