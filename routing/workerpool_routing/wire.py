@@ -53,6 +53,7 @@ own format (:func:`unacked_keys`).
 from __future__ import annotations
 
 import json
+import re
 from bisect import bisect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -111,6 +112,10 @@ ENV_GRACE = "WORKERPOOL_GRACE_SECONDS"
 
 ENV_PROBES = "WORKERPOOL_PROBES"
 """A directory for the files that probes look at: ``alive`` and ``ready``. Unset: none are written."""
+
+TIER_NAME = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+TIER_NAME_LENGTH = 30
+"""What may be the name of a tier: it is a part of the names of keys, and of its Deployment."""
 
 Milliseconds = NewType("Milliseconds", int)
 Wish = Literal[True, False, "required"]
@@ -258,7 +263,8 @@ class TierPolicy:
     """What the library must know of a tier.
 
     Attributes:
-        name: as in the WorkerPool resource; a worker is told it as ``WORKERPOOL_TIER``.
+        name: as in the WorkerPool resource; a worker is told it as ``WORKERPOOL_TIER``. Any other than :data:`TIER_NAME` is a
+            ValueError.
         queue: the Celery queue that its workers, and nobody else, consume.
         accelerated: whether its workers have an accelerator.
         concurrency: jobs that one of its workers runs at a time.
@@ -270,6 +276,13 @@ class TierPolicy:
     accelerated: bool
     concurrency: int = 1
     max_slots: int | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.name) > TIER_NAME_LENGTH or not re.fullmatch(TIER_NAME, self.name):
+            raise ValueError(
+                f"the name of a tier is {self.name!r}; give lower-case letters, digits and dashes, no dash first or last, and at "
+                f"most {TIER_NAME_LENGTH} of them"
+            )
 
 
 @dataclass(frozen=True, slots=True)
