@@ -14,6 +14,7 @@ local before = redis.call('HGET', KEYS[1], report.owner)
 -- A Redis that is out of memory refuses a script's first write if it may need some, and none after a write that does not: this report
 -- takes the place of the last one.
 redis.call('HDEL', KEYS[1], report.owner)
+local begins = not before
 before = before and cjson.decode(before) or {slots = 0, since = now}
 report.since, report.at = before.since, now
 local fault = redis.call('HMGET', KEYS[7], 'row', 'beside', 'times', 'till', 'again')
@@ -32,14 +33,13 @@ for n = 0, report.slots - 1 do redis.call('ZADD', KEYS[2], now, report.owner .. 
 for n = report.slots, before.slots - 1 do redis.call('ZREM', KEYS[2], report.owner .. '/' .. n) end
 for i = 6, #ARGV do redis.call('ZADD', KEYS[3], 'XX', clock[1] .. '.' .. string.format('%06d', clock[2]), ARGV[i]) end
 
--- Without an operator nobody takes over from the lost: forget them after a while.
-for _, slot in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now - life * 1000)) do
-  redis.call('ZREM', KEYS[2], slot)
-  local owner = string.match(slot, '^(.*)/%d+$')
-  local gone = redis.call('HGET', KEYS[1], owner)
-  if gone then
-    redis.call('DECRBY', KEYS[4], cjson.decode(gone).scheduled or 0)
-    redis.call('HDEL', KEYS[1], owner)
+-- Without an operator nobody takes over from the lost: a worker that begins forgets those of long ago.
+for _, text in ipairs(begins and redis.call('HVALS', KEYS[1]) or {}) do
+  local gone = cjson.decode(text)
+  if gone.at < now - life * 1000 then
+    for n = 0, gone.slots - 1 do redis.call('ZREM', KEYS[2], gone.owner .. '/' .. n) end
+    redis.call('DECRBY', KEYS[4], gone.scheduled or 0)
+    redis.call('HDEL', KEYS[1], gone.owner)
   end
 end
 for i = 1, 2 do redis.call('EXPIRE', KEYS[i], life) end
