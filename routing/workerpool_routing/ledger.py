@@ -293,7 +293,7 @@ class Result:
 def settle(
     keys: Keyspace, policy: Policy, task_id: str, *, attempt: int, tag: str, owner: str, tier: str, before: State, after: State,
     how: str = "", error: str = "", retries: int | None = None, held_as: str = "",
-    message: str = "", queue: str = "", result: Result | None = None,
+    message: str = "", queue: str = "", later: int = 0, result: Result | None = None,
 ) -> Call:  # fmt: skip
     """Arguments of ``settle.lua``: an attempt enters its next state, if it is still the one that counts.
 
@@ -313,9 +313,10 @@ def settle(
         held_as: the delivery tag of a message to acknowledge in the same step, whether or not the attempt counts.
         message: the retry's message as published, so that a sweep can publish it again if it gets lost.
         queue: the queue that the retry went to.
+        later: in how many seconds the retry is due.
         result: to be stored in the same step, if this attempt counts.
     """
-    life = ENDED_JOB_LIFE_SECONDS if after.ended else JOB_LIFE_SECONDS
+    life = ENDED_JOB_LIFE_SECONDS if after.ended else JOB_LIFE_SECONDS + later
     spilled = [keys.spilled(tier.name) for tier in policy.tiers]
     return Call(
         [

@@ -149,8 +149,8 @@ class WorkerPool:
                 ``acceleratedContentTypes``, a type that gains nothing from an accelerator goes to a plain tier.
             deadline: seconds from now by which it must have started, else it expires.
             max_wait: the longest expected wait, in seconds, that is accepted, in place of the pool's ``maxWaitSeconds``.
-            idempotency_key: a second call with the same key within a day returns the first decision and queues nothing. An empty
-                one is none.
+            idempotency_key: a second call with the same key within a day, or until a day after the job's ETA, returns the first
+                decision and queues nothing. An empty one is none.
             options: further options of ``apply_async``.
 
         Raises:

@@ -17,7 +17,7 @@ key                       type    meaning
 ``job:<task id>``         hash    the ledger entry, see :mod:`workerpool_routing.ledger`
 ``spilled:<tier>``        zset    task ids that wanted the tier and wait or run elsewhere → time of admission
 ``routes``                hash    ``<tier>:<reason>`` → decisions so far
-``waiting:<tier>``        zset    task ids that are on their way to a worker → time of admission; where the sweep looks
+``waiting:<tier>``        zset    task ids that are on their way to a worker → time of admission, or ETA; where the sweep looks
 ``scheduled:<tier>``      string  messages with a future ETA that workers hold, to be subtracted from what is in flight
 ``leases:<tier>``         zset    messages that are decided on and not yet in the queue → time at which that stops counting
 ``idempotent:<key>``      hash    the decision that the first caller with that key got
@@ -75,7 +75,7 @@ CAPACITY_LIFE_MS = 10_000
 """Capacity older than this is stale: nothing is on its way any more."""
 
 JOB_LIFE_SECONDS = 86_400
-"""How long the ledger keeps a job after its last transition."""
+"""How long the ledger keeps a job after its last transition, or after its ETA."""
 
 ENDED_JOB_LIFE_SECONDS = 3_600
 """How long the ledger keeps a job that has ended."""
@@ -84,7 +84,7 @@ LEASE_MS = 3_000
 """How long a message that was decided on counts although it is not in its queue yet: from the decision to the publish."""
 
 IDEMPOTENCY_LIFE_SECONDS = 86_400
-"""How long an idempotency key gives the first caller's decision again."""
+"""How long an idempotency key gives the first caller's decision again, from then or from the job's ETA."""
 
 MESSAGE_LIMIT_BYTES = 65_536
 """From admission to its first claim the ledger keeps a job's message, unless it is longer: then it cannot be published anew."""

@@ -123,11 +123,11 @@ def late(endings: dict[str, str]) -> str:
 
 
 @app.task(bind=True, max_retries=3)  # type: ignore[untyped-decorator]
-def retried(self: Any, times: int, seconds: float = 0) -> tuple[str, int]:
+def retried(self: Any, times: int, seconds: float = 0, countdown: float = 0) -> tuple[str, int]:
     """Take some time, ask for some retries, then return the tier and the count."""
     time.sleep(seconds)
     if self.request.retries < times:
-        raise self.retry(countdown=0)
+        raise self.retry(countdown=countdown)
     return TIER, self.request.retries
 
 

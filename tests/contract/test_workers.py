@@ -414,6 +414,20 @@ def test_a_retry_that_is_lost_between_the_queue_and_a_worker_is_published_again(
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 2})
 
 
+def test_a_retry_that_is_due_in_days_is_on_the_ledger_until_a_day_later_and_not_looked_for_before(two_tiers: ModuleType) -> None:
+    client, keys, days = two_tiers.pool.connection.client, two_tiers.pool.keys, 3 * 86_400
+    decision = submit(two_tiers, two_tiers.retried, 1, 2, days)
+    claimed(two_tiers, decision.task_id)
+    with parked(two_tiers):
+        until(lambda: client.rpop("gpu-jobs"), "the retry is in the queue")
+        until(lambda: two_tiers.pool.job(decision.task_id).state is State.ADMITTED, "its author waits for it")
+        now = client.time()[0]
+        assert client.ttl(keys.job(decision.task_id)) > days + 3_600
+        assert client.zscore(keys.waiting("gpu"), decision.task_id) / 1000 > now + days - 3_600
+    client.delete(keys.job(decision.task_id))
+    client.zrem(keys.waiting("gpu"), decision.task_id)
+
+
 def test_a_dead_workers_unclaimed_messages_are_delivered_again(
     url: str, two_tiers: ModuleType, tmp_path: Path, short_life: float
 ) -> None:

@@ -39,7 +39,8 @@ end
 redis.call('HSET', KEYS[1], 'tier', to, 'queue', ARGV[7], 'reason', ARGV[8], 'left', table.concat(left, ' '))
 redis.call('HDEL', KEYS[1], 'missing_at', 'message')
 if #message <= tonumber(ARGV[10]) then redis.call('HSET', KEYS[1], 'message', message) end
-redis.call('EXPIRE', KEYS[1], ARGV[9])
+-- The life of a job with an ETA may be longer.
+if redis.call('TTL', KEYS[1]) < tonumber(ARGV[9]) then redis.call('EXPIRE', KEYS[1], ARGV[9]) end
 redis.call('ZREM', KEYS[4], id)
 redis.call('ZADD', KEYS[5], since, id)
 if job[6] == to then redis.call('ZREM', KEYS[6], id) else redis.call('ZADD', KEYS[6], since, id) end

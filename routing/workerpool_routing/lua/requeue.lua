@@ -15,6 +15,6 @@ local left = string.find(' ' .. (job[3] or '') .. ' ', ' ' .. ARGV[6] .. ' ', 1,
 if (job[1] == 'admitted' or job[1] == 'finishing') and job[2] == ARGV[5] and not left
   and (tonumber(job[4]) or 0) <= tonumber(ARGV[7]) then
   redis.call('HSET', KEYS[4], 'message', ARGV[2], 'queue', ARGV[3])
-  redis.call('ZADD', KEYS[5], redis.call('TIME')[1] * 1000, ARGV[4])
+  redis.call('ZADD', KEYS[5], 'GT', redis.call('TIME')[1] * 1000, ARGV[4])
 end
 return 1

@@ -90,7 +90,8 @@ if to == 'admitted' then
   end
   if ARGV[12] ~= '' then
     redis.call('HSET', KEYS[1], 'message', ARGV[12], 'queue', ARGV[13])
-    redis.call('ZADD', KEYS[3], now, id)
+    -- The job's life is longer by the time until the retry is due.
+    redis.call('ZADD', KEYS[3], now + 1000 * (ARGV[7] - ARGV[14]), id)
   end
   return 1
 end

@@ -214,17 +214,17 @@ class Attempt:
         answer = self._answer(State.CLAIMED, after, self.tag, self.life.owner, how="done", result=result)
         return None if answer == UNKNOWN_JOB else bool(answer)
 
-    def retry(self, message: str, queue: str) -> bool:
+    def retry(self, message: str, queue: str, later: int) -> bool:
         """Return to ``admitted``, to wait for the retry that the task's code has asked for.
 
-        Its message is kept for the sweep if it went to the tier's queue. False if another attempt counts by now; it may be the
-        retry itself, if a worker has claimed it already.
+        It is due in ``later`` seconds. Its message is kept for the sweep if it went to the tier's queue. False if another attempt
+        counts by now; it may be the retry itself, if a worker has claimed it already.
         """
         tier = self.life.policy.tier(self.life.tier)
         kept = bool(tier and tier.queue == queue and len(message) <= MESSAGE_LIMIT_BYTES)
         return self._settle(
             State.CLAIMED, State.ADMITTED, self.tag, self.life.owner, how="retry", retries=self.retries + 1,
-            message=message if kept else "", queue=queue,
+            message=message if kept else "", queue=queue, later=later,
         )  # fmt: skip
 
     def acknowledge(self, after: State) -> None:

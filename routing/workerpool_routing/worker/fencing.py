@@ -45,7 +45,8 @@ RETRY_SECONDS = 2.0
 """How soon the main process asks again if the ledger did not answer; the worker goes on meanwhile."""
 
 _RETRIES = "workerpool_retries"
-"""Attribute of a request whose attempt has been claimed: the retries that the task's code has asked for, as (message, queue)."""
+"""Attribute of a request whose attempt has been claimed: the retries that the task's code has asked for, as (message, queue,
+seconds until it is due)."""
 
 
 def fence(task: Task, child: WorkerLife, main: WorkerLife) -> None:
@@ -85,7 +86,8 @@ def note_retry(body: Any, headers: dict[str, Any], properties: Mapping[str, Any]
             headers[HEADER] = {**header, ASKED_BY: (task.request.properties or {}).get("delivery_tag", "")}
         compression = getattr(task, "compression", None) or task.app.conf.task_compression
         encoding = {"serializer": task.serializer, "compression": compression}
-        retries.append((serialise(body, headers, properties, encoding=encoding).to(routing_key), routing_key))
+        retry = serialise(body, headers, properties, encoding=encoding)
+        retries.append((retry.to(routing_key), routing_key, retry.later))
 
 
 def settle_unknown(life: WorkerLife, message: Any, task: str) -> None:
@@ -150,7 +152,7 @@ class FencedTask(Task):
         try:
             result = self._start(*args, **kwargs)
         except Retry as asked:
-            if self._close(attempt, partial(attempt.retry, *(getattr(self.request, _RETRIES) or [("", "")])[-1])) is False:
+            if self._close(attempt, partial(attempt.retry, *(getattr(self.request, _RETRIES) or [("", "", 0)])[-1])) is False:
                 raise self._dropped(attempt, "it was taken over") from asked
             raise
         except Reject as rejected:
