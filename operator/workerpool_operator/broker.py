@@ -135,25 +135,13 @@ class RedisBroker:
                 pipe.pexpire(pool.keys.drain, MARK_LIFE_MS)
                 for name, kept in checkpoints.items():
                     pipe.hset(pool.keys.checkpoint(name), mapping=_stored(kept))
-                for tier in pool.spec.tiers:
+                for tier in pool.tiers:
                     pipe.expire(pool.keys.checkpoint(tier.name), JOB_LIFE_SECONDS)
                 answers = await pipe.execute(raise_on_error=False)
         except (redis.RedisError, OSError) as error:
             return Unavailable(_why(url, error))
         refusal = next((answer for answer in answers if isinstance(answer, redis.RedisError)), None)
         return Unavailable(f"{_place(url)} refuses writes: {_said(refusal)}") if refusal else None
-
-    async def holds_jobs(self, url: str, pool: Pool, tier: str, queue: str) -> bool | Unavailable:
-        """Whether a tier that the pool no longer has holds messages; those that another tier takes as well do not count."""
-        served = any(other.queue == queue for other in pool.spec.tiers)
-        try:
-            async with self._client(url).pipeline(transaction=False) as pipe:
-                pipe.hlen(pool.keys.unacked(tier))
-                for name in () if served else pool.keys.queue_lists(queue):
-                    pipe.llen(name)
-                return any(await pipe.execute())
-        except (redis.RedisError, OSError) as error:
-            return Unavailable(_why(url, error))
 
     async def take_over(self, url: str, pool: Pool, tier: str, owner: str) -> list[str]:
         """Give every job that a lost worker held to whoever the ledger says; return a sentence for each."""
@@ -331,7 +319,7 @@ def _ask(pipe: Any, pool: Pool) -> None:
     pipe.hgetall(keys.routes)
     pipe.smembers(keys.drain)
     pipe.hlen(keys.plain_unacked)
-    for tier in pool.spec.tiers:
+    for tier in pool.tiers:
         for name in keys.queue_lists(tier.queue):
             pipe.llen(name)
         pipe.hlen(keys.unacked(tier.name))
@@ -343,12 +331,13 @@ def _ask(pipe: Any, pool: Pool) -> None:
         pipe.hgetall(keys.checkpoint(tier.name))
         pipe.hgetall(keys.attempts(tier.name))
         pipe.hgetall(keys.waits(tier.name))
+        pipe.zcard(keys.waiting(tier.name))
 
 
 def _reading(pool: Pool, answers: Iterator[Any], run_id: str, database: int, now: Milliseconds) -> BrokerReading | Unavailable:
     """Take this pool's answers, all of them, then make sense of them."""
     routes, marked, plain = next(answers), next(answers), next(answers)
-    answered = {tier.name: [next(answers) for _ in range(len(pool.keys.priority_steps) + 8)] for tier in pool.spec.tiers}
+    answered = {tier.name: [next(answers) for _ in range(len(pool.keys.priority_steps) + 9)] for tier in pool.tiers}
     for answer in (routes, marked, plain, *chain.from_iterable(answered.values())):
         if isinstance(answer, Unavailable):
             return Unavailable(f"what Redis holds of the pool cannot be read: {answer.why}")
@@ -362,7 +351,7 @@ def _reading(pool: Pool, answers: Iterator[Any], run_id: str, database: int, now
 
 
 def _queue(answers: Sequence[Any], now: Milliseconds) -> QueueReading:
-    *waiting, held, scheduled, spilled, presence, served, checkpoint, attempts, waits = answers
+    *waiting, held, scheduled, spilled, presence, served, checkpoint, attempts, waits, unclaimed = answers
     kept = _checkpoint(checkpoint) if checkpoint else NOTHING_KEPT
     reports = [Presence.load(raw) for raw in presence.values()]
     return QueueReading(
@@ -378,6 +367,7 @@ def _queue(answers: Sequence[Any], now: Milliseconds) -> QueueReading:
         # What was counted since another time is over.
         counted=_attempts(attempts) if int(attempts.get("since", 0)) == kept.breaker.since else NO_ATTEMPTS,
         kept=kept,
+        unclaimed=unclaimed,
     )
 
 

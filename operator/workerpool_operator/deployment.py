@@ -10,15 +10,18 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from workerpool_operator.model import API_VERSION, KIND, PROBES_VOLUME, WORKER_CONTAINER, Tier
+from workerpool_operator.model import API_VERSION, KIND, PROBES_VOLUME, WORKER_CONTAINER, Accelerator, Replicas, Tier
 from workerpool_operator.ports import Pool
-from workerpool_operator.worker_command import DEFAULT_GRACE_SECONDS, command, environment, literal, probe
+from workerpool_operator.worker_command import DEFAULT_GRACE_SECONDS, GRACE, command, environment, literal, probe
 from workerpool_routing import wire
 
 MANAGED_BY = "app.kubernetes.io/managed-by"
 MANAGER = "celery-workerpool"
 POOL_LABEL = "workerpool.dev/pool"
 TIER_LABEL = "workerpool.dev/tier"
+
+ACCELERATOR = "workerpool.dev/accelerator"
+"""An annotation of the Deployment: the resource that its tier's accelerator is."""
 
 BROKER_MARK = "workerpool.dev/broker-mark"
 """An annotation of the pods that changes with the broker's URL, so that a new password replaces every worker."""
@@ -54,6 +57,7 @@ def build(pool: Pool, tier: Tier, broker_mark: str = "") -> dict[str, Any]:
             "name": name_of(pool, tier),
             "namespace": pool.namespace,
             "labels": {"app.kubernetes.io/name": "celery-worker", **selector_of(pool, tier)},
+            **({"annotations": {ACCELERATOR: tier.accelerator.resource}} if tier.accelerator else {}),
             "ownerReferences": [{**owner, "controller": True, "blockOwnerDeletion": True}],
         },
         "spec": {
@@ -64,6 +68,29 @@ def build(pool: Pool, tier: Tier, broker_mark: str = "") -> dict[str, Any]:
             "template": _template(pool, tier, broker_mark),
         },
     }
+
+
+def tier_of(manifest: Mapping[str, Any]) -> Tier | None:
+    """The tier that a Deployment was built for, as far as it matters once it has been removed; None if it was built for none.
+
+    It starts no worker any more, so the template says no more than the grace period.
+    """
+    spec, annotations = manifest["spec"], manifest["metadata"].get("annotations") or {}
+    pods = spec.get("template", {}).get("spec", {})
+    variables = [variable for container in pods.get("containers", ()) for variable in container.get("env") or ()]
+    told = {variable["name"]: str(variable.get("value", "")).replace("$$", "$") for variable in variables}
+    name = spec.get("selector", {}).get("matchLabels", {}).get(TIER_LABEL)
+    queue, concurrency = told.get(wire.ENV_QUEUE), told.get(wire.ENV_CONCURRENCY, "")
+    if not (name and queue and concurrency.isdigit()):
+        return None
+    return Tier.model_construct(
+        name=name,
+        queue=queue,
+        accelerator=Accelerator(resource=annotations[ACCELERATOR]) if ACCELERATOR in annotations else None,
+        concurrency=int(concurrency),
+        replicas=Replicas(max=0),
+        template={"spec": {GRACE: pods[GRACE]} if GRACE in pods else {}},
+    )
 
 
 # A rollout must not need an extra accelerator, so an old worker stops before a new one starts.
@@ -81,7 +108,7 @@ def _template(pool: Pool, tier: Tier, broker_mark: str) -> dict[str, Any]:
         **tier.template,
         "metadata": {**metadata, "labels": labels},
         "spec": {
-            "terminationGracePeriodSeconds": DEFAULT_GRACE_SECONDS,
+            GRACE: DEFAULT_GRACE_SECONDS,
             "topologySpreadConstraints": [_spread(pool, tier)],
             **spec,
             "containers": containers,

@@ -8,7 +8,7 @@ from typing import Any
 
 from workerpool_operator.observation import Unavailable
 from workerpool_routing import admission
-from workerpool_routing.admission import Admission
+from workerpool_routing.admission import Admission, Question
 from workerpool_routing.decide import Reason, Request, explain, preselect
 from workerpool_routing.ledger import script
 from workerpool_routing.wire import Keyspace, Policy
@@ -66,7 +66,7 @@ async def ask(client: Any, keys: Keyspace) -> DryRun | Unavailable:
 
 
 async def _answer(client: Any, keys: Keyspace, policy: Policy, request: Request) -> Answer:
-    call = admission.call(keys, preselect(policy, request), request)
+    call = admission.call(keys, Question(preselect(policy, request), request))
     found = admission.parse(await client.register_script(script("admit"))(keys=call.keys, args=call.args))
     assert isinstance(found, Admission), "only a call with `until` gives up"
     return Answer(

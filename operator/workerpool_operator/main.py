@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,7 +31,6 @@ from workerpool_operator.kube.urls import KubeUrls
 from workerpool_operator.kube.workers import KubeWorkers
 from workerpool_operator.metrics import Metrics
 from workerpool_operator.model import API_VERSION, GROUP, PLURAL, VERSION
-from workerpool_operator.observation import Unavailable
 from workerpool_operator.ports import Pool, Report
 from workerpool_operator.reconcile import Reconciler
 
@@ -194,7 +193,7 @@ class Operator:
         self._seen = Seen()
         self._urls = KubeUrls(api)
         self._broker = RedisBroker(self._wake, candidate.fence)
-        self._workers = KubeWorkers(api, self._seen, self._holds_jobs, self._urls.mark)
+        self._workers = KubeWorkers(api, self._seen, self._urls.mark)
         self._reporter = KubeReporter(api)
         self._reconciler = Reconciler(urls=self._urls, broker=self._broker, workers=self._workers, reporter=self, wake=self._wake)
         self._metrics = Metrics(lambda: candidate.leads, lambda: self._reconciler.passes, lambda: self._reconciler.pools)
@@ -295,6 +294,10 @@ class Operator:
     async def _on_deployment(self, event: kopf.RawEvent, **_: Any) -> None:
         self._watched["deployments"] = time.monotonic()
         _take_in(self._seen.deployments, event)
+        metadata: Any = event["object"]["metadata"]
+        for owner in metadata.get("ownerReferences") or ():
+            if pool := self._reconciler.pools.get(f"{metadata['namespace']}/{owner['name']}"):
+                self._reconciler.pools[pool.id] = replace(pool, removed=self._workers.removed(pool))
         self._wake.set()
 
     async def _on_pod(self, event: kopf.RawEvent, **_: Any) -> None:
@@ -331,15 +334,11 @@ class Operator:
         if known is not None and (stored is None or stored.uid != known.uid):
             await self._forget(known)
         if isinstance(stored, Pool):
-            self._reconciler.pools[stored.id] = stored
+            self._reconciler.pools[stored.id] = replace(stored, removed=self._workers.removed(stored))
             if known is None or (known.uid, known.generation) != (stored.uid, stored.generation):
                 self._wake.set()
         elif isinstance(stored, Refused):
             await self._reporter.refuse(stored)
-
-    async def _holds_jobs(self, pool: Pool, tier: str, queue: str) -> bool | Unavailable:
-        url = await self._urls.broker_url(pool)
-        return url if isinstance(url, Unavailable) else await self._broker.holds_jobs(url, pool, tier, queue)
 
     async def _forget(self, pool: Pool) -> None:
         """Clean up after a deleted WorkerPool; its Deployments are deleted by their owner references."""

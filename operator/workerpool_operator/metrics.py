@@ -132,7 +132,7 @@ class Metrics(Collector):
 
 
 def _tiers(pool: str, report: Report) -> Iterator[tuple[Metric, list[str], *tuple[float, ...]]]:
-    accelerated = {tier.name for tier in report.pool.spec.tiers if tier.accelerated}
+    accelerated = {tier.name for tier in report.pool.tiers if tier.accelerated}
     for tier in report.status.tiers:
         labels = [pool, tier.name]
         yield DESIRED, labels, tier.desired

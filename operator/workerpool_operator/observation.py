@@ -134,6 +134,7 @@ class QueueReading:
         waiting: messages in the tier's queue, over all priority steps.
         in_flight: messages that the tier's workers hold unacknowledged, without those of a future ETA.
         spilled: jobs that wanted this tier and wait or run elsewhere.
+        unclaimed: jobs that wait there by the ledger, wherever their messages are.
         workers: the last report of each live worker.
         lost: owners that reported once and then fell silent, not yet taken over.
         served: the jobs that it has ended.
@@ -153,6 +154,12 @@ class QueueReading:
     counted: Attempts = NO_ATTEMPTS
     kept: Checkpoint = NOTHING_KEPT
     plain_in_flight: int = 0
+    unclaimed: int = 0
+
+    @property
+    def scheduled(self) -> int:
+        """Messages of a future ETA that its workers hold."""
+        return sum(report.scheduled for report in self.workers)
 
     @property
     def attempts(self) -> Attempts:

@@ -37,6 +37,9 @@ _NEWS = 0.1
 _STUCK = frozenset({Phase.UNSCHEDULABLE, Phase.FAILING})
 """The phases of a worker that is ordered and cannot come up for now: no start is under way, and none takes so long."""
 
+REMOVED_SECONDS = 8.0
+"""For how long nothing has to be left of a removed tier until it goes: longer than API pods keep a policy and publish by it."""
+
 _FAILS = "attempts on {} fail, and their jobs succeed elsewhere; it is tried again after a pause"
 
 _PAUSED = "mode: Paused: nothing is decided, the count is what was seen"
@@ -48,7 +51,8 @@ class TierPlan:
 
     ``drain`` says how it comes to what it should have without cutting off a job, ``breaker`` whether it takes part in routing;
     None where there is nothing to decide: a plain tier, one whose jobs have nowhere else to go, a pool that is paused or unread.
-    ``stuck`` says when each worker that could not come up was last seen so.
+    ``stuck`` says when each worker that could not come up was last seen so, ``removal`` how far a tier is that is not in the
+    spec any more.
     """
 
     tier: Tier
@@ -58,11 +62,18 @@ class TierPlan:
     drain: drain.Drain
     breaker: breaker.Decision | None = None
     stuck: Mapping[str, float] = field(default_factory=dict)
+    removal: Removal | None = None
 
     @property
     def memory(self) -> Memory:
         """What the next pass has to know of this one."""
-        return Memory(self.decision.memory, self.drain.memory, self.stuck)
+        return Memory(self.decision.memory, self.drain.memory, self.stuck, self.removal)
+
+    @property
+    def lingers(self) -> bool:
+        """Whether it is a removed tier without workers that stays for now."""
+        left = self.workers.desired or self.drain.replicas
+        return self.removal is not None and not self.removal.over and not left
 
     @property
     def spilled(self) -> int | None:
@@ -71,12 +82,21 @@ class TierPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Removal:
+    """How far a removed tier is: since when nothing of it is left, None while something is, and whether that is long enough."""
+
+    empty_since: float | None = None
+    over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
-    """What is remembered of one tier from pass to pass; ``stuck`` as in :class:`TierPlan`."""
+    """What is remembered of one tier from pass to pass; ``stuck`` and ``removal`` as in :class:`TierPlan`."""
 
     scaling: scaling.Memory = field(default_factory=scaling.Memory)
     drain: drain.Memory = field(default_factory=drain.Memory)
     stuck: Mapping[str, float] = field(default_factory=dict)
+    removal: Removal | None = None
 
 
 def plan(
@@ -99,22 +119,28 @@ def plan(
     decided: list[_Decided] = []
     # A job orders where it waits, which is behind the tier that it wanted: what is ordered there has to be known first.
     plain, accelerated = ([t for t in pool.spec.tiers if t.accelerated is kind] for kind in (False, True))
-    for tier in (*plain, *reversed(accelerated)):
+    for tier in (*plain, *reversed(accelerated), *pool.removed):
+        removed = tier in pool.removed
         queue = None if isinstance(reading, Unavailable) else _bounded(reading, tier)
+        if removed and queue is not None:
+            queue = _left(pool, tier, queue)
         live = _without_ejected(workers[tier.name], queue)
         known = _informed(memory.get(tier.name, Memory()), live, queue)
         bounds = scaling.Policy(tier.replicas.min, tier.replicas.max, tier.concurrency, pool.spec.scaling.target_wait_seconds)
-        routing = _routing(pool, tier, queue, reading)
+        routing = None if removed else _routing(pool, tier, queue, reading)
         stuck = _stuck(live, known.stuck, now)
-        observed: scaling.Demand | scaling.Unread
         if queue is None or isinstance(reading, Unavailable):
             assert isinstance(reading, Unavailable)
             # The minimum needs no reading: a Deployment that is not there is created with it.
-            observed = scaling.Unread(max(live.desired, tier.replicas.min), reading)
+            unread = scaling.Unread(max(live.desired, tier.replicas.min), reading)
+            decision = scaling.decide(bounds, unread, known.scaling, now)
+        elif removed:
+            decision = _departing(tier, queue, live, known)
         else:
             own = demand(_servable(queue, routing), live, reading.arrived(tier.name), stuck, now)
             observed = _joint(own, bounds, known.scaling, decided, now)
-        decision = scaling.decide(bounds, observed, known.scaling, now)
+            decision = scaling.decide(bounds, observed, known.scaling, now)
+            decided.append(_Decided(bounds, observed, decision))
         if live.rival:
             why = f"the count is left to {live.rival}"
             decision = replace(decision, replicas=live.desired, reason=scaling.Reason.ANOTHER_AUTOSCALER, message=why)
@@ -124,10 +150,9 @@ def plan(
             leaves = drain.held(live, decision.replicas, known.drain)
         else:
             leaves = drain.decide(decision.replicas, live, queue, reading.marked, reading.time, known.drain, now)
-        if isinstance(observed, scaling.Demand):
-            decided.append(_Decided(bounds, observed, decision))
-        plans[tier.name] = TierPlan(tier, queue, live, decision, leaves, routing, stuck)
-    return [plans[tier.name] for tier in pool.spec.tiers]
+        removal = _removal(queue, live, known.removal, now) if removed else None
+        plans[tier.name] = TierPlan(tier, queue, live, decision, leaves, routing, stuck, removal)
+    return [plans[tier.name] for tier in pool.tiers]
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,18 +270,52 @@ def _bounded(reading: BrokerReading, tier: Tier) -> QueueReading:
     return replace(own, spilled=min(own.spilled, elsewhere))
 
 
-def policy(spec: WorkerPoolSpec) -> Policy:
-    """What API pods and workers have to know of the pool."""
+def _left(pool: Pool, tier: Tier, queue: QueueReading) -> QueueReading:
+    """What is left of a removed tier. If its queue is another's by now, what waits there is that one's."""
+    if tier.queue in pool.ceded:
+        # Who runs its jobs there leaves them waiting on the ledger.
+        return replace(queue, waiting=0, unclaimed=0)
+    if any(other.queue == tier.queue for other in pool.spec.tiers):
+        return replace(queue, waiting=0)
+    return queue
+
+
+def _departing(tier: Tier, queue: QueueReading, live: TierReplicas, memory: Memory) -> scaling.Decision:
+    """As many workers as have something to do, none more than there are; one if there is none and a job waits."""
+    left = queue.waiting + queue.in_flight + queue.scheduled
+    most = max(live.desired, min(queue.waiting, 1))
+    replicas = min(most, math.ceil(left / tier.concurrency))
+    message = (
+        f"no longer in the WorkerPool, goes when nothing is left: {queue.waiting} waiting + {queue.in_flight} in flight"
+        f" + {queue.scheduled} for a later time, {queue.unclaimed} unclaimed on the ledger, ordered {replicas}"
+    )
+    return scaling.Decision(replicas, scaling.Reason.REMOVED, message, memory.scaling, replicas)
+
+
+def _removal(queue: QueueReading | None, live: TierReplicas, before: Removal | None, now: float) -> Removal:
+    if queue is None or live.desired or live.replicas or queue.lost:
+        return Removal()
+    if queue.waiting or queue.in_flight or queue.scheduled or queue.unclaimed:
+        return Removal()
+    since = before.empty_since if before and before.empty_since is not None else now
+    return Removal(since, now - since >= REMOVED_SECONDS)
+
+
+def policy(spec: WorkerPoolSpec, removed: Sequence[Tier] = ()) -> Policy:
+    """What API pods and workers have to know of the pool; ``removed`` as in :class:`Pool`."""
     return Policy(
-        tiers=tuple(
-            TierPolicy(t.name, t.queue, t.accelerated, t.concurrency, t.replicas.max * t.concurrency) for t in spec.tiers
-        ),
+        tiers=tuple(map(_tier_policy, spec.tiers)),
         accelerated_content_types=spec.routing.accelerated_content_types,
         tasks=tuple(TaskPolicy(task.name, task.accelerated) for task in spec.routing.tasks),
         fallback_on_failure=spec.routing.fallback.on_failure,
         fallback_on_loss=spec.routing.fallback.on_loss,
         max_wait_seconds=spec.routing.max_wait_seconds,
+        removed=tuple(map(_tier_policy, removed)),
     )
+
+
+def _tier_policy(tier: Tier) -> TierPolicy:
+    return TierPolicy(tier.name, tier.queue, tier.accelerated, tier.concurrency)
 
 
 def capacity(spec: WorkerPoolSpec, plans: list[TierPlan], time: Milliseconds, now: float) -> Capacity:
@@ -277,8 +336,10 @@ def _capacity(plan: TierPlan, target: float, time: Milliseconds, now: float) -> 
     stuck = sum(replica.phase in _STUCK for replica in plan.workers.replicas)
     start, ready_in = _starts(plan, stuck, now)
     return TierCapacity(
+        # A job waits for no worker of a removed tier: one that may go elsewhere does.
         starting=tuple(
-            StartingSlots(slots * len(group), Milliseconds(time + round(1000 * fmean(group)))) for group in _grouped(ready_in)
+            StartingSlots(slots * len(group), Milliseconds(time + round(1000 * fmean(group))))
+            for group in _grouped([] if plan.removal else ready_in)
         ),
         # Where one worker cannot be placed or does not come up, another would not either; another autoscaler orders none by this.
         startable=0 if stuck or plan.workers.rival else slots * max(0, plan.tier.replicas.max - plan.decision.replicas),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from workerpool_operator.model import WorkerPoolSpec
+from workerpool_operator.model import Tier, WorkerPoolSpec
 from workerpool_operator.observation import BrokerReading, Checkpoint, TierReplicas, Unavailable
 from workerpool_operator.rebalancing import Transfer
 from workerpool_operator.status import Event, Status
@@ -21,6 +21,8 @@ class Pool:
         created_at: wall-clock seconds; of two pools on one queue, the older one keeps it.
         status: as last stored, so that a new operator goes on from there.
         unknown: fields of the spec that the stored CustomResourceDefinition does not have, so that the API server drops them.
+        removed: tiers that were taken out of the spec and still have something where workers run.
+        ceded: the queues of these that belong to another pool by now.
     """
 
     namespace: str
@@ -31,6 +33,13 @@ class Pool:
     spec: WorkerPoolSpec
     status: Mapping[str, Any] = field(default_factory=dict)
     unknown: Sequence[str] = ()
+    removed: tuple[Tier, ...] = ()
+    ceded: frozenset[str] = frozenset()
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Those of the spec, in order of preference, then the removed ones."""
+        return *self.spec.tiers, *self.removed
 
     @property
     def id(self) -> str:
@@ -111,7 +120,7 @@ class Workers(Protocol):
 
         Args:
             pool: the pool.
-            replicas: by tier name.
+            replicas: by tier name. A tier that is left out stays as it is; a removed one that has none and shall have none goes.
             leaving: the workers that go if a count is lowered.
         """
 

@@ -86,7 +86,8 @@ def transfers(policy: Policy, loads: Mapping[str, Load], spilled: Mapping[str, i
     plain = [tier for tier in policy.tiers if not tier.accelerated]
     if not plain:
         return []
-    found = (_away(tier, plain, loads) or _home(tier, plain, loads, spilled) for tier in policy.tiers if tier.accelerated)
+    found = [_away(tier, plain, loads) or _home(tier, plain, loads, spilled) for tier in policy.tiers if tier.accelerated]
+    found += [_away(tier, plain, loads) for tier in policy.removed if tier.accelerated]
     return [transfer for transfer in found if transfer]
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from workerpool_operator import conditions, planning, rebalancing, sharing
 from workerpool_operator.model import Mode
@@ -41,6 +41,9 @@ PATIENCE_SECONDS = 0.5
 
 LOOK_AGAIN_SECONDS = 3.0
 """How long a queue is left alone in which nothing was found that may move: each look reads a thousand messages."""
+
+
+_Version: TypeAlias = tuple[str, int, tuple[str, ...]]
 
 
 @dataclass(slots=True)
@@ -98,7 +101,7 @@ class Reconciler:
         self._failures: dict[str, str] = {}
         self._places: dict[str, tuple[str, Hashable]] = {}
         self._held: dict[str, Conflict] = {}
-        self._readings: dict[tuple[str, int], BrokerReading | Unavailable] = {}
+        self._readings: dict[_Version, BrokerReading | Unavailable] = {}
         self._underway: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -142,9 +145,11 @@ class Reconciler:
         await self._read(pools, urls, patience)
         readings, self._readings = self._readings, {}
         held = self._conflicts(pools, urls, readings)
+        ceded = sharing.ceded(pools, self._brokers(pools))
         for pool in pools:
             if reading := readings.get(_version(pool)):
-                tend = partial(self._tend, pool, urls.get(pool.id, ""), reading, held.get(pool.id))
+                known = replace(pool, ceded=ceded.get(pool.id, frozenset()))
+                tend = partial(self._tend, known, urls.get(pool.id, ""), reading, held.get(pool.id))
                 self._begin(("tend", pool.id), pool.id, tend)
         await self._finish(patience)
 
@@ -164,7 +169,7 @@ class Reconciler:
             self._readings[_version(pool)] = answer if isinstance(answer, Unavailable) else answer[pool.id]
 
     def _conflicts(
-        self, pools: list[Pool], urls: Mapping[str, str], readings: Mapping[tuple[str, int], BrokerReading | Unavailable]
+        self, pools: list[Pool], urls: Mapping[str, str], readings: Mapping[_Version, BrokerReading | Unavailable]
     ) -> Mapping[str, Conflict]:
         """Who is held; what cannot be read just now is where it was."""
         servers: dict[str | None, Hashable] = {}
@@ -175,10 +180,13 @@ class Reconciler:
             url = urls.get(pool.id)
             if url is not None and (url in servers or self._places.get(pool.uid, ("",))[0] != url):
                 self._places[pool.uid] = (url, servers.get(url, url))
-        places = {pool.id: self._places[pool.uid][1] for pool in pools if pool.uid in self._places}
         sure = {pool.id for pool in pools if urls.get(pool.id) in servers}
-        self._held = sharing.conflicts(pools, places, sure, self._held)
+        self._held = sharing.conflicts(pools, self._brokers(pools), sure, self._held)
         return self._held
+
+    def _brokers(self, pools: list[Pool]) -> Mapping[str, Hashable]:
+        """By pool id, what identifies its broker, as last known."""
+        return {pool.id: self._places[pool.uid][1] for pool in pools if pool.uid in self._places}
 
     def _begin(self, lane: tuple[str, str], name: str, work: Callable[[], Awaitable[None]]) -> None:
         """Start it, unless the same of an earlier pass is still under way."""
@@ -216,7 +224,7 @@ class Reconciler:
         async def carry_out() -> None:
             if acts and plans and not failures:
                 with self._noting(pool, failures):
-                    replicas = {plan.tier.name: plan.drain.replicas for plan in plans}
+                    replicas = {plan.tier.name: plan.drain.replicas for plan in plans if not plan.lingers}
                     await self._workers.scale(pool, replicas, frozenset[str]().union(*(plan.drain.leaving for plan in plans)))
             if not failures:
                 self._failures.pop(pool.uid, None)
@@ -266,7 +274,7 @@ class Reconciler:
         if ("carry out", pool.id) in self._underway:
             # A count may be on its way down that stands on them.
             marks = replace(marks, remove=frozenset())
-        policy, checkpoints = planning.policy(pool.spec), planning.checkpoints(plans)
+        policy, checkpoints = planning.policy(pool.spec, pool.removed), planning.checkpoints(plans)
         refused = await self._broker.publish(url, pool, policy, capacity, marks, checkpoints)
         # A Redis that takes no write takes no presence either: workers that live fall silent there.
         self._reaper.saw(pool, refused or reading)
@@ -276,7 +284,7 @@ class Reconciler:
         return refused
 
     async def _rebalance(self, pool: Pool, url: str, plans: list[TierPlan], loads: Mapping[str, Load]) -> None:
-        policy, spilled = planning.policy(pool.spec), {plan.tier.name: plan.spilled or 0 for plan in plans}
+        policy, spilled = planning.policy(pool.spec, pool.removed), {plan.tier.name: plan.spilled or 0 for plan in plans}
         looked_in_vain = self._looked_in_vain.setdefault(pool.uid, {})
         for transfer in rebalancing.transfers(policy, loads, spilled):
             if self._clock() - looked_in_vain.get(transfer.way, -math.inf) < LOOK_AGAIN_SECONDS:
@@ -294,6 +302,6 @@ class Reconciler:
                 del kept[uid]
 
 
-def _version(pool: Pool) -> tuple[str, int]:
-    """What a reading belongs to: it does not fit the tiers of another generation."""
-    return pool.uid, pool.generation
+def _version(pool: Pool) -> _Version:
+    """What a reading belongs to: it does not fit the tiers of another generation, nor other removed ones."""
+    return pool.uid, pool.generation, tuple(tier.name for tier in pool.removed)

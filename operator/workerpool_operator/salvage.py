@@ -17,7 +17,7 @@ from workerpool_operator import planning
 from workerpool_operator.ports import Pool
 from workerpool_routing import ledger
 from workerpool_routing.ledger import CorruptEntry, Job, State
-from workerpool_routing.wire import PRESENCE_LIFE_MS, TierPolicy, VersionMismatch, priority_of
+from workerpool_routing.wire import PRESENCE_LIFE_MS, Policy, TierPolicy, VersionMismatch, priority_of
 
 UNRENEWED_SECONDS = PRESENCE_LIFE_MS / 1000 + 1
 """A worker renews every second what it holds: what is older than this is held by nobody."""
@@ -62,10 +62,11 @@ async def take_over(client: Any, pool: Pool, tier: str, owner: str, refused: Cal
 
 async def sweep(client: Any, pool: Pool) -> list[str]:
     """Find what fell between the steps, over all tiers: messages that nobody renews, jobs whose message is nowhere."""
-    sentences = []
-    for tier in planning.policy(pool.spec).tiers:
+    sentences, policy = [], _policy(pool)
+    for tier in (*policy.tiers, *policy.removed):
         sentences += await _unrenewed(client, pool, tier)
-        sentences += await _missing(client, pool, tier)
+        if tier.queue not in pool.ceded:  # there whoever has the queue may have run it
+            sentences += await _missing(client, pool, tier)
     return sentences
 
 
@@ -102,8 +103,10 @@ async def _missing(client: Any, pool: Pool, tier: TierPolicy) -> list[str]:
     overtaken = await _overtaken(client, pool, tier)
     if not overtaken:
         return []
-    held = (json.loads(raw)[0] for raw in await client.hvals(pool.keys.unacked(tier.name)))
-    nowhere = overtaken.keys() - _ids(held)
+    nowhere = set(overtaken)
+    for other in pool.tiers:
+        if other.queue == tier.queue:  # that of a tier with another name by now is taken by the workers of both
+            nowhere -= _ids(json.loads(raw)[0] for raw in await client.hvals(pool.keys.unacked(other.name)))
     for name in pool.keys.queue_lists(tier.queue):
         end = -1
         while nowhere and (chunk := await client.lrange(name, end - _CHUNK + 1, end)):
@@ -125,7 +128,7 @@ async def _missing(client: Any, pool: Pool, tier: TierPolicy) -> list[str]:
 
 async def _give_up(client: Any, pool: Pool, tier: TierPolicy, job: Job) -> Any:
     call = ledger.settle(
-        pool.keys, planning.policy(pool.spec), job.task_id, attempt=job.attempt, tag="", owner="", tier=tier.name,
+        pool.keys, _policy(pool), job.task_id, attempt=job.attempt, tag="", owner="", tier=tier.name,
         before=State.ADMITTED, after=State.FAILED,
     )  # fmt: skip
     return await _run(client, "settle", call)
@@ -143,7 +146,7 @@ async def _overtaken(client: Any, pool: Pool, tier: TierPolicy) -> Mapping[str, 
             job = await _job(client, pool, tier.name, task_id)
         except (VersionMismatch, CorruptEntry):
             continue
-        if job is None or job.state.ended:
+        if job is None or job.state.ended or (job.state is not State.ADMITTED and job.tier != tier.name):
             await client.zrem(waiting, task_id)
         elif job.state is not State.CLAIMED and job.message:
             line = pool.keys.queue_list(tier.queue, priority_of(json.loads(job.message)))
@@ -202,7 +205,7 @@ async def _aside(client: Any, pool: Pool, tier: str, task_id: str, *, tag: str, 
 
 
 async def _move(client: Any, pool: Pool, job: Job) -> list[str]:
-    to = ledger.after_loss(planning.policy(pool.spec), job)
+    to = ledger.after_loss(_policy(pool), job)
     raw = await client.hget(pool.keys.unacked(job.tier), job.tag)
     if to is None or raw is None:
         return []
@@ -210,6 +213,10 @@ async def _move(client: Any, pool: Pool, job: Job) -> list[str]:
     if not await _run(client, "move", call):
         return []
     return [f"job {job.task_id} of lost worker {job.owner} goes from {job.tier} to {to.tier.name}, attempt {to.attempt}"]
+
+
+def _policy(pool: Pool) -> Policy:
+    return planning.policy(pool.spec, pool.removed)
 
 
 async def _run(client: Any, name: str, call: ledger.Call) -> Any:

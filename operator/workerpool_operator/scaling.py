@@ -76,6 +76,7 @@ class Reason(StrEnum):
     AT_MINIMUM = "AtMinimum"
     PAUSED = "Paused"
     ANOTHER_AUTOSCALER = "AnotherAutoscaler"
+    REMOVED = "Removed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,11 @@ from workerpool_operator.model import WORKER_CONTAINER, Tier
 from workerpool_operator.ports import Pool
 from workerpool_routing import wire
 
+GRACE = "terminationGracePeriodSeconds"
+"""The field of a pod's spec that says how long it has from SIGTERM to SIGKILL, in seconds."""
+
 DEFAULT_GRACE_SECONDS = 600
-"""From SIGTERM to SIGKILL, if the template does not say."""
+"""If the template does not say."""
 
 PROBE_LIFE_SECONDS = 30
 """A worker touches its file every second; after so long without a touch it counts as stuck."""
@@ -74,7 +77,7 @@ def environment(pool: Pool, tier: Tier) -> dict[str, str]:
 
 def grace_seconds(tier: Tier) -> int:
     """How long a worker that was told to stop may go on with its jobs, in seconds."""
-    return int(tier.template["spec"].get("terminationGracePeriodSeconds", DEFAULT_GRACE_SECONDS))
+    return int(tier.template["spec"].get(GRACE, DEFAULT_GRACE_SECONDS))
 
 
 def literal(text: str) -> str:

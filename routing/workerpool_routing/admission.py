@@ -42,10 +42,11 @@ class Entry:
     """What the ledger stores of a new job.
 
     Attributes:
-        fenced: whether workers will claim it; one that they only run is published and not on the ledger.
+        fenced: whether workers claim it; a job that they do not claim is published, but gets no ledger entry.
         publish: whether the script publishes the message; for a plain ``delay()`` Celery does.
         idempotency_key: a second call with the same key gets the decision of the first.
-        wait: the expected wait if a decision was made before, which counts the job itself by now; None if it is made now.
+        wait: the expected wait by an earlier decision on this job; None if it is decided now. (After an earlier decision the
+            script would count the job itself among those that wait.)
     """
 
     task_id: str
@@ -62,8 +63,8 @@ class Admission:
 
     Attributes:
         task_id: of the job; that of an earlier call if the idempotency key was used before, empty if no job was to be admitted.
-        load: what the tier that was asked for held; all of its starting slots count as ready with the first of them. None if
-            the decision is an earlier one.
+        load: of the tier that was asked for, with all of its starting slots as one group, ready when the first of them is. None
+            if the decision is an earlier one.
         time: of Redis's clock, at the decision.
     """
 
@@ -76,31 +77,34 @@ class Admission:
     time: Milliseconds
 
 
-def call(
-    keys: Keyspace,
-    candidates: Candidates,
-    request: Request,
-    *,
-    entry: Entry | None = None,
-    lease: str | None = None,
-    wanted: TierPolicy | None = None,
-    refuses: bool = True,
-    until: Milliseconds | None = None,
-) -> Call:
-    """Arguments of the script; with neither entry nor lease it decides and writes nothing.
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What the script is asked: where a job goes. With neither entry nor lease it decides and writes nothing.
 
-    Args:
-        keys: the pool's.
-        candidates: from :func:`~workerpool_routing.decide.preselect`, or the one that a lease was given for.
+    Attributes:
+        candidates: from :func:`~workerpool_routing.decide.preselect`, or the one tier that an earlier answer named.
         request: what the caller asks for.
         entry: the job to write to the ledger.
-        lease: an id under which the job counts on its tier until the lease is released.
+        lease: an id under which the job counts on its tier until the lease is released, or expires.
         wanted: the tier to whose demand the job counts; None for the first candidate if that is accelerated, else for the tier
             that the job gets.
         refuses: whether the answer may be a refusal.
-        until: Redis's time after which nobody waits for the answer any more; after it the script does nothing.
     """
-    ask: dict[str, Any] = {"task": request.task, "refuses": refuses, "limit": request.limit, "lease": lease, "until_ms": until}
+
+    candidates: Candidates
+    request: Request
+    entry: Entry | None = None
+    lease: str | None = None
+    wanted: TierPolicy | None = None
+    refuses: bool = True
+
+
+def call(keys: Keyspace, question: Question, *, until: Milliseconds | None = None) -> Call:
+    """Arguments of the script. After ``until``, by Redis's clock, it does nothing: nobody waits for its answer any more."""
+    request, entry = question.request, question.entry
+    ask: dict[str, Any] = {
+        "task": request.task, "refuses": question.refuses, "limit": request.limit, "lease": question.lease, "until_ms": until,
+    }  # fmt: skip
     parts: list[str] = []
     if entry:
         ask |= {"id": entry.task_id, "required": int(request.accelerated == "required")}
@@ -113,7 +117,7 @@ def call(
         ask["later"] = entry.message.later or None
         parts = [entry.message.head, entry.message.tail]
     given = json.dumps({key: value for key, value in ask.items() if value is not None})
-    return Call([], [_of_the_pool(keys, candidates, wanted), given, *parts])
+    return Call([], [_of_the_pool(keys, question.candidates, question.wanted), given, *parts])
 
 
 def parse(reply: Sequence[Any]) -> Admission | Milliseconds:

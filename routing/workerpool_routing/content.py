@@ -12,11 +12,13 @@ _MAIN_TYPES = frozenset(
 UNKNOWN = "unknown"
 
 
-def main_type(given: str) -> str:
+def main_type(given: str | None) -> str | None:
     """The main type of a MIME type (``image/png``) or of a file name (``scan.PNG``), or the word itself (``image``).
 
-    What can be none of these is :data:`UNKNOWN`: it comes from a client, and stands in the log.
+    None if nothing is given. What can be none of these is :data:`UNKNOWN`: it comes from a client, and stands in the log.
     """
+    if given is None:
+        return None
     word = given.strip().lower()
     head, slash, _ = word.partition("/")
     if slash and head in _MAIN_TYPES:

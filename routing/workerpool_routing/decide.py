@@ -42,19 +42,19 @@ RETURN = 0.5
 """The part of the threshold at which a task that spills comes back."""
 
 SERVICE_SECONDS = 1.0
-"""What a job counts in a queue while nothing is known of its task: low, so that nothing is refused for want of knowledge."""
+"""How long a job is taken to run while none has ended on its tier: short, so that no job is refused for want of knowledge."""
 
 ACCELERATION = 4.0
-"""How many times faster than that an accelerated tier is taken to run it: little, of what makes a tier worth its price."""
+"""By this factor, an accelerated tier is then taken to be faster: a low one, for a tier that is worth its price."""
 
 SHORTEST_SECONDS = 0.001
-"""What a job counts at least: the resolution of the clock that its time was taken with."""
+"""No job is taken to run for less: this is the resolution of the clock by which run times are measured."""
 
 START_SECONDS = 30.0
-"""How long a slot takes to start while none has been seen to: low, for the same reason, and within the patience."""
+"""How long a slot is taken to start while no start has been seen: short, for the same reason, and within the patience."""
 
 PATIENCE_SECONDS = 30.0
-"""By how much later than on the plain tier a slot may be ready that a job waits for while service times are unknown."""
+"""While service times are unknown, a job waits for an accelerated slot that is ready at most this much later than a plain one."""
 
 
 class Reason(StrEnum):
@@ -111,7 +111,7 @@ class Candidates:
 
 
 def assumed_seconds(*, accelerated: bool) -> float:
-    """What a job counts in the queue of such a tier while no job has ended there."""
+    """How long a job is taken to run on such a tier while none has ended there."""
     return SERVICE_SECONDS / ACCELERATION if accelerated else SERVICE_SECONDS
 
 
@@ -123,10 +123,10 @@ class Load:
         coming: slots that are on their way, and in how many seconds they are ready: soonest first, at least one slot each.
         leased: jobs that were sent to it and are not in its queue yet.
         service: mean seconds of this task on it, None when unknown.
-        mean: mean seconds of the jobs that it runs, of whatever task; None when unknown: then those of this task stand for all.
+        mean: mean seconds of the jobs that it runs, of any task; if it is None, ``service`` is used in its place.
         startable, start_seconds, target_seconds: slots that may still be ordered, as in :class:`TierCapacity`.
         limit: how many jobs it may have at once while its attempts fail; None while they do not.
-        assumed: what a job counts while neither ``service`` nor ``mean`` is known: see :func:`assumed_seconds`.
+        assumed: how long a job is taken to run while neither is known, see :func:`assumed_seconds`.
     """
 
     waiting: int

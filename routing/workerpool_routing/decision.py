@@ -59,17 +59,13 @@ def undecided(task_id: str | None, queue: str) -> Decision:
 
 def log(pool: str, request: Request, decided: Decision | None) -> None:
     """Log and count one decision; None is a refusal."""
-    values = (
-        pool,
-        decided.task_id if decided else None,
-        request.task,
-        decided.tier if decided else None,
-        decided.queue if decided else None,
-        request.content_type,
-        decided.reason if decided else Reason.OVERLOADED,
-        decided.expected_wait if decided else None,
+    task_id, tier, queue, reason, wait = (
+        (decided.task_id, decided.tier, decided.queue, decided.reason, decided.expected_wait)
+        if decided
+        else (None, None, None, Reason.OVERLOADED, None)
     )
-    metrics.count(pool, decided.tier if decided else None, decided.reason if decided else Reason.OVERLOADED)
+    metrics.count(pool, tier, reason)
+    values = (pool, task_id, request.task, tier, queue, request.content_type, reason, wait)
     fields = dict(zip(LOG_FIELDS, values, strict=True))
     words = " ".join(f"{key}=%s" for key in LOG_FIELDS)
     logger.info(f"{'routed' if decided else 'refused'} {words}", *values, extra=fields)

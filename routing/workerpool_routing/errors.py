@@ -12,8 +12,7 @@ class WorkerPoolError(Exception):
 class PoolUnavailable(WorkerPoolError):
     """Redis did not answer in time, or refuses writes, or no decision can be made. It is worth trying again.
 
-    Nothing was queued, unless Redis decided and its answer was lost on the way, or the job was published without a decision; with
-    an idempotency key it is safe to try again.
+    The job may be queued all the same, if only the answer was lost. With an idempotency key it is safe to try again.
     """
 
 

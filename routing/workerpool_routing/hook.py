@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from celery import Celery, signals
 
-from workerpool_routing.admission import Admission, Entry
+from workerpool_routing.admission import Admission, Entry, Question
 from workerpool_routing.content import main_type
 from workerpool_routing.decide import Candidates, Request
 from workerpool_routing.decision import decision, log
@@ -95,7 +95,7 @@ class RoutingHook:
         if policy is None or request is None:
             return None
         candidates, lease = self._pool.candidates(policy, request), str(uuid4())
-        admission = self._pool.store.admit(candidates, request, lease=lease, refuses=False)
+        admission = self._pool.store.admit(Question(candidates, request, lease=lease, refuses=False))
         tier = next(tier for tier in candidates.tiers if tier.name == admission.tier)
         wanted = candidates.tiers[0] if candidates.tiers[0].accelerated else tier
         conf = self._app.conf
@@ -114,7 +114,7 @@ class RoutingHook:
             message = serialise(body, stamped, properties, encoding=routed.encoding)
             chosen = Candidates((routed.tier,), reason=routed.admission.reason)
             entry = Entry(headers["id"], message, publish=False, fenced=routed.fenced, wait=routed.admission.wait)
-            self._pool.store.admit(chosen, routed.request, entry=entry, wanted=routed.wanted, refuses=False)
+            self._pool.store.admit(Question(chosen, routed.request, entry, wanted=routed.wanted, refuses=False))
         except Exception:  # the message may still be published: without the header it is not fenced, like any plain one
             logger.exception("job %s is not on the ledger: after a loss only the visibility time-out helps", headers["id"])
             return
@@ -150,10 +150,4 @@ def _request(policy: Policy | None, name: str, wishes: Mapping[str, Any]) -> Req
     wish = _wish(policy, name, wishes)
     if wish is None:
         return None
-    content_type = wishes.get("content_type")
-    return Request(
-        name,
-        wish,
-        main_type(content_type) if content_type is not None else None,
-        policy.max_wait_seconds,
-    )
+    return Request(name, wish, main_type(wishes.get("content_type")), policy.max_wait_seconds)

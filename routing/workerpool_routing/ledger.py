@@ -39,37 +39,36 @@ LOSSES_ALLOWED = 1
 """How often a job that cannot move to another tier is delivered again after its worker was lost; the next loss is final."""
 
 EJECTED_AFTER = 3
-"""A worker is ejected after so many failed attempts whose jobs succeeded elsewhere, while none of its own succeeded and as many
-of other workers of its tier did."""
+"""A worker is ejected when, since its last success, so many of its attempts have failed whose jobs then succeeded on another
+tier, and at least as many attempts of the other workers of its tier have succeeded."""
 
 EJECTION_MS = 30_000
-"""For how long the first time; each time it fails again when it is tried after that, for twice as long."""
+"""How long the first ejection lasts. If the worker fails again after it, the next one lasts twice as long."""
 
 LONGEST_EJECTION_MS = 600_000
-"""No ejection is longer, so that a worker that was mended is noticed."""
+"""No ejection lasts longer, so that a worker that works again is noticed."""
 
 MARKED, EJECTED = 1, 2
-"""What ``presence.lua`` answers: either, both or none."""
-
+"""Flags in the answer of ``presence.lua``."""
 
 AS_EXPECTED_SECONDS, AS_EXPECTED_PART = 2.0, 0.25
-"""By how much a job's wait may differ from what was expected to have been as expected: so long, or such a part of it."""
+"""A wait was as expected if it differs from the expected one by at most so many seconds, or by this part of the real one."""
 
 ERROR_CHARACTERS = 1_000
 """How much of an error's text the ledger keeps."""
 
 MISSING_MS = 4_000
-"""A message that is nowhere for so long was lost by a worker that died between taking and recording it."""
+"""A message that is in no queue and in no worker for so long is lost: its worker died after taking it, before recording it."""
 
 ASIDE_KEPT = 1_000
-"""How many of what was set aside are kept, the last; all are counted."""
+"""Of what was set aside, only the latest so many are kept; all are counted."""
 
 REPUBLISHED_AT_MOST = 2
-"""How often a job that nobody claims is published again. To lose its message so often takes as many workers that died in the
-millisecond between taking and recording it; it is more likely that workers without a fence run the job each time."""
+"""How often a job that nobody claims is published again. To lose its message more often, as many workers would have to die in the
+millisecond between taking and recording it. More likely, workers without a fence run the job each time."""
 
 PLACES = 100
-"""How many messages at the head of a queue a job that moves there is compared with, to find its place by age."""
+"""A job that moves to another queue finds its place, by age, among so many messages at the head of that queue."""
 
 
 class State(StrEnum):
@@ -228,8 +227,9 @@ def _fallback(policy: Policy, job: Job) -> TierPolicy | None:
 
 @cache
 def script(name: str) -> str:
-    """The text of ``lua/<name>.lua``."""
-    return files("workerpool_routing").joinpath("lua", f"{name}.lua").read_text()
+    """The text of ``lua/<name>.lua``, after that of ``lua/ending.lua`` if it ends an attempt."""
+    names = ("ending", name) if name in ("move", "readmit", "settle") else (name,)
+    return "".join(files("workerpool_routing").joinpath("lua", f"{one}.lua").read_text() for one in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +241,9 @@ class Call:
 
 
 def fenced(name: str, task: object) -> bool:
-    """Whether workers put the fence around a task (None: only its name is known): not around one whose author has set
-    ``fenced = False``, nor around Celery's own.
+    """Whether workers put the fence around a task: not if its author has set ``fenced = False``, or if it is Celery's own.
+
+    ``task`` is None if only its name is known.
     """
     return bool(getattr(task, "fenced", True)) and not name.startswith("celery.")
 
@@ -292,10 +293,9 @@ class Result:
 
 def settle(
     keys: Keyspace, policy: Policy, task_id: str, *, attempt: int, tag: str, owner: str, tier: str, before: State, after: State,
-    how: str = "", error: str = "", retries: int | None = None, held_as: str = "",
-    message: str = "", queue: str = "", later: int = 0, result: Result | None = None,
+    how: str = "", error: str = "", held_as: str = "", result: Result | None = None,
 ) -> Call:  # fmt: skip
-    """Arguments of ``settle.lua``: an attempt enters its next state, if it is still the one that counts.
+    """Arguments of ``settle.lua``: an attempt ends, or enters ``finishing``, if it is still the one that counts.
 
     Args:
         keys: the pool's.
@@ -309,24 +309,44 @@ def settle(
         after: the state that it enters.
         how: how its run ended, in a word; empty while it goes on.
         error: what it raised, if anything.
-        retries: the number of retries that the task's code has asked for, if it has changed.
         held_as: the delivery tag of a message to acknowledge in the same step, whether or not the attempt counts.
-        message: the retry's message as published, so that a sweep can publish it again if it gets lost.
-        queue: the queue that the retry went to.
-        later: in how many seconds the retry is due.
         result: to be stored in the same step, if this attempt counts.
     """
-    life = ENDED_JOB_LIFE_SECONDS if after.ended else JOB_LIFE_SECONDS + later
-    spilled = [keys.spilled(tier.name) for tier in policy.tiers]
+    life = ENDED_JOB_LIFE_SECONDS if after.ended else JOB_LIFE_SECONDS
+    spilled = [keys.spilled(tier.name) for tier in (*policy.tiers, *policy.removed)]
     return Call(
         [
             keys.job(task_id), keys.held(owner), keys.waiting(tier), keys.unacked(tier), keys.unacked_index(tier),
             keys.service(tier), keys.served(tier), keys.attempts(tier), keys.checkpoint(tier), keys.outlier(owner), *spilled,
         ],
-        [task_id, attempt, tag, owner, before, after, life, how, error[:ERROR_CHARACTERS],
-            "" if retries is None else retries, held_as, message, queue, JOB_LIFE_SECONDS,
+        [task_id, attempt, tag, owner, before, after, life, JOB_LIFE_SECONDS, how, error[:ERROR_CHARACTERS], held_as,
             *([result.key, result.value, result.seconds, "" if result.database is None else result.database] if result else ())],
     )  # fmt: skip
+
+
+def readmit(
+    keys: Keyspace, task_id: str, *, attempt: int, tag: str, owner: str, tier: str, how: str, retries: int | None = None,
+    message: str = "", queue: str = "", later: int = 0,
+) -> Call:  # fmt: skip
+    """Arguments of ``readmit.lua``: the task's code has asked for another run, by a retry or by rejecting the message.
+
+    Args:
+        keys: the pool's.
+        task_id: the job.
+        attempt: its number.
+        tag: the delivery tag under which it was claimed.
+        owner: who has claimed it.
+        tier: where it ran.
+        how: how its run ended, in a word.
+        retries: the number of retries that the code has asked for by now; None if it has rejected the message.
+        message: the retry's message as published, so that a sweep can publish it again if it gets lost; empty if it cannot.
+        queue: the queue that the retry went to.
+        later: in how many seconds the retry is due.
+    """
+    return Call(
+        [keys.job(task_id), keys.held(owner), keys.waiting(tier)],
+        [task_id, attempt, tag, owner, JOB_LIFE_SECONDS, how, "" if retries is None else retries, message, queue, later],
+    )
 
 
 def move(
@@ -346,30 +366,22 @@ def move(
     Args:
         keys: the pool's.
         job: as the caller has read it; the script does nothing if it has changed since.
-        to: from :func:`after_failure`, :func:`after_loss` or :func:`again`.
+        to: where it goes, from :func:`after_failure`, :func:`after_loss` or :func:`again`.
         held_as: the delivery tag under which the message is in flight: the caller's own delivery, or the lost one.
         raw: the value under that tag, as Kombu wrote it.
         delivery_tag: a fresh one.
         how: how the run ended, in a word.
         error: what it raised, if anything.
-        counts: False if it was nobody's failure: then another run on the same tier does not count as a loss.
+        counts: whether another run on the same tier counts as a loss; False if it was nobody's failure.
     """
     message = json.loads(raw)[0]
     renewed = rewrite(message, queue=to.tier.queue, attempt=to.attempt, delivery_tag=delivery_tag)
     renewed["headers"].pop("expires", None)  # a deadline is for the first start
     return Call(
         [
-            keys.job(job.task_id),
-            keys.held(job.owner),
-            keys.unacked(job.tier),
-            keys.unacked_index(job.tier),
-            keys.queue_list(to.tier.queue, priority_of(message)),
-            keys.routes,
-            keys.waiting(to.tier.name),
-            keys.attempts(job.tier),
-            keys.checkpoint(job.tier),
-            keys.served(job.tier),
-            keys.outlier(job.owner),
+            keys.job(job.task_id), keys.held(job.owner), keys.unacked(job.tier), keys.unacked_index(job.tier),
+            keys.queue_list(to.tier.queue, priority_of(message)), keys.routes, keys.waiting(to.tier.name),
+            keys.attempts(job.tier), keys.checkpoint(job.tier), keys.served(job.tier), keys.outlier(job.owner),
         ],
         [
             job.task_id, job.attempt, job.tag, held_as, to.attempt, to.tier.name, to.reason,

@@ -18,7 +18,7 @@ import redis
 from celery import Celery, Task
 from kombu.exceptions import OperationalError
 
-from workerpool_routing.admission import Entry
+from workerpool_routing.admission import Entry, Question
 from workerpool_routing.connection import REQUEST_TIMEOUT_SECONDS, Connection, keyspace
 from workerpool_routing.content import main_type
 from workerpool_routing.decide import Candidates, Reason, Request, explain, preselect
@@ -51,11 +51,11 @@ class WorkerPool:
         tiers: the tiers in order of preference, for a pool without an operator; otherwise leave it out: the operator publishes
             them.
         timeout: seconds that a call waits for Redis before it raises :class:`PoolUnavailable`.
-        fail_open: whether jobs are still published when no decision can be made: to the app's default queue while the pool's
-            policy is missing, to the last tier when the admission script fails. A job that requires an accelerator or has an
-            idempotency key is refused then (:class:`PoolUnavailable`), because only a decision can keep that promise. A plain
-            ``delay()`` refuses nothing: it is left to the app's own routing, or waits on the accelerated tier of the last policy
-            that this process has read if it requires an accelerator.
+        fail_open: whether jobs are published even if no decision can be made. While the pool's policy is missing, they go to
+            the app's default queue; if the admission script fails, to the last tier. A job that requires an accelerator or has
+            an idempotency key is refused even so (:class:`PoolUnavailable`): only a decision can keep that promise. A plain
+            ``delay()`` is never refused: the app's own routing applies. If it requires an accelerator, it waits on the
+            accelerated tier of the last policy that this process has read.
 
     In a worker process that the operator or ``workerpool dev`` started for this pool, the app's tasks are fenced and the worker
     reports its presence; in any other process, jobs are routed. Nothing is read from Redis until the first job.
@@ -78,7 +78,7 @@ class WorkerPool:
         self._app = app
         self.given = _policy(tiers) if tiers is not None else None
         self._fail_open = fail_open
-        self._connection = Connection(app, patient=False, timeout=timeout)
+        self.connection = Connection(app, patient=False, timeout=timeout)
         self._store: Store | None = None
         self._silent_at = float("-inf")
         if ENV_TIER in os.environ:
@@ -100,15 +100,10 @@ class WorkerPool:
         return keyspace(self.name, self._app)
 
     @property
-    def connection(self) -> Connection:
-        """The library's connection to the broker."""
-        return self._connection
-
-    @property
     def store(self) -> Store:
         """Where the pool's state is kept."""
         if self._store is None:
-            self._store = RedisStore(self._connection, self.keys, self.given)
+            self._store = RedisStore(self.connection, self.keys, self.given)
         return self._store
 
     @contextmanager
@@ -145,18 +140,18 @@ class WorkerPool:
             args: its positional arguments.
             kwargs: its keyword arguments.
             accelerated: True if an accelerator helps, "required" if the job can run nowhere else.
-            content_type: what it works on, as a MIME type, the main part of one, or a file name. By the pool's list
-                ``acceleratedContentTypes``, a type that gains nothing from an accelerator goes to a plain tier.
-            deadline: seconds from now by which it must have started, else it expires.
-            max_wait: the longest expected wait, in seconds, that is accepted, in place of the pool's ``maxWaitSeconds``.
+            content_type: what it works on, as a MIME type, the main part of one, or a file name. If it is known and not in the
+                pool's ``acceleratedContentTypes``, the job goes to a plain tier.
+            deadline: seconds from now by which it must have started; otherwise it expires.
+            max_wait: the longest expected wait that is accepted, in seconds; None for the pool's ``maxWaitSeconds``.
             idempotency_key: a second call with the same key within a day, or until a day after the job's ETA, returns the first
-                decision and queues nothing. An empty one is none.
+                decision and queues nothing. An empty key counts as none.
             options: further options of ``apply_async``.
 
         Raises:
             Overloaded: no tier can start it within ``deadline`` and ``max_wait``; nothing was queued.
-            PoolUnavailable: Redis did not answer in time. Nothing was queued, unless Redis decided and only its answer was lost,
-                or the job was published without a decision (``fail_open``); with an idempotency key it is safe to call again.
+            PoolUnavailable: Redis did not answer in time. The job may be queued all the same, if only the answer was lost. With
+                an idempotency key it is safe to call again.
             NoAcceleratedTier: the job requires an accelerator and the pool has no tier with one.
             TypeError: ``task`` is not a task, or ``options`` contain something that submit() chooses itself.
             ValueError: ``accelerated``, ``deadline``, ``max_wait`` or ``idempotency_key`` has an impossible value.
@@ -168,15 +163,15 @@ class WorkerPool:
             raise TypeError(f"task is {task!r}; give the task itself, as the Celery app has registered it")
         idempotency_key = _key(idempotency_key)
         task_id = str(uuid4())
-        publish = partial(_publish_undecided, task, args, kwargs, task_id, deadline, options)
+        publish = partial(self._publish_undecided, task, args, kwargs, task_id, deadline, options)
         if self._app.conf.task_always_eager:
-            return publish(self._app)
+            return publish()
         request, policy = _request(task, accelerated, content_type, deadline), self.store.policy()
         fail_open = self._fail_open and idempotency_key is None and accelerated != "required"
         if policy is None:
             if not fail_open:
                 raise self._cannot_decide("its policy is not in Redis: is the WorkerPool applied, and the operator running?")
-            return self._logged(request, publish(self._app))
+            return self._logged(request, publish())
         request = _limited(request, policy, max_wait)
         candidates = self.candidates(policy, request)
         message = prepare(task, args, kwargs, task_id=task_id, expires=deadline, options=options)
@@ -186,13 +181,13 @@ class WorkerPool:
     async def submit_async(self, task: Task, *args: Any, **kwargs: Any) -> Decision:
         """:meth:`submit`, with the same arguments and exceptions, on a thread, so that the event loop never waits for Redis.
 
-        A call that waits for a thread beyond the pool's ``timeout``, while another one finds Redis silent, raises
-        :class:`PoolUnavailable` in its turn without asking again: however many there are, all are answered soon.
+        Many calls wait for a thread. If one of them finds that Redis does not answer, those that have waited longer than the
+        pool's ``timeout`` raise :class:`PoolUnavailable` without asking Redis again, so that all are answered soon.
         """
         return await asyncio.to_thread(self._submit_in_turn, time.monotonic(), task, *args, **kwargs)
 
     def _submit_in_turn(self, asked_at: float, task: Task, *args: Any, **kwargs: Any) -> Decision:
-        if self._silent_at > asked_at and time.monotonic() - asked_at > self._connection.timeout:
+        if self._silent_at > asked_at and time.monotonic() - asked_at > self.connection.timeout:
             raise PoolUnavailable("Redis does not answer those who asked before")
         try:
             return self.submit(task, *args, **kwargs)
@@ -215,7 +210,7 @@ class WorkerPool:
             return undecided(None, self._app.conf.task_default_queue)
         request = _limited(request, policy, max_wait)
         try:
-            return decision(self.store.admit(self.candidates(policy, request), request), request)
+            return decision(self.store.admit(Question(self.candidates(policy, request), request)), request)
         except redis.ResponseError:
             logger.exception("pool %s: the admission script failed, the last tier would take %s", self.name, task.name)
             return _last_tier(None, policy)
@@ -230,7 +225,7 @@ class WorkerPool:
     def _admit(self, policy: Policy, candidates: Candidates, request: Request, entry: Entry, *, fail_open: bool) -> Decision:
         """Run the admission script; if the script itself fails, the last tier may take the job (``fail_open``)."""
         try:
-            return decision(self.store.admit(candidates, request, entry=entry), request)
+            return decision(self.store.admit(Question(candidates, request, entry)), request)
         except Overloaded:
             log(self.name, request, None)
             raise
@@ -240,6 +235,22 @@ class WorkerPool:
             logger.exception("pool %s: the admission script failed, the last tier takes %s", self.name, request.task)
             self.store.push(policy.tiers[-1].queue, entry.message)
             return _last_tier(entry.task_id, policy)
+
+    def _publish_undecided(
+        self,
+        task: Task,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None,
+        task_id: str,
+        deadline: float | None,
+        options: Any,
+    ) -> Decision:
+        """Publish a job by Celery's own routing."""
+        try:
+            task.apply_async(args, kwargs, task_id=task_id, expires=deadline, retry=False, **options)
+        except (OperationalError, redis.RedisError) as error:
+            raise PoolUnavailable(f"the job could not be published: {error}") from error
+        return undecided(task_id, self._app.conf.task_default_queue)
 
     def _logged(self, request: Request, decided: Decision) -> Decision:
         log(self.name, request, decided)
@@ -323,7 +334,7 @@ def _request(task: Task, accelerated: Wish, content_type: str | None, deadline: 
         raise ValueError(f'accelerated is {accelerated!r}; give True, False or "required"')
     if deadline is not None and not (deadline >= 0 and _is_a_time(deadline)):
         raise ValueError(f"deadline is {deadline!r}; give the seconds from now by which the job must have started")
-    return Request(task.name, accelerated, main_type(content_type) if content_type is not None else None, deadline)
+    return Request(task.name, accelerated, main_type(content_type), deadline)
 
 
 def _is_a_time(seconds: float) -> bool:
@@ -351,23 +362,6 @@ def _limited(request: Request, policy: Policy, max_wait: float | None) -> Reques
     return Request(
         request.task, request.accelerated, request.content_type, min((one for one in limits if one is not None), default=None)
     )
-
-
-def _publish_undecided(
-    task: Task,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    task_id: str,
-    deadline: float | None,
-    options: Any,
-    app: Celery,
-) -> Decision:
-    """Publish a job by Celery's own routing."""
-    try:
-        task.apply_async(args, kwargs, task_id=task_id, expires=deadline, retry=False, **options)
-    except (OperationalError, redis.RedisError) as error:
-        raise PoolUnavailable(f"the job could not be published: {error}") from error
-    return undecided(task_id, app.conf.task_default_queue)
 
 
 def _last_tier(task_id: str | None, policy: Policy) -> Decision:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from workerpool_routing import admission, metrics
-from workerpool_routing.admission import Admission, Entry
+from workerpool_routing.admission import Admission, Question
 from workerpool_routing.connection import Connection, unavailable_when_down
-from workerpool_routing.decide import Candidates, Request
 from workerpool_routing.errors import PoolUnavailable
 from workerpool_routing.ledger import Job
 from workerpool_routing.message import Message
@@ -50,17 +49,8 @@ class Store(Protocol):
     def policy(self) -> Policy | None:
         """The pool's policy; None while none is known."""
 
-    def admit(
-        self,
-        candidates: Candidates,
-        request: Request,
-        *,
-        entry: Entry | None = None,
-        lease: str | None = None,
-        wanted: TierPolicy | None = None,
-        refuses: bool = True,
-    ) -> Admission:
-        """Decide, and write what the arguments ask for: see :func:`workerpool_routing.admission.call`."""
+    def admit(self, question: Question) -> Admission:
+        """Decide, and write what the question asks for."""
 
     def release(self, tier: str, lease: str) -> None:
         """End a lease: its message is in the queue now."""
@@ -91,25 +81,13 @@ class RedisStore:
         """As the operator published it, or as the code gave it."""
         return self._source.get()
 
-    def admit(
-        self,
-        candidates: Candidates,
-        request: Request,
-        *,
-        entry: Entry | None = None,
-        lease: str | None = None,
-        wanted: TierPolicy | None = None,
-        refuses: bool = True,
-    ) -> Admission:
+    def admit(self, question: Question) -> Admission:
         """Run the script. If it reaches Redis only after the time-out, it does nothing."""
         connection = self._connection
         for _ in range(2):
             until = Milliseconds(connection.now() + int(connection.timeout * 1000))
-            call = admission.call(
-                self.keys, candidates, request, entry=entry, lease=lease, wanted=wanted, refuses=refuses, until=until
-            )
             asked = time.perf_counter()
-            answer = admission.parse(connection.run("admit", call))
+            answer = admission.parse(connection.run("admit", admission.call(self.keys, question, until=until)))
             if isinstance(answer, Admission):
                 metrics.took(self.keys.pool, time.perf_counter() - asked)
                 connection.set_clock(answer.time)

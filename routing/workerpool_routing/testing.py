@@ -24,7 +24,7 @@ import pytest
 from kombu.compression import decompress
 from kombu.serialization import loads
 
-from workerpool_routing.admission import Admission, Entry
+from workerpool_routing.admission import Admission, Entry, Question
 from workerpool_routing.decide import START_SECONDS, Candidates, Load, Reason, Request, assumed_seconds, place
 from workerpool_routing.errors import PoolUnavailable
 from workerpool_routing.ledger import Job, State
@@ -117,34 +117,26 @@ class Double:
         self._reach()
         return self._policy
 
-    def admit(
-        self,
-        candidates: Candidates,
-        request: Request,
-        *,
-        entry: Entry | None = None,
-        lease: str | None = None,
-        wanted: TierPolicy | None = None,
-        refuses: bool = True,
-    ) -> Admission:
+    def admit(self, question: Question) -> Admission:
         """As ``lua/admit.lua`` does."""
         self._reach()
+        candidates, request, entry = question.candidates, question.request, question.entry
         key = entry.idempotency_key if entry else None
         if key in self._keys:
             return self._keys[key]
         loads = [self._load(tier, request.task) for tier in candidates.tiers]
         spilling = request.task in self._spilling
-        verdict = place(candidates, loads, limit=request.limit, spilling=spilling, refuses=refuses)
+        verdict = place(candidates, loads, limit=request.limit, spilling=spilling, refuses=question.refuses)
         tier = candidates.tiers[verdict.index]
         task_id = entry.task_id if entry else ""
         admission = Admission(task_id, tier.name, tier.queue, verdict.reason, verdict.wait, loads[0], Milliseconds(0))
-        if entry or lease:
+        if entry or question.lease:
             self._take_side(candidates, loads, request.task, spilling=spilling)
-        if lease:
-            self._tiers[tier.name].leases.add(lease)
+        if question.lease:
+            self._tiers[tier.name].leases.add(question.lease)
         elif entry and verdict.reason is not Reason.OVERLOADED:
             first = candidates.tiers[0]
-            self._write(entry, request, admission, wanted or (first if first.accelerated else tier))
+            self._write(entry, request, admission, question.wanted or (first if first.accelerated else tier))
             if key is not None:
                 self._keys[key] = replace(admission, load=None)
         return admission

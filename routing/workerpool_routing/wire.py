@@ -1,8 +1,8 @@
 """What API pods, workers and the operator say to one another through Redis: every key, format and version.
 
-Nothing else in the project spells a key. Times are milliseconds of the Redis server's own clock, so the clocks of the hosts
-do not matter, but for the ETA and the deadline that a message carries, which are Celery's. The module does no I/O: it builds
-names and parses values.
+Nothing else in the project spells a key. Times are milliseconds of the Redis server's clock, so the clocks of the hosts do not
+matter. Only the ETA and the deadline in a message are by the clock of the caller's host: Celery sets them. The module does no
+I/O: it builds names and parses values.
 
 Keys of a pool start with ``<global_keyprefix>workerpool:<namespace>/<name>:``.
 
@@ -19,7 +19,7 @@ key                       type    meaning
 ``routes``                hash    ``<tier>:<reason>`` → decisions so far
 ``waiting:<tier>``        zset    task ids that are on their way to a worker → time of admission, or ETA; where the sweep looks
 ``scheduled:<tier>``      string  messages with a future ETA that workers hold, to be subtracted from what is in flight
-``leases:<tier>``         zset    messages that are decided on and not yet in the queue → time at which that stops counting
+``leases:<tier>``         zset    leases of jobs whose message is not yet in the queue → when each of them expires
 ``idempotent:<key>``      hash    the decision that the first caller with that key got
 ``service:<tier>``        hash    task → mean seconds from claim to end, an EWMA of weight 0.2; written when a job has ended
 ``sides``                 hash    task → 1 while its jobs spill because the wait is too long
@@ -72,7 +72,7 @@ MARK_LIFE_MS = 30_000
 """A mark to drain that no operator renews runs out after this long: the worker then consumes again."""
 
 CAPACITY_LIFE_MS = 10_000
-"""Capacity older than this is stale: nothing is on its way any more."""
+"""Capacity expires after this long; from then on no slot counts as on its way."""
 
 JOB_LIFE_SECONDS = 86_400
 """How long the ledger keeps a job after its last transition, or after its ETA."""
@@ -81,16 +81,16 @@ ENDED_JOB_LIFE_SECONDS = 3_600
 """How long the ledger keeps a job that has ended."""
 
 LEASE_MS = 3_000
-"""How long a message that was decided on counts although it is not in its queue yet: from the decision to the publish."""
+"""How long a job counts on the tier that was chosen for it before its message is in the queue, at most."""
 
 IDEMPOTENCY_LIFE_SECONDS = 86_400
-"""How long an idempotency key gives the first caller's decision again, from then or from the job's ETA."""
+"""For how long a second call with the same idempotency key gets the decision of the first; with an ETA, from then on."""
 
 MESSAGE_LIMIT_BYTES = 65_536
-"""From admission to its first claim the ledger keeps a job's message, unless it is longer: then it cannot be published anew."""
+"""Until a job is claimed, the ledger keeps its message, to publish it again if it gets lost; but it keeps no longer one."""
 
 VISIBILITY_TIMEOUT_SECONDS = 60
-"""Kombu's last resort; longer than presence life plus the time in which the operator takes over."""
+"""A message that nobody has renewed for this long is delivered again: the last resort, if no operator takes over before."""
 
 PRIORITY_SEPARATOR = "\x06\x16"
 """Between queue name and priority step, as in ``kombu.transport.redis.Channel.sep``."""
@@ -268,14 +268,12 @@ class TierPolicy:
         queue: the Celery queue that its workers, and nobody else, consume.
         accelerated: whether its workers have an accelerator.
         concurrency: jobs that one of its workers runs at a time.
-        max_slots: jobs that it may run at a time when it has grown as far as it may; None where no operator bounds it.
     """
 
     name: str
     queue: str
     accelerated: bool
     concurrency: int = 1
-    max_slots: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.name) > TIER_NAME_LENGTH or not re.fullmatch(TIER_NAME, self.name):
@@ -297,7 +295,8 @@ class TaskPolicy:
 class Policy:
     """The routing half of a WorkerPool, as the operator publishes it; tiers in order of preference.
 
-    ``max_wait_seconds``: beyond this expected wait a job is refused; None: never.
+    ``max_wait_seconds``: beyond this expected wait a job is refused; None: never. ``removed``: tiers that were taken out of it
+    and still have workers; no job is sent there, and those that are there end as on any other.
     """
 
     tiers: tuple[TierPolicy, ...]
@@ -306,10 +305,11 @@ class Policy:
     fallback_on_failure: bool = True
     fallback_on_loss: bool = True
     max_wait_seconds: int | None = None
+    removed: tuple[TierPolicy, ...] = ()
 
     def tier(self, name: str) -> TierPolicy | None:
-        """The tier of that name."""
-        return next((tier for tier in self.tiers if tier.name == name), None)
+        """The tier of that name, a removed one too."""
+        return next((tier for tier in (*self.tiers, *self.removed) if tier.name == name), None)
 
     def accelerated_tier(self) -> TierPolicy | None:
         """The preferred tier with an accelerator."""
@@ -334,6 +334,7 @@ class Policy:
                 fallback_on_failure=data["fallback_on_failure"],
                 fallback_on_loss=data["fallback_on_loss"],
                 max_wait_seconds=data["max_wait_seconds"],
+                removed=tuple(TierPolicy(**tier) for tier in data.get("removed", ())),
             )
 
 
@@ -455,13 +456,13 @@ def rewrite(message: Mapping[str, Any], *, queue: str, attempt: int, delivery_ta
 
 
 def carried(headers: object) -> Mapping[str, Any]:
-    """What the :data:`HEADER` among a message's headers says; nothing where a caller put there what is no object."""
+    """The fields of the :data:`HEADER` among a message's headers; none if it is missing, or is not an object."""
     own = headers.get(HEADER) if isinstance(headers, Mapping) else None
     return own if isinstance(own, Mapping) else {}
 
 
 def retries_of(said: object) -> int:
-    """What a message says of its retries, 0 where that is no number."""
+    """The number of retries that a message states; 0 if that is not a number."""
     try:
         return int(said)  # type: ignore[call-overload,no-any-return]
     except (OverflowError, TypeError, ValueError):

@@ -9,7 +9,6 @@ from collections.abc import Callable, Coroutine
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
-from unittest.mock import AsyncMock
 
 import pytest
 from kubernetes.aio import config
@@ -53,7 +52,7 @@ class Process:
     def __init__(self, api: CountingApi, namespace: str) -> None:
         self.api, self.namespace, self.now, self.mark = api, namespace, 0.0, "one"
         self.seen = Seen()
-        self.workers = KubeWorkers(api, self.seen, AsyncMock(return_value=False), lambda _: self.mark, lambda: self.now)
+        self.workers = KubeWorkers(api, self.seen, lambda _: self.mark, lambda: self.now)
 
     async def look(self) -> Pool:
         spent, self.api.requests = self.api.requests, 0

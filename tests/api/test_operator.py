@@ -198,24 +198,42 @@ def test_a_deleted_pool_takes_along_its_deployments_and_what_it_published(ml: Na
     ml.settled()
 
 
-def test_a_tier_that_is_taken_out_of_the_pool_takes_its_deployment_along(ml: Namespace) -> None:
-    ml.create_pool()
-    ml.settled()
-    ml.kubectl("patch", "wp", "media", "--type=json", "--patch", '[{"op": "remove", "path": "/spec/tiers/0"}]')
-    ml.eventually(lambda: ml.replicas() == {"media-cpu": 1})
-
-
-def test_a_tier_that_is_taken_out_of_the_pool_keeps_its_workers_until_its_jobs_are_done(ml: Namespace) -> None:
+def test_a_tier_that_is_taken_out_of_the_pool_keeps_its_workers_until_its_jobs_are_done_and_says_so(
+    ml: Namespace, operator: Operator
+) -> None:
     ml.create_pool()
     ml.publish("gpu", 2)
     ml.settled({"media-gpu": 2, "media-cpu": 1})
-    ml.kubectl("patch", "wp", "media", "--type=json", "--patch", '[{"op": "remove", "path": "/spec/tiers/0"}]')
-    ml.eventually(lambda: ml.get("workerpool", "media")["status"]["replicas"] == "cpu 0/1")
-    time.sleep(3)
-    assert ml.replicas() == {"media-gpu": 2, "media-cpu": 1}
+    take_out_gpu(ml)
+    ml.eventually(lambda: ml.get("workerpool", "media")["status"]["replicas"] == "cpu 0/1, gpu 0/2")
+    *_, gone = ml.get("workerpool", "media")["status"]["tiers"]
+    assert (gone["name"], gone["reason"], gone["waiting"]) == ("gpu", "Removed", 2)
+    assert "goes when nothing is left: 2 waiting" in gone["message"]
     with Redis.from_url(ml.redis_url) as redis:
+        redis.rpop(ml.queue("gpu"))
+        ml.eventually(lambda: ml.replicas() == {"media-gpu": 1, "media-cpu": 1})
+        operator.end(signal.SIGTERM)
+        operator.start()
         redis.delete(ml.queue("gpu"))
     ml.eventually(lambda: ml.replicas() == {"media-cpu": 1})
+    ml.eventually(lambda: ml.get("workerpool", "media")["status"]["replicas"] == "cpu 0/1")
+
+
+def test_a_tier_that_is_taken_out_of_a_paused_pool_stays_until_the_pool_is_active_again(ml: Namespace) -> None:
+    ml.create_pool()
+    ml.settled()
+    ml.kubectl("patch", "wp", "media", "--type=merge", "--patch", '{"spec": {"mode": "Paused"}}')
+    ml.eventually(lambda: ml.condition("Paused")["status"] == "True")
+    take_out_gpu(ml)
+    ml.eventually(lambda: ml.get("workerpool", "media")["status"]["replicas"] == "cpu 0/1, gpu 0/0")
+    ml.kubectl("scale", "deployment/media-gpu", "--replicas=1")
+    ml.eventually(lambda: ml.get("workerpool", "media")["status"]["replicas"] == "cpu 0/1, gpu 0/1")
+    ml.kubectl("patch", "wp", "media", "--type=merge", "--patch", '{"spec": {"mode": "Active"}}')
+    ml.eventually(lambda: ml.replicas() == {"media-cpu": 1})
+
+
+def take_out_gpu(ml: Namespace) -> None:
+    ml.kubectl("patch", "wp", "media", "--type=json", "--patch", '[{"op": "remove", "path": "/spec/tiers/0"}]')
 
 
 def test_a_secret_that_is_missing_or_wrong_is_named_and_found_when_it_is_right(ml: Namespace) -> None:

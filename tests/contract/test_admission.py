@@ -26,6 +26,7 @@ from redis import Redis
 
 from workerpool_operator.local.redis_server import private_redis
 from workerpool_routing import Overloaded, PoolUnavailable, Reason, Tier, WorkerPool, metrics, policy, wire
+from workerpool_routing.admission import Question
 from workerpool_routing.decide import Load, Request, assumed_seconds, place, preselect
 from workerpool_routing.decision import LOG_FIELDS
 from workerpool_routing.errors import NoAcceleratedTier, NotConfigured
@@ -127,7 +128,7 @@ def check_against_the_rule(
     before = {key: client.dump(key) for key in client.scan_iter()}
     request = Request(task.name, wish, limit=limit)
     candidates = preselect(Policy(FOUR), request)
-    admission = pool.store.admit(candidates, request)
+    admission = pool.store.admit(Question(candidates, request))
     at_that_time = [
         replace(
             seen[tier.name].having(capacity[tier.name], admission.time), assumed=assumed_seconds(accelerated=tier.accelerated)

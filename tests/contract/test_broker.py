@@ -107,25 +107,6 @@ def test_waiting_messages_are_counted_over_all_priority_steps(redis_url: str, br
         assert [take(connection, "gpu-tasks") is not None for _ in range(11)] == [True] * 10 + [False]
 
 
-def test_a_tier_that_the_pool_no_longer_has_holds_jobs_until_they_are_taken_and_done(redis_url: str, pool: Pool) -> None:
-    def holds(tier: str, queue: str) -> bool | Unavailable:
-        return ask(lambda broker: broker.holds_jobs(redis_url, pool, tier, queue))
-
-    without = make_pool(redis_url, tiers=[{"name": "cpu", "queue": "celery", "template": seeds.TEMPLATE}])
-    assert holds("gpu", "gpu-tasks") is False
-    publish(pool, "gpu-tasks", 9)
-    publish(pool, "celery", 0)
-    was, pool = pool, without
-    assert holds("gpu", "gpu-tasks") is True
-    assert holds("old", "celery") is False, "the other tier takes them"
-    with consumer(was, "gpu") as connection:
-        message = take(connection, "gpu-tasks")
-        assert holds("gpu", "gpu-tasks") is True
-        message.ack()
-        assert holds("gpu", "gpu-tasks") is False
-    assert isinstance(ask(lambda broker: broker.holds_jobs("redis://127.0.0.1:1/0", pool, "gpu", "q")), Unavailable)
-
-
 def test_an_empty_redis_reads_as_nothing_waiting_and_nobody_there(redis_url: str, pool: Pool) -> None:
     gpu = read(redis_url, pool).tiers["gpu"]
     assert (gpu.waiting, gpu.in_flight, gpu.spilled, gpu.workers, gpu.lost) == (0, 0, 0, (), ())

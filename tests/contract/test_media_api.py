@@ -23,7 +23,7 @@ from workerpool_routing.wire import Keyspace, Policy, TierPolicy
 pytestmark = pytest.mark.contract
 
 KEYS = Keyspace("default/media")
-POLICY = Policy((TierPolicy("gpu", "gpu-tasks", accelerated=True, max_slots=2), TierPolicy("cpu", "celery", accelerated=False)))
+POLICY = Policy((TierPolicy("gpu", "gpu-tasks", accelerated=True), TierPolicy("cpu", "celery", accelerated=False)))
 
 
 def serve(url: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:

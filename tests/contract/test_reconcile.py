@@ -44,7 +44,7 @@ class Place:
 
     async def observe(self, pool: Pool) -> Mapping[str, TierReplicas]:
         ordered = self.ordered.get(pool.id, {})
-        return {tier.name: TierReplicas(ordered.get(tier.name, 0), first_start=self.first_start) for tier in pool.spec.tiers}
+        return {tier.name: TierReplicas(ordered.get(tier.name, 0), first_start=self.first_start) for tier in pool.tiers}
 
     async def scale(self, pool: Pool, replicas: Mapping[str, int], leaving: frozenset[str]) -> None:  # noqa: ARG002 nobody runs here
         if pool.id in self.broken:

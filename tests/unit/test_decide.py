@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workerpool_routing import admission
-from workerpool_routing.admission import Admission, Entry
+from workerpool_routing.admission import Admission, Entry, Question
 from workerpool_routing.content import UNKNOWN, main_type
 from workerpool_routing.decide import (
     ACCELERATION,
@@ -483,15 +483,15 @@ def test_the_lua_twin_answers_with_the_reasons_of_the_rule() -> None:
 ENTRY = Entry("t1", Message("head", "tail", 6), idempotency_key="upload-7")
 
 
-def asked(*args: object, **options: object) -> tuple[Any, Any, list[str | bytes | int | float]]:
-    given = admission.call(KEYS, *args, **options)  # type: ignore[arg-type]
+def asked(question: Question, until: Milliseconds | None = None) -> tuple[Any, Any, list[str | bytes | int | float]]:
+    given = admission.call(KEYS, question, until=until)
     assert given.keys == []
     pool, ask, *message = given.args
     return json.loads(str(pool)), json.loads(str(ask)), message
 
 
 def test_the_script_is_asked_with_the_keys_of_every_candidate() -> None:
-    pool, ask, message = asked(TWO, Request("media.t", True, limit=9.5), entry=ENTRY)
+    pool, ask, message = asked(Question(TWO, Request("media.t", True, limit=9.5), ENTRY))
     assert [tier["name"] for tier in pool["tiers"]] == ["gpu", "cpu"]
     assert pool["wanted"] == pool["tiers"][0] == {
         "name": "gpu",
@@ -518,16 +518,15 @@ def test_the_script_is_asked_with_the_keys_of_every_candidate() -> None:
 
 
 def test_a_question_without_a_job_writes_nothing() -> None:
-    _, ask, message = asked(TWO, Request("media.t", True))
+    _, ask, message = asked(Question(TWO, Request("media.t", True)))
     assert ask == {"task": "media.t", "refuses": True}
     assert message == []
 
 
 def test_the_script_knows_every_field_that_it_is_given() -> None:
     chosen = Candidates((GPU,), reason=Reason.REQUIRED)
-    pool, ask, _ = asked(
-        chosen, Request("t", "required", limit=1.0), entry=replace(ENTRY, wait=1.0), lease="l", until=1, wanted=GPU2
-    )
+    question = Question(chosen, Request("t", "required", limit=1.0), replace(ENTRY, wait=1.0), lease="l", wanted=GPU2)
+    pool, ask, _ = asked(question, until=Milliseconds(1))
     assert set(re.findall(r"pool\.(\w+)", script("admit"))) == set(pool)
     assert set(re.findall(r"ask\.(\w+)", script("admit"))) == set(ask)
 

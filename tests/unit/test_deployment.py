@@ -14,9 +14,10 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
-from workerpool_operator.deployment import build, name_of, selector_of
-from workerpool_operator.model import WorkerPoolSpec, parse_spec
+from workerpool_operator.deployment import build, name_of, selector_of, tier_of
+from workerpool_operator.model import Replicas, WorkerPoolSpec, parse_spec
 from workerpool_operator.ports import Pool
+from workerpool_operator.worker_command import grace_seconds
 
 pytestmark = pytest.mark.unit
 
@@ -77,6 +78,28 @@ def test_the_pool_owns_the_deployment() -> None:
 
 def test_the_replica_count_is_left_to_its_own_manager() -> None:
     assert "replicas" not in gpu(pool_of(WORKER))["spec"]
+
+
+@pytest.mark.parametrize(("grace", "seconds"), [({}, 600), ({"terminationGracePeriodSeconds": 7}, 7)])
+def test_a_deployment_still_tells_what_its_tier_was_once_that_is_removed(grace: dict[str, Any], seconds: int) -> None:
+    pool = pool_of(WORKER, spec=grace)
+    renamed = pool.spec.tiers[0].model_copy(update={"queue": "$(A) $$b"})
+    for tier in (*pool.spec.tiers, renamed):
+        was = tier_of(build(pool, tier))
+        assert was
+        assert (was.name, was.queue, was.concurrency, was.accelerated) == (
+            tier.name, tier.queue, tier.concurrency, tier.accelerated,
+        )  # fmt: skip
+        assert (was.replicas, grace_seconds(was)) == (Replicas(min=0, max=0), grace_seconds(tier))
+        assert name_of(pool, was) == name_of(pool, tier)
+    assert grace_seconds(pool.spec.tiers[0]) == seconds
+
+
+def test_a_deployment_that_was_built_for_no_tier_is_of_none() -> None:
+    manifest = gpu(pool_of(WORKER))
+    worker_of(manifest)["env"] = [{"name": "WORKERPOOL_QUEUE", "value": "gpu-tasks"}, {"name": "A", "valueFrom": {}}]
+    assert tier_of(manifest) is None
+    assert tier_of({"metadata": {}, "spec": {}}) is None
 
 
 def test_the_selector_finds_the_pods_of_the_tier_whatever_labels_the_user_sets() -> None:

@@ -227,13 +227,6 @@ def test_only_what_the_operator_has_to_repair_changes_the_fingerprint() -> None:
     assert deployment(relabelled).fingerprint != base.fingerprint
 
 
-def test_a_deployment_tells_the_queue_of_its_workers() -> None:
-    others = {"name": "sidecar"}, {"name": "other", "env": [{"name": "A", "valueFrom": {}}]}
-    worker = {"name": "worker", "env": [{"name": "WORKERPOOL_QUEUE", "value": "gpu-tasks"}]}
-    assert deployment(raw_deployment(template={"spec": {"containers": [*others, worker]}})).queue == "gpu-tasks"
-    assert deployment(raw_deployment(template={"spec": {"containers": [*others]}})).queue == ""
-
-
 def test_a_deployment_that_cannot_make_pods_says_why() -> None:
     raw = raw_deployment()
     raw["status"] = {"conditions": [{"type": "ReplicaFailure", "status": "True", "message": "exceeded quota: gpus"}]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from unittest.mock import AsyncMock
@@ -39,9 +40,24 @@ def observed(replicas: int, *pods: Object, after: float = 0.0, **status: Any) ->
         seen.pods.put(pod)
     seen.complete = True
     clock = (CREATED + timedelta(seconds=after)).timestamp
-    tiers = asyncio.run(KubeWorkers(AsyncMock(Api), seen, AsyncMock(), lambda _: "", clock).observe(POOL))
+    tiers = asyncio.run(KubeWorkers(AsyncMock(Api), seen, lambda _: "", clock).observe(POOL))
     assert isinstance(tiers, Mapping)
     return tiers["gpu"]
+
+
+def test_a_removed_tier_is_one_whose_deployment_the_pool_controls_and_names_no_more() -> None:
+    seen = Seen()
+    of_pool = {"kind": "WorkerPool", "name": POOL.name, "uid": POOL.uid, "controller": True}
+    for name in ("media-gpu", "media-copy", "media-cpu"):
+        manifest = build(POOL, POOL.spec.tiers[1] if name == "media-cpu" else GPU, "")
+        metadata = {**manifest["metadata"], "name": name, "resourceVersion": "1", "ownerReferences": [of_pool]}
+        seen.deployments.put({"metadata": metadata, "spec": manifest["spec"]})
+    workers = KubeWorkers(AsyncMock(Api), seen, lambda _: "")
+    without = replace(POOL, spec=POOL.spec.model_copy(update={"tiers": POOL.spec.tiers[1:]}))
+    assert workers.removed(POOL) == ()
+    assert [(tier.name, tier.queue, tier.accelerated) for tier in workers.removed(without)] == [("gpu", GPU.queue, True)]
+    assert workers.removed(replace(without, uid="another")) == ()
+    assert workers.removed(replace(without, namespace="elsewhere")) == ()
 
 
 def starting(live: TierReplicas) -> int:

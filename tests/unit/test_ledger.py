@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from importlib.resources import files
 from itertools import product
 from typing import Any
 
@@ -165,7 +166,7 @@ def test_an_entry_lives_longer_while_its_job_can_still_change(after: State) -> N
     call = ledger.settle(KEYS, POLICY, "t1", attempt=2, tag="tag", owner="w.1", tier="gpu", before=State.CLAIMED, after=after)
     ended = after in (State.DONE, State.FAILED, State.EXPIRED)
     life = ENDED_JOB_LIFE_SECONDS if ended else JOB_LIFE_SECONDS
-    assert call.args == ["t1", 2, "tag", "w.1", "claimed", after, life, "", "", "", "", "", "", JOB_LIFE_SECONDS]
+    assert call.args == ["t1", 2, "tag", "w.1", "claimed", after, life, JOB_LIFE_SECONDS, "", "", ""]
     assert ENDED_JOB_LIFE_SECONDS < JOB_LIFE_SECONDS
 
 
@@ -267,13 +268,22 @@ def test_a_message_whose_headers_hold_words_is_put_back_all_the_same() -> None:
     assert call.args[4:] == ["", "gpu", 0, 0]
 
 
+def test_what_the_code_has_asked_for_is_told_from_what_it_has_rejected() -> None:
+    asked = {"attempt": 2, "tag": "tag", "owner": "w.1", "tier": "gpu"}
+    retry = ledger.readmit(KEYS, "t1", **asked, how="retry", retries=1, message="m", queue="gpu-tasks")  # type: ignore[arg-type]
+    rejected = ledger.readmit(KEYS, "t1", **asked, how="rejected")  # type: ignore[arg-type]
+    assert retry.keys == rejected.keys == [KEYS.job("t1"), KEYS.held("w.1"), KEYS.waiting("gpu")]
+    assert retry.args == ["t1", 2, "tag", "w.1", JOB_LIFE_SECONDS, "retry", 1, "m", "gpu-tasks"]
+    assert rejected.args == ["t1", 2, "tag", "w.1", JOB_LIFE_SECONDS, "rejected", "", "", ""]
+
+
 def test_the_claim_script_answers_in_the_words_of_the_library() -> None:
     assert set(re.findall(r"return '(\w+)'", ledger.script("claim"))) == set(Claim)
 
 
 def test_the_scripts_know_the_states_by_their_names() -> None:
     compared = {
-        name for script in ("claim", "move") for name in re.findall(r"(?:state|job\[1\]) [~=]= '(\w+)'", ledger.script(script))
+        name for script in ("claim", "move", "readmit") for name in re.findall(r"state [~=]= '(\w+)'", ledger.script(script))
     }
     assert compared == set(State)
 
@@ -289,6 +299,11 @@ def test_the_scripts_know_the_states_by_their_names() -> None:
         ("republish", ledger.republish(KEYS, replace(JOB, message=json.dumps(json.loads(RAW)[0])), GPU, delivery_tag="fresh")),
         ("rebalance", ledger.rebalance(KEYS, JOB, GPU, CPU, raw=json.dumps(json.loads(RAW)[0]), delivery_tag="fresh")),
         ("aside", ledger.aside(KEYS, "gpu", "t1", tag="a", reason="b", message="c")),
+        ("presence", ledger.report(KEYS, {"owner": "w.1", "tier": "gpu"}, ())),
+        (
+            "readmit",
+            ledger.readmit(KEYS, "t1", attempt=1, tag="", owner="w", tier="gpu", how="retry", retries=1, message="m", queue="q"),
+        ),
         (
             "settle",
             ledger.settle(
@@ -306,10 +321,20 @@ def test_the_scripts_know_the_states_by_their_names() -> None:
         ),
     ],
 )
-def test_a_script_reads_exactly_the_keys_and_arguments_that_it_is_given(name: str, call: ledger.Call) -> None:
+def test_a_script_names_and_uses_exactly_the_keys_and_arguments_that_it_is_given(name: str, call: ledger.Call) -> None:
     text = ledger.script(name)
     for array, given in (("KEYS", call.keys), ("ARGV", call.args)):
-        assert {int(n) for n in re.findall(rf"{array}\[(\d+)\]", text)} == set(range(1, len(given) + 1))
+        (names,) = re.findall(rf"local ([\w,\s]+) = unpack\({array}\)", text)
+        named = re.split(r",\s+", names)
+        assert len(named) == len(given)
+        assert [name for name in named if len(re.findall(rf"\b{name}\b", re.sub("--.*", "", text))) < 2] == []
+
+
+def test_no_script_does_what_takes_longer_the_more_messages_wait() -> None:
+    scripts = list(files("workerpool_routing").joinpath("lua").iterdir())
+    commands = {name for one in scripts for name in re.findall(r"redis\.call\(\s*'(\w+)'", one.read_text())}
+    assert {"LLEN", "RPUSH"} <= commands
+    assert commands.isdisjoint({"LINSERT", "LINDEX", "LPOS", "LSET", "LTRIM", "KEYS", "SCAN"})
 
 
 @pytest.mark.parametrize(

@@ -490,7 +490,7 @@ def test_the_policy_says_what_the_spec_says() -> None:
         "fallback": {"onFailure": False, "onLoss": True},
     }
     assert planning.policy(spec(routing=routing)) == wire.Policy(
-        tiers=(TierPolicy("gpu", "gpu-tasks", True, 1, 8), TierPolicy("cpu", "celery", False, 4, 160)),
+        tiers=(TierPolicy("gpu", "gpu-tasks", True, 1), TierPolicy("cpu", "celery", False, 4)),
         accelerated_content_types=("audio",),
         tasks=(TaskPolicy("media.*", "required"), TaskPolicy("mail.*", False)),
         fallback_on_failure=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -89,6 +90,23 @@ def test_a_pool_whose_broker_is_unknown_owns_nothing_and_is_not_held() -> None:
     old, young = pool("a", 1, "q"), pool("b", 2, "q")
     assert conflicts([old, young], on(ONE, young)) == {}
     assert conflicts([old, young], on(ONE, old)) == {}
+
+
+def test_the_queue_of_a_removed_tier_is_anothers_who_names_it_whoever_is_older() -> None:
+    gone = pool("x", 0, "q1", "q2").spec.tiers
+    for age in (1, 9):
+        left = replace(pool("a", 5, "q3"), removed=gone)
+        heir, elsewhere = pool("b", age, "q1"), pool("c", age, "q2", prefix="staging-")
+        pools = [left, heir, elsewhere]
+        assert sharing.ceded(pools, on(ONE, *pools))[left.id] == {"q1"}
+        assert sharing.ceded(pools, {**on(ONE, left, elsewhere), **on(OTHER, heir)})[left.id] == frozenset()
+        assert sharing.ceded(pools, on(ONE, heir)).get(left.id) is None, "nobody knows where its broker is"
+        assert conflicts(pools, on(ONE, *pools)) == {}
+
+
+def test_a_queue_that_the_pool_itself_has_under_another_name_is_not_anothers() -> None:
+    renamed = replace(pool("a", 5, "q"), removed=pool("x", 0, "q").spec.tiers)
+    assert sharing.ceded([renamed], on(ONE, renamed)) == {renamed.id: frozenset()}
 
 
 pools_of_few_queues = st.lists(

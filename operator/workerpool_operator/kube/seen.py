@@ -11,12 +11,11 @@ from datetime import datetime
 from http import HTTPStatus
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from workerpool_operator.deployment import BROKER_MARK, MANAGED_BY, MANAGER, POOL_LABEL, TIER_LABEL
+from workerpool_operator.deployment import ACCELERATOR, BROKER_MARK, MANAGED_BY, MANAGER, POOL_LABEL, TIER_LABEL, tier_of
 from workerpool_operator.kube.api import Api, ApiError, path_to
-from workerpool_operator.model import API_VERSION, PLURAL, WORKER_CONTAINER, Problem, parse_spec, unknown_to_the_api_server
+from workerpool_operator.model import API_VERSION, PLURAL, WORKER_CONTAINER, Problem, Tier, parse_spec, unknown_to_the_api_server
 from workerpool_operator.observation import Phase, Replica
 from workerpool_operator.ports import Pool
-from workerpool_routing.wire import ENV_QUEUE
 
 TEMPLATE_MANAGER = "workerpool"
 """Field manager of everything in a Deployment but its replica count."""
@@ -48,7 +47,7 @@ class LiveDeployment:
         fingerprint: changes with anything that a user or another controller could change in it, except the replica count.
         replicas_in_template: the replica count still belongs to the manager of the template.
         failure: why its pods cannot be created.
-        queue: what its workers take from; empty where it cannot be told.
+        tier: the tier that it was built for; None where that cannot be told.
         rolling: pods are being replaced by those of another template.
         broker_mark: what its pods are annotated with.
     """
@@ -61,7 +60,7 @@ class LiveDeployment:
     fingerprint: str
     replicas_in_template: bool
     failure: str
-    queue: str
+    tier: Tier | None
     rolling: bool
     broker_mark: str
 
@@ -280,7 +279,7 @@ def deployment(raw: Mapping[str, Any], _before: LiveDeployment | None = None) ->
         failure=next(
             (c.get("message", c["type"]) for c in _conditions(raw) if c["type"] == "ReplicaFailure" and c["status"] == "True"), ""
         ),
-        queue=_queue(spec),
+        tier=tier_of(raw),
         rolling=_rolling(raw.get("status") or {}),
         broker_mark=_annotations(spec.get("template", {})).get(BROKER_MARK, ""),
     )
@@ -288,14 +287,6 @@ def deployment(raw: Mapping[str, Any], _before: LiveDeployment | None = None) ->
 
 def _rolling(status: Mapping[str, Any]) -> bool:
     return bool(status.get("updatedReplicas", 0) != status.get("replicas", 0))
-
-
-def _queue(spec: Mapping[str, Any]) -> str:
-    containers = spec.get("template", {}).get("spec", {}).get("containers", ())
-    variables = [variable for container in containers for variable in container.get("env") or ()]
-    return next(
-        (str(variable.get("value", "")).replace("$$", "$") for variable in variables if variable["name"] == ENV_QUEUE), ""
-    )
 
 
 def pod(raw: Mapping[str, Any], before: LivePod | TurnedAway | None = None) -> LivePod | TurnedAway | None:
@@ -410,7 +401,9 @@ def _owns_replicas(metadata: Mapping[str, Any], manager: str) -> bool:
 
 
 def _fingerprint(metadata: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
-    ours = [metadata.get("labels"), metadata.get("ownerReferences"), {k: v for k, v in spec.items() if k != "replicas"}]
+    annotation = (metadata.get("annotations") or {}).get(ACCELERATOR)
+    rest = {k: v for k, v in spec.items() if k != "replicas"}
+    ours = [metadata.get("labels"), metadata.get("ownerReferences"), annotation, rest]
     return hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()
 
 

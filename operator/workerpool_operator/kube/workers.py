@@ -68,7 +68,7 @@ class _Trouble:
 
 
 _Part: TypeAlias = tuple[str, str]
-"""The uid of a pool, and the name of a tier; no name where it is about all of them."""
+"""The uid of a pool, and the name of a tier."""
 
 
 class KubeWorkers:
@@ -77,7 +77,6 @@ class KubeWorkers:
     Args:
         api: the API server.
         seen: what the watches have shown.
-        holds_jobs: whether the tier of that name and queue still holds jobs, for tiers that a pool no longer has.
         broker_mark: what changes with the broker's URL; empty while it is not known.
         clock: wall-clock seconds.
     """
@@ -86,43 +85,49 @@ class KubeWorkers:
         self,
         api: Api,
         seen: Seen,
-        holds_jobs: Callable[[Pool, str, str], Awaitable[bool | Unavailable]],
         broker_mark: Callable[[Pool], str],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._api = api
         self._seen = seen
-        self._holds_jobs = holds_jobs
         self._broker_mark = broker_mark
         self._clock = clock
         # What was applied, and what the API server made of it: as long as both stand there is nothing to repair.
         self._settled: dict[_Part, tuple[str, str]] = {}
         self._troubles: dict[_Part, _Trouble] = {}
-        self._swept: dict[str, int] = {}
+
+    def removed(self, pool: Pool) -> tuple[Tier, ...]:
+        """The tiers of Deployments that the pool has made and names no more."""
+        named = {tier.name for tier in pool.spec.tiers}
+        return tuple(
+            live.tier
+            for (namespace, name), live in self._seen.deployments.items()
+            if live.tier is not None and live.tier.name not in named
+            if (namespace, name) == (pool.namespace, name_of(pool, live.tier))
+            if live.owner is not None and live.owner[2] == pool.uid
+        )
 
     async def observe(self, pool: Pool) -> Mapping[str, TierReplicas] | Unavailable:
         """What the watches have shown of the pool's Deployments and pods."""
         if not self._seen.complete:
             return Unavailable("the first listing of Deployments and pods is not complete yet")
-        return {tier.name: self._tier(pool, tier) for tier in pool.spec.tiers}
+        return {tier.name: self._tier(pool, tier) for tier in pool.tiers}
 
     async def scale(self, pool: Pool, replicas: Mapping[str, int], leaving: frozenset[str]) -> None:
-        """Make every tier's Deployment as the spec says, with that many replicas."""
+        """Make every tier's Deployment as the spec says, with that many replicas; that of a removed one keeps its template."""
         steps = [
-            self._try(pool, tier.name, partial(self._bring, pool, tier, replicas[tier.name], leaving))
-            for tier in pool.spec.tiers
+            self._try(pool, tier.name, partial(bring, pool, tier, replicas[tier.name], leaving))
+            for tiers, bring in ((pool.spec.tiers, self._bring), (pool.removed, self._let_go))
+            for tier in tiers
             if tier.name in replicas
         ]
-        if self._swept.get(pool.uid) != pool.generation:
-            steps.append(self._try(pool, "", partial(self._sweep, pool)))
         await asyncio.gather(*steps)
 
     def forget(self, pool: Pool) -> None:
         """Drop what is remembered of a pool that is gone."""
-        self._swept.pop(pool.uid, None)
-        for tier in ("", *(tier.name for tier in pool.spec.tiers)):
-            self._settled.pop((pool.uid, tier), None)
-            self._troubles.pop((pool.uid, tier), None)
+        for kept in (self._settled, self._troubles):
+            for part in [part for part in kept if part[0] == pool.uid]:
+                del kept[part]
 
     def _tier(self, pool: Pool, tier: Tier) -> TierReplicas:
         name = name_of(pool, tier)
@@ -191,32 +196,28 @@ class KubeWorkers:
             if not _owned(live, pool, tier):
                 raise _Hindered(_taken(name, live))
         settled = await self._settle(pool, tier, live, wanted)
-        if settled.replicas == wanted or self._rival(pool, name) or (seen is None and live is not None):
-            # The count was decided without having seen this Deployment: the next pass decides anew.
-            return
-        if wanted < settled.replicas:
-            await self._mark(pool, tier, leaving)
-        await self._write_scale(pool, name, settled, wanted)
+        if seen is not None or live is None:  # else the count was decided without having seen it: the next pass decides anew
+            await self._count(pool, tier, settled, wanted, leaving)
 
-    async def _sweep(self, pool: Pool) -> None:
-        """Delete the Deployments of tiers that the pool no longer has; until they hold no job they stay as they are."""
-        kept = {name_of(pool, tier) for tier in pool.spec.tiers}
-        staying = []
-        for (namespace, name), live in self._seen.deployments.items():
-            owned = namespace == pool.namespace and live.owner is not None and live.owner[2] == pool.uid
-            if not owned or name in kept or live.deleting:
-                continue
-            holds = await self._holds_jobs(pool, live.labels.get(TIER_LABEL, ""), live.queue)
-            if isinstance(holds, Unavailable):
-                staying.append(f"Deployment {name} stays: its tier is no longer in the {KIND}, and {holds.why}")
-            elif holds:
-                staying.append(f"Deployment {name} stays until its jobs are done: its tier is no longer in the {KIND}")
-            else:
-                await self._api.delete(_path(pool, name), live.uid)
-                _LOG.info("%s: deleted Deployment %s, its tier is no longer in the WorkerPool", pool.id, name)
-        if staying:
-            raise _Hindered("; ".join(staying))
-        self._swept[pool.uid] = pool.generation
+    async def _let_go(self, pool: Pool, tier: Tier, wanted: int, leaving: frozenset[str]) -> None:
+        """Lower the count of a removed tier's Deployment; delete one that has none and shall have none."""
+        name = name_of(pool, tier)
+        live = self._seen.deployments.get(pool.namespace, name)
+        if live is None or live.deleting:
+            return
+        if live.replicas or wanted:
+            await self._count(pool, tier, live, wanted, leaving)
+        else:
+            await self._api.delete(_path(pool, name), live.uid)
+            _LOG.info("%s: deleted Deployment %s, its tier is no longer in the WorkerPool", pool.id, name)
+
+    async def _count(self, pool: Pool, tier: Tier, live: LiveDeployment, wanted: int, leaving: frozenset[str]) -> None:
+        name = name_of(pool, tier)
+        if live.replicas == wanted or self._rival(pool, name):
+            return
+        if wanted < live.replicas:
+            await self._mark(pool, tier, leaving)
+        await self._write_scale(pool, name, live, wanted)
 
     async def _look_up(self, pool: Pool, name: str) -> LiveDeployment | None:
         """Ask for a Deployment that no watch shows: the name may be taken, or its labels may have been edited away."""

@@ -3,8 +3,8 @@
 -- ARGV[1]: JSON that depends on the candidates alone; ARGV[2]: JSON that depends on the job; see admission.py for both.
 -- ARGV[3], ARGV[4]: the job's message before and after the name of its queue.
 -- Keys travel inside the JSON: Kombu's Redis transport knows no cluster, so no key has to be declared.
--- Returns {Redis's time, task id, tier, queue, reason, wait, waiting, in flight, ready, leased, slots that come or may, milliseconds
--- until the next of them}, the loads being those of the first candidate; {time} when the caller has given up by now.
+-- Returns {Redis's time, task id, tier, queue, reason, wait, waiting, in flight, ready, leased, slots that come or may,
+-- milliseconds until the next of them}, the loads being those of the first candidate; {time} when the caller has given up by now.
 local pool, ask = cjson.decode(ARGV[1]), cjson.decode(ARGV[2])
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -128,8 +128,8 @@ local tier, first = pool.tiers[index], loads[1]
 local wanted = pool.wanted or tier
 local seconds = ask.wait or string.format('%.17g', loads[index].wait)
 local next_ms = first.expected > 0 and math.floor(1000 * first.next_slot + 0.5) or 0
-local answer = {now, ask.id or '', tier.name, tier.queue, reason, seconds, first.waiting, first.in_flight, first.ready, first.leased,
-  first.expected, next_ms}
+local answer = {now, ask.id or '', tier.name, tier.queue, reason, seconds,
+  first.waiting, first.in_flight, first.ready, first.leased, first.expected, next_ms}
 if not (ask.id or ask.lease) then return answer end
 
 if not pool.reason then

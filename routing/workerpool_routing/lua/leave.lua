@@ -1,11 +1,12 @@
 -- Forget a worker that has left, or whose jobs have been taken over.
---
--- KEYS: presence:<tier>, slots:<tier>, held:<owner>, scheduled:<tier>, outlier:<owner>. ARGV: owner.
-local report = redis.call('HGET', KEYS[1], ARGV[1])
-if report then redis.call('DECRBY', KEYS[4], cjson.decode(report).scheduled or 0) end
-redis.call('HDEL', KEYS[1], ARGV[1])
-for _, slot in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
-  if string.match(slot, '^(.*)/%d+$') == ARGV[1] then redis.call('ZREM', KEYS[2], slot) end
+local presence, slots, held, scheduled, outlier = unpack(KEYS)
+local owner = unpack(ARGV)
+local report = redis.call('HGET', presence, owner)
+if report then
+  report = cjson.decode(report)
+  redis.call('DECRBY', scheduled, report.scheduled or 0)
+  for n = 0, report.slots - 1 do redis.call('ZREM', slots, owner .. '/' .. n) end
+  redis.call('HDEL', presence, owner)
 end
-redis.call('DEL', KEYS[3], KEYS[5])
+redis.call('DEL', held, outlier)
 return 1

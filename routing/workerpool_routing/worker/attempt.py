@@ -141,9 +141,8 @@ class WorkerLife:
 
     def set_aside(self, task_id: str, *, reason: str, message: str, tag: str = "") -> None:
         """Move a message that cannot be read to a key of its own, with the reason, and count it."""
+        self.connection.run("aside", ledger.aside(self.keys, self.tier, task_id, tag=tag, reason=reason, message=message))
         logger.error("set aside task_id=%s in key %s: %s", task_id, self.keys.aside, reason)
-        call = ledger.aside(self.keys, self.tier, task_id, tag=tag, reason=reason, message=message)
-        self.soon(lambda: self.connection.run("aside", call))
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,10 +221,18 @@ class Attempt:
         """
         tier = self.life.policy.tier(self.life.tier)
         kept = bool(tier and tier.queue == queue and len(message) <= MESSAGE_LIMIT_BYTES)
-        return self._settle(
-            State.CLAIMED, State.ADMITTED, self.tag, self.life.owner, how="retry", retries=self.retries + 1,
-            message=message if kept else "", queue=queue, later=later,
-        )  # fmt: skip
+        return self._readmit("retry", retries=self.retries + 1, message=message if kept else "", queue=queue, later=later)
+
+    def reject(self) -> bool:
+        """Return to ``admitted``, to be delivered again: the task's code has rejected the message and wants it back."""
+        return self._readmit("rejected")
+
+    def _readmit(self, how: str, **retry: Any) -> bool:
+        life = self.life
+        call = ledger.readmit(
+            life.keys, self.task_id, attempt=self.number, tag=self.tag, owner=life.owner, tier=life.tier, how=how, **retry
+        )
+        return bool(life.connection.run("readmit", call))
 
     def acknowledge(self, after: State) -> None:
         """Acknowledge the message and, if this attempt still counts, end its job. Celery has stored the outcome."""

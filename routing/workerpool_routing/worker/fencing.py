@@ -156,8 +156,8 @@ class FencedTask(Task):
                 raise self._dropped(attempt, "it was taken over") from asked
             raise
         except Reject as rejected:
-            after = State.ADMITTED if rejected.requeue else State.FAILED
-            self._close(attempt, partial(attempt.settle, State.CLAIMED, after, how="rejected"))
+            final = partial(attempt.settle, State.CLAIMED, State.FAILED, how="rejected")
+            self._close(attempt, attempt.reject if rejected.requeue else final)
             raise
         except Ignore:
             self._close(attempt, partial(attempt.settle, State.CLAIMED, State.DONE, how="ignored"))

@@ -171,7 +171,8 @@ class Channel(_OfThisWorker, kombu_redis.Channel):  # type: ignore[misc,unused-i
             with lost_when_refused():
                 return super()._brpop_read(**options)
         except JSONDecodeError as error:
-            self.life.set_aside(str(uuid4()), reason=f"not a Celery message: {error}", message=error.doc)
+            reason = f"not a Celery message: {error}"
+            self.life.soon(partial(self.life.set_aside, str(uuid4()), reason=reason, message=error.doc))
             return True
 
     def _receive(self) -> Any:
@@ -208,7 +209,8 @@ class Transport(_OfThisWorker, kombu_redis.Transport):  # type: ignore[misc,unus
             raise
         except Exception as error:  # noqa: BLE001 whatever else is wrong with it
             reason = f"not a Celery message: {error!r}"
-            self.life.set_aside(task_id or str(uuid4()), reason=reason, message=json.dumps(message), tag=tag)
+            text = json.dumps(message)
+            self.life.soon(partial(self.life.set_aside, task_id or str(uuid4()), reason=reason, message=text, tag=tag))
             self._forget(tag)
 
     def _forget(self, tag: str) -> None:
