@@ -170,7 +170,9 @@ slots = st.integers(0, 1000)
 wishes = st.sampled_from([True, False, "required"])
 policies = st.builds(
     Policy,
-    tiers=st.lists(st.builds(TierPolicy, names, names, st.booleans(), slots), max_size=4).map(tuple),
+    tiers=st.lists(st.builds(TierPolicy, st.text("az09", min_size=1, max_size=8), names, st.booleans(), slots), max_size=4).map(
+        tuple
+    ),
     accelerated_content_types=st.lists(names, max_size=3).map(tuple),
     tasks=st.lists(st.builds(TaskPolicy, names, wishes), max_size=3).map(tuple),
     fallback_on_failure=st.booleans(),
