@@ -2,61 +2,44 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import pytest
 from e2e.cluster import binaries
-from e2e.cluster.control_plane import ControlPlane
-from e2e.cluster.kubectl import kubectl_path
+from e2e.cluster.control_plane import ControlPlane, ControlPlaneFailed
+from tests.api.kubectl import CRD, Kubectl, kubectl_for
 from tests.api.operators import Namespace, Operator, log_in
 
 from workerpool_operator.local.guardian import Guardian
 from workerpool_operator.local.redis_server import RedisServer, private_redis
 
-CRD = Path(__file__).parents[2] / "crds" / "workerpool.yaml"
 INSTALL = Path(__file__).parents[2] / "manifests" / "install.yaml"
-
-
-class Kubectl(Protocol):
-    """Runs kubectl as an administrator; ``stdin`` is what ``-f -`` reads. A refusal is a return code, not an exception."""
-
-    def __call__(self, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]: ...
 
 
 @pytest.fixture(scope="session")
 def control_plane() -> Iterator[ControlPlane]:
     """The control plane itself, for tests that take its API server away."""
-    try:
-        directory = binaries.find(binaries.CONTROL_PLANE)
-    except binaries.BinariesMissing as missing:
-        pytest.fail(str(missing), pytrace=False)
-    with ControlPlane(directory) as plane:
+    with started() as plane:
         yield plane
+
+
+@contextmanager
+def started() -> Iterator[ControlPlane]:
+    """A control plane; what keeps it from starting is said in few words, because every test of the session says it."""
+    try:
+        with ControlPlane(binaries.find(binaries.CONTROL_PLANE)) as plane:
+            yield plane
+    except (binaries.BinariesMissing, ControlPlaneFailed) as failed:
+        pytest.fail(str(failed), pytrace=False)
 
 
 @pytest.fixture(scope="session")
 def kubectl(control_plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> Kubectl:
     return kubectl_for(control_plane, tmp_path_factory.mktemp("kubectl-cache"))
-
-
-def kubectl_for(plane: ControlPlane, cache: Path) -> Kubectl:
-    try:
-        path = kubectl_path()
-    except FileNotFoundError as missing:
-        pytest.fail(str(missing), pytrace=False)
-    environment = {**os.environ, "KUBECONFIG": str(plane.kubeconfig), "KUBECACHEDIR": str(cache)}
-
-    def run(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-        command = [path, *arguments]
-        return subprocess.run(command, input=stdin, env=environment, capture_output=True, text=True, timeout=120, check=False)
-
-    return run
 
 
 @pytest.fixture(scope="session")

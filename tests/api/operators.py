@@ -12,17 +12,15 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from urllib.error import HTTPError
 
 import yaml
 from celery import Celery
 from e2e.cluster.ports import reserve_port
+from tests.api.kubectl import Kubectl
 
 from workerpool_operator.local.guardian import Guardian
-
-if TYPE_CHECKING:
-    from tests.api.conftest import Kubectl
 
 SAMPLE = Path(__file__).parents[2] / "manifests" / "samples" / "workerpool.yaml"
 COMMAND = [str(Path(sys.executable).with_name("workerpool")), "run"]
@@ -31,6 +29,9 @@ PATIENCE_SECONDS = 60.0
 
 COLLECTOR_SECONDS = 120.0
 """A young control plane's garbage collector looks for new kinds, such as WorkerPools, only every 30 s."""
+
+CONTROLLER_SECONDS = 90.0
+"""The ReplicaSet controller tries a refused pod again with growing pauses."""
 
 Object = dict[str, Any]
 T = TypeVar("T")
@@ -150,6 +151,11 @@ class Namespace:
             app.send_task("media.tasks.transcribe", queue=self.queue(tier))
         app.close()
 
+    def set_status(self, pod: Object, status: Object) -> None:
+        """Write what a scheduler or a kubelet would report of a pod."""
+        body = json.dumps({"status": status})
+        self.kubectl("patch", "pod", pod["metadata"]["name"], "--subresource=status", "--type=strategic", "--patch", body)
+
     def condition(self, kind: str, pool: str = "media") -> Object:
         conditions = self.get("workerpool", pool).get("status", {}).get("conditions", [])
         return next((condition for condition in conditions if condition["type"] == kind), {"status": "", "message": ""})
@@ -176,6 +182,11 @@ class Namespace:
 
         self.eventually(look)
         return wanted
+
+
+def obj(kind: str, version: str = "v1", **spec: object) -> str:
+    """An object named ``limits``, as kubectl reads it."""
+    return json.dumps({"apiVersion": version, "kind": kind, "metadata": {"name": "limits"}, "spec": spec})
 
 
 def log_in(admin: Path, path: Path, kubectl: Kubectl, namespace: str, account: str) -> None:

@@ -13,18 +13,14 @@ from datetime import UTC, datetime
 import pytest
 import yaml
 from e2e.cluster.control_plane import ControlPlane
-from tests.api.conftest import CRD, Kubectl
-from tests.api.operators import SAMPLE, Namespace, Object
-from tests.api.test_operator import set_status
+from tests.api.kubectl import CRD, Kubectl
+from tests.api.operators import CONTROLLER_SECONDS, SAMPLE, Namespace, Object, obj
 
 from workerpool_operator.main import RELIST_SECONDS
 
 pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
 
 TROUBLE_SECONDS = 15
-
-CONTROLLER_SECONDS = 90.0
-"""The ReplicaSet controller tries a refused pod again with growing pauses."""
 
 
 def told(ml: Namespace, *words: str, pool: str = "media") -> bool:
@@ -33,10 +29,6 @@ def told(ml: Namespace, *words: str, pool: str = "media") -> bool:
     warnings = [event["message"] for event in ml.objects("events") if event["type"] == "Warning"]
     warnings = [text for text in warnings if "failing" in text or "unschedulable" in text]
     return all(word in message for word in words) and any(all(word in text for word in words) for text in warnings)
-
-
-def obj(kind: str, version: str = "v1", **spec: object) -> str:
-    return json.dumps({"apiVersion": version, "kind": kind, "metadata": {"name": "limits"}, "spec": spec})
 
 
 def test_a_quota_that_leaves_no_room_for_a_pod_is_named(ml: Namespace) -> None:
@@ -75,7 +67,7 @@ def test_an_image_that_cannot_be_pulled_is_named(ml: Namespace) -> None:
     [pod] = ml.eventually(lambda: ml.objects("pods"))
     waiting = {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "media:typo"'}
     container = {"name": "worker", "image": "media:typo", "imageID": "", "ready": False, "restartCount": 0}
-    set_status(ml, pod, {"phase": "Pending", "containerStatuses": [{**container, "state": {"waiting": waiting}}]})
+    ml.set_status(pod, {"phase": "Pending", "containerStatuses": [{**container, "state": {"waiting": waiting}}]})
     ml.eventually(lambda: told(ml, "container worker: ImagePullBackOff", "media:typo"))
 
 

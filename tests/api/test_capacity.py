@@ -14,9 +14,7 @@ import yaml
 from celery import Celery
 from kubernetes.aio import config
 from kubernetes.aio.client import ApiClient, Configuration
-from tests.api.operators import SAMPLE, Namespace, Object
-from tests.api.test_bad_input import CONTROLLER_SECONDS, obj
-from tests.api.test_operator import set_status
+from tests.api.operators import CONTROLLER_SECONDS, SAMPLE, Namespace, Object, obj
 
 from workerpool_operator.kube.api import Api, path_to
 from workerpool_routing import WorkerPool
@@ -40,7 +38,7 @@ class Uploads:
     def __init__(self, ml: Namespace) -> None:
         app = Celery("media.tasks", broker=ml.redis_url, set_as_current=False)
         self._task = app.task(transcribe, name="media.tasks.transcribe")
-        self._pool = WorkerPool(f"{ml.name}/media", app)
+        self._pool = WorkerPool(f"{ml.name}/media", app, timeout=5)
         ml.eventually(lambda: self._pool.policy)
 
     def tier(self) -> str:
@@ -73,7 +71,7 @@ def no_image(ml: Namespace) -> None:
     waiting = {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "media:typo"'}
     container = {"name": "worker", "image": "media:typo", "imageID": "", "ready": False, "restartCount": 0}
     for pod in gpu_pods(ml):
-        set_status(ml, pod, {"phase": "Pending", "containerStatuses": [{**container, "state": {"waiting": waiting}}]})
+        ml.set_status(pod, {"phase": "Pending", "containerStatuses": [{**container, "state": {"waiting": waiting}}]})
 
 
 def crash_loop(ml: Namespace) -> None:
@@ -81,14 +79,14 @@ def crash_loop(ml: Namespace) -> None:
     container = {"name": "worker", "image": "media:1.0", "imageID": "", "ready": False, "restartCount": 3}
     states = {"state": {"running": {}}, "lastState": {"terminated": {"exitCode": 1, "reason": "Error"}}}
     for pod in gpu_pods(ml):
-        set_status(ml, pod, {"phase": "Running", "containerStatuses": [{**container, **states}]})
+        ml.set_status(pod, {"phase": "Running", "containerStatuses": [{**container, **states}]})
 
 
 def no_device(ml: Namespace) -> None:
     """As a kubelet does with one pod after the other, each of which its ReplicaSet replaces at once."""
     message = "Pod was rejected: Allocate failed due to no healthy devices"
     for pod in gpu_pods(ml):
-        set_status(ml, pod, {"phase": "Failed", "reason": "UnexpectedAdmissionError", "message": message})
+        ml.set_status(pod, {"phase": "Failed", "reason": "UnexpectedAdmissionError", "message": message})
 
 
 def quota(ml: Namespace) -> None:

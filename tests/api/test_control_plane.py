@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from e2e.cluster.control_plane import ControlPlane, ControlPlaneFailed
-from tests.api.conftest import Kubectl
+from tests.api.kubectl import Kubectl
 from tests.api.operators import PATIENCE_SECONDS
 
 pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]

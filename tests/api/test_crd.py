@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from tests.api.conftest import Kubectl
+from tests.api.kubectl import Kubectl
 
 from workerpool_operator.model import API_VERSION, KIND, WorkerPoolSpec, parse_spec
 from workerpool_operator.status import Condition, ConditionType, Status, TierStatus, rfc3339, summary

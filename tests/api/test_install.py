@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import yaml
-from e2e.cluster import binaries
 from e2e.cluster.control_plane import ControlPlane
 from helm_python import Chart, Config, HelmError
-from tests.api.conftest import CRD, kubectl_for
+from tests.api.conftest import started
+from tests.api.kubectl import CRD, kubectl_for
 
 pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
 
@@ -38,11 +38,7 @@ Run = Callable[..., str]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[ControlPlane]:
     """Not the session's: a resource definition that Helm owns would be in the way of the other tests."""
-    try:
-        directory = binaries.find(binaries.CONTROL_PLANE)
-    except binaries.BinariesMissing as missing:
-        pytest.fail(str(missing), pytrace=False)
-    with ControlPlane(directory) as plane:
+    with started() as plane:
         yield plane
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from kubernetes.aio import config
 from kubernetes.aio.client import ApiClient, Configuration
-from tests.api.conftest import Kubectl
+from tests.api.kubectl import Kubectl
 
 from workerpool_operator.kube import seen
 from workerpool_operator.kube.api import Api, ApiError, path_to

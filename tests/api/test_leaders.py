@@ -18,7 +18,7 @@ import pytest
 from kubernetes.aio import config
 from kubernetes.aio.client import ApiClient, Configuration
 from redis import Redis
-from tests.api.conftest import Kubectl
+from tests.api.kubectl import Kubectl
 from tests.api.operators import Namespace, Operator, eventually
 from tests.api.proxy import Proxy, Request, proxy
 

@@ -16,7 +16,7 @@ import yaml
 from e2e.cluster.control_plane import ControlPlane
 from helm_python import Chart
 from redis import Redis
-from tests.api.conftest import CRD, Kubectl
+from tests.api.kubectl import CRD, Kubectl
 from tests.api.operators import (
     COLLECTOR_SECONDS,
     COMMAND,
@@ -267,17 +267,12 @@ def test_what_the_scheduler_and_the_kubelet_say_of_pods_is_passed_on(ml: Namespa
     for pod in ml.objects("pods"):
         if pod["metadata"]["labels"]["workerpool.dev/tier"] == "gpu":
             unschedulable = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/9 nodes: no GPU"}
-            set_status(ml, pod, {"conditions": [unschedulable]})
+            ml.set_status(pod, {"conditions": [unschedulable]})
         else:
             ready = {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}
-            set_status(ml, pod, {"phase": "Running", "conditions": [ready]})
+            ml.set_status(pod, {"phase": "Running", "conditions": [ready]})
     ml.eventually(lambda: "2 of 2 unschedulable: 0/9 nodes: no GPU" in ml.condition("CapacityAvailable")["message"])
     ml.eventually(lambda: ml.get("workerpool", "media")["status"]["replicas"] == "gpu 0/2, cpu 1/1")
-
-
-def set_status(ml: Namespace, pod: Object, status: Object) -> None:
-    body = json.dumps({"status": status})
-    ml.kubectl("patch", "pod", pod["metadata"]["name"], "--subresource=status", "--type=strategic", "--patch", body)
 
 
 def test_a_deployment_of_somebody_else_is_left_alone_and_named(ml: Namespace) -> None:

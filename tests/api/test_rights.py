@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from helm_python import Chart
-from tests.api.conftest import Kubectl
+from tests.api.kubectl import Kubectl
 from tests.api.operators import Namespace, Operator, log_in
 from tests.api.proxy import Request, proxy
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from celery import Celery
 from redis import Redis
-from tests.contract.seeds import make_pool
+from tests.seeds import make_pool
 
 from workerpool_operator.dev import Session, session
 from workerpool_operator.local.redis_server import private_redis
@@ -52,7 +52,7 @@ class Stage:
     def __init__(self, dev: Session, watcher: Watcher, app: Celery) -> None:
         self.dev, self.watcher, self.app = dev, watcher, app
         tier = Tier("cpu", "celery", accelerated=False)
-        self.pool = WorkerPool(dev.pool.id, app, tiers=[tier])
+        self.pool = WorkerPool(dev.pool.id, app, tiers=[tier], timeout=5)
         self.redis: Any = Redis.from_url(dev.broker_url, decode_responses=True)
         self.jobs: list[str] = []
 

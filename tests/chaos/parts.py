@@ -71,12 +71,14 @@ class Server:
     def start(self) -> None:
         options = ["--bind", "127.0.0.1", "--port", str(self.port), "--save", "", "--dir", str(self.directory)]
         keep = ["--appendonly", "yes", "--appendfsync", "always"] if self.keeps else ["--appendonly", "no"]
-        self.process = start([find_redis_server(), *options, *keep], self.directory / "redis.log")
-        while True:
+        log = self.directory / "redis.log"
+        self.process = start([find_redis_server(), *options, *keep], log)
+        while self.process.poll() is None:
             with contextlib.suppress(RedisError), self.client() as client:
                 client.ping()
                 return
             time.sleep(0.05)
+        raise RuntimeError(f"redis-server has ended: {log.read_text()}")
 
     def kill(self) -> None:
         end(self.process)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib import import_module
 from types import ModuleType
 
 import pytest
 from redis import Redis
-from tests.contract.workers import APP
+from tests.contract.workers import APP, worker
+from tests.watching import until
 
 from workerpool_operator import salvage
 from workerpool_operator.local.redis_server import RedisServer, private_redis
-from workerpool_routing import wire
+from workerpool_routing import WorkerPool, wire
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -21,6 +23,16 @@ def _own_tasks() -> Iterator[None]:
     """Celery hands the tasks of every app to every later one: those of a test file stay in it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("celery._state._on_app_finalizers", set())
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patience() -> Iterator[None]:
+    """What a test asks once has to be answered on a busy machine too; an API waits a quarter of a second, and refuses."""
+    defaults = WorkerPool.__init__.__kwdefaults__
+    assert defaults
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(defaults, "timeout", 5.0)
         yield
 
 
@@ -67,3 +79,14 @@ def short_life(monkeypatch: pytest.MonkeyPatch) -> float:
     monkeypatch.setattr(wire, "PRESENCE_LIFE_MS", 1000 * seconds)
     monkeypatch.setattr(salvage, "UNRENEWED_SECONDS", seconds)
     return seconds
+
+
+@pytest.fixture(scope="module")
+def two_tiers(url: str, jobs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """The app, with a worker on either tier that no test kills."""
+    log = tmp_path_factory.mktemp("workers")
+    with ExitStack() as stack:
+        stack.enter_context(worker(url, "gpu", "gpu-jobs", "gpu-a", log))
+        stack.enter_context(worker(url, "cpu", "cpu-jobs", "cpu-a", log))
+        until(lambda: {w.worker for w in jobs.pool.workers().values()} == {"gpu-a", "cpu-a"}, "both workers report")
+        yield jobs

@@ -81,14 +81,14 @@ def held(path: str) -> str:
     return TIER
 
 
-@app.task(time_limit=1.5)  # type: ignore[untyped-decorator]
+@app.task(time_limit=5)  # type: ignore[untyped-decorator]
 def hard_limited(endings: dict[str, str]) -> str:
     """The same under a hard time limit."""
     end(endings.get(TIER, "return"))
     return TIER
 
 
-@app.task(soft_time_limit=1)  # type: ignore[untyped-decorator]
+@app.task(soft_time_limit=4)  # type: ignore[untyped-decorator]
 def soft_limited(endings: dict[str, str]) -> str:
     """The same under a soft time limit."""
     end(endings.get(TIER, "return"))

@@ -12,26 +12,23 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, cast
 
 import prometheus_client
 import pytest
 from celery import Celery, chain
 from celery.signals import before_task_publish
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from kombu.exceptions import OperationalError
 from redis import Redis
+from tests.seeds import load
 
 from workerpool_operator.local.redis_server import private_redis
 from workerpool_routing import Overloaded, PoolUnavailable, Reason, Tier, WorkerPool, metrics, policy, wire
-from workerpool_routing.admission import Question
-from workerpool_routing.decide import Load, Request, assumed_seconds, place, preselect
+from workerpool_routing.decide import Load
 from workerpool_routing.decision import LOG_FIELDS
 from workerpool_routing.errors import NoAcceleratedTier, NotConfigured
 from workerpool_routing.ledger import State
-from workerpool_routing.wire import Capacity, Milliseconds, Policy, StartingSlots, TaskPolicy, TierCapacity
+from workerpool_routing.wire import Policy, TaskPolicy
 
 pytestmark = pytest.mark.contract
 
@@ -69,143 +66,6 @@ def pool(app: Celery) -> WorkerPool:
 def client(redis_url: str) -> Iterator[Any]:
     with Redis.from_url(redis_url, decode_responses=True) as client:
         yield client
-
-
-def load(client: Any, pool: WorkerPool, tier: Tier, seen: Load, task: str) -> None:
-    """Make Redis hold what a tier would look like under that load."""
-    keys = pool.keys
-    for n in range(seen.waiting):
-        client.lpush(keys.queue_list(tier.queue, (0, 3, 6, 9)[n % 4]), "{}")
-    for n in range(seen.in_flight):
-        client.hset(keys.unacked(tier.name), f"tag-{n}", "[]")
-    for n in range(seen.in_flight % 3):
-        client.hset(keys.unacked(tier.name), f"scheduled-{n}", "[]")
-        client.incr(keys.scheduled(tier.name))
-    seconds, micros = client.time()
-    now = seconds * 1000 + micros // 1000
-    slots = {f"worker/{n}": now for n in range(seen.ready)} | {"lost/0": now - 9_000}
-    leases = {f"lease-{n}": now + 9_000 for n in range(seen.leased)} | {"over": now - 1}
-    client.zadd(keys.slots(tier.name), slots)
-    client.zadd(keys.leases(tier.name), leases)
-    if seen.mean is not None:
-        client.hset(keys.served(tier.name), "mean", seen.mean)
-    if seen.service is not None:
-        client.hset(keys.service(tier.name), task, seen.service)
-
-
-counts = st.integers(0, 12)
-services = st.none() | st.floats(0.001, 1000)
-groups = st.lists(st.tuples(st.integers(1, 12), st.floats(0, 120)), max_size=4).map(
-    lambda found: tuple(sorted(found, key=lambda group: group[1]))
-)
-rest = {"startable": counts, "start_seconds": st.floats(120, 200), "target_seconds": st.floats(0, 300), "mean": services}
-limits = st.none() | st.integers(0, 12)
-loads = st.builds(Load, counts, counts, counts, groups, st.integers(0, 3), services, limit=limits, **rest)
-full = st.builds(Load, counts, st.integers(4, 12), st.integers(0, 4), groups, st.just(0), services, **rest)
-known = st.builds(Load, counts, st.integers(4, 12), st.integers(1, 4), groups, st.just(0), st.floats(0.5, 8), **rest)
-GPU2, CPU2 = Tier("gpu2", "gpu2-jobs", accelerated=True), Tier("cpu2", "cpu2-jobs", accelerated=False)
-FOUR = (GPU, CPU, GPU2, CPU2)
-
-
-def capacity_of(seen: Load, now: Milliseconds) -> TierCapacity:
-    """What the operator says of the slots that come and that may be ordered."""
-    starting = tuple(StartingSlots(slots, Milliseconds(now + round(1000 * ready_in))) for slots, ready_in in seen.coming)
-    return TierCapacity(starting, seen.startable, seen.start_seconds, seen.target_seconds, limit=seen.limit)
-
-
-def check_against_the_rule(
-    client: Any, pool: WorkerPool, task: Any, seen: dict[str, Load], wish: Any, limit: float | None, spilling: bool
-) -> Reason:
-    """Seed Redis with the loads and hold the script's answer to that of the Python rule; return the reason."""
-    client.flushall()
-    for tier in FOUR:
-        load(client, pool, tier, seen[tier.name], task.name)
-    seconds, micros = client.time()
-    capacity = {name: capacity_of(one, Milliseconds(seconds * 1000 + micros // 1000)) for name, one in seen.items()}
-    client.set(pool.keys.capacity, Capacity(capacity).dump())
-    if spilling:
-        client.hset(pool.keys.sides, task.name, 1)
-    before = {key: client.dump(key) for key in client.scan_iter()}
-    request = Request(task.name, wish, limit=limit)
-    candidates = preselect(Policy(FOUR), request)
-    admission = pool.store.admit(Question(candidates, request))
-    at_that_time = [
-        replace(
-            seen[tier.name].having(capacity[tier.name], admission.time), assumed=assumed_seconds(accelerated=tier.accelerated)
-        )
-        for tier in candidates.tiers
-    ]
-    expected = place(candidates, at_that_time, limit=limit, spilling=spilling)
-    assert (admission.tier, admission.reason) == (candidates.tiers[expected.index].name, expected.reason)
-    assert admission.wait == expected.wait
-    assert admission.load
-    assert admission.load.slots == at_that_time[0].slots
-    assert admission.load.next_slot == pytest.approx(at_that_time[0].next_slot, abs=0.001)
-    assert {key: client.dump(key) for key in client.scan_iter()} == before, "deciding changes nothing"
-    return expected.reason
-
-
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(
-    loads=st.tuples(*[st.one_of(loads, full, known)] * 4),
-    wish=st.sampled_from([True, True, False, "required"]),
-    limit=st.none() | st.floats(0, 100),
-    spilling=st.booleans(),
-)
-def test_the_script_measures_what_is_there_and_decides_as_the_python_rule_does(
-    app: Celery, client: Any, loads: tuple[Load, ...], wish: Any, limit: float | None, spilling: bool
-) -> None:
-    pool = pool_of_four(app)
-    seen = dict(zip(("gpu", "gpu2", "cpu", "cpu2"), loads, strict=True))
-    check_against_the_rule(client, pool, app.tasks["media.transcribe"], seen, wish, limit, spilling)
-
-
-def starts(slots: int, seconds: float, service: float | None = None) -> Load:
-    """A tier at zero that may start so many."""
-    return Load(0, 0, 0, service=service, startable=slots, start_seconds=seconds)
-
-
-IDLE, BUSY = Load(0, 0, 1), Load(0, 1, 1, service=1.0)
-
-
-@pytest.mark.parametrize(
-    ("gpu", "gpu2", "cpu", "limit", "spilling", "reason"),
-    [
-        (IDLE, IDLE, IDLE, None, False, Reason.FREE_SLOT),
-        (BUSY, IDLE, IDLE, None, False, Reason.FREE_SLOT),
-        (Load(5, 1, 1, startable=1), BUSY, Load(0, 9, 1), None, False, Reason.SLOT_STARTING),
-        (Load(6, 1, 1, startable=1), Load(6, 1, 1, startable=1), Load(0, 9, 1), None, False, Reason.QUEUE_TOO_LONG),
-        (Load(0, 1, 1), Load(0, 1, 1), IDLE, None, False, Reason.NO_CAPACITY),
-        (starts(1, 30.0), BUSY, IDLE, None, False, Reason.SLOT_STARTING),
-        (starts(1, 30.1), BUSY, IDLE, None, False, Reason.SLOT_TOO_FAR),
-        (starts(1, 33.0), BUSY, Load(2, 1, 1), None, False, Reason.SLOT_STARTING),
-        (starts(1, 33.1), BUSY, Load(2, 1, 1), None, False, Reason.SLOT_TOO_FAR),
-        # sqrt(9 * 36) - 9 = 9 seconds: a slot that is ready by then is worth the wait.
-        (starts(1, 9.0, 9.0), Load(9, 1, 1), Load(0, 0, 1, (), 0, 36.0), None, False, Reason.WORTH_THE_WAIT),
-        (starts(1, 9.1, 9.0), Load(9, 1, 1), Load(0, 0, 1, (), 0, 36.0), None, False, Reason.WAIT_TOO_LONG),
-        # sqrt(1 * 9) - 1 = 2 seconds: two jobs of one second each are just as long as that, three are longer.
-        (Load(1, 1, 1, (), 0, 1.0), Load(9, 1, 1, (), 0, 1.0), Load(0, 0, 1, (), 0, 9.0), None, False, Reason.WORTH_THE_WAIT),
-        (Load(2, 1, 1, (), 0, 1.0), Load(9, 1, 1, (), 0, 1.0), Load(0, 0, 1, (), 0, 9.0), None, False, Reason.WAIT_TOO_LONG),
-        (Load(1, 1, 1, (), 0, 1.0), Load(9, 1, 1, (), 0, 1.0), Load(0, 0, 1, (), 0, 9.0), None, True, Reason.WAIT_TOO_LONG),
-        (Load(0, 1, 1, (), 0, 1.0), Load(9, 1, 1, (), 0, 1.0), Load(0, 0, 1, (), 0, 9.0), None, True, Reason.WORTH_THE_WAIT),
-        (Load(1, 1, 1, (), 0, 1.0), Load(9, 1, 1, (), 0, 1.0), Load(0, 0, 1, (), 0, 9.0), 1.0, False, Reason.STARTS_SOONER),
-        (Load(1, 1, 1, (), 0, 1.0), Load(9, 1, 1, (), 0, 1.0), Load(0, 1, 1, (), 0, 9.0), 1.0, False, Reason.OVERLOADED),
-        (Load(1, 1, 1, (), 0, 1.0), Load(9, 1, 1, (), 0, 1.0), Load(0, 1, 1, (), 0, 9.0), 2.0, False, Reason.WORTH_THE_WAIT),
-    ],
-)
-def test_both_forms_of_the_rule_agree_on_every_boundary(
-    app: Celery, client: Any, gpu: Load, gpu2: Load, cpu: Load, limit: float | None, spilling: bool, reason: Reason
-) -> None:
-    pool = pool_of_four(app)
-    seen = {"gpu": gpu, "gpu2": gpu2, "cpu": cpu, "cpu2": Load(99, 9, 1, (), 0, 9.0)}
-    assert check_against_the_rule(client, pool, app.tasks["media.transcribe"], seen, True, limit, spilling) is reason
-
-
-def pool_of_four(app: Celery) -> WorkerPool:
-    """The pool over all four tiers, one for each app."""
-    if not hasattr(app, "pool_of_four"):
-        app.pool_of_four = WorkerPool("ml/media", app, tiers=FOUR)
-    return cast("WorkerPool", app.pool_of_four)
 
 
 def test_submit_writes_message_ledger_and_counters_and_wakes_the_operator(
@@ -305,11 +165,11 @@ def test_the_event_loop_goes_on_while_redis_does_not_answer() -> None:
 
     with private_redis() as server:
         app = media_app(server.url)
-        pool = WorkerPool("ml/media", app, tiers=TIERS)
+        pool = WorkerPool("ml/media", app, tiers=TIERS, timeout=3)
         pool.submit(app.tasks["media.index"], ("a",))
         os.kill(server.pid, signal.SIGSTOP)
         try:
-            assert asyncio.run(longest_pause(pool, app.tasks["media.index"])) < 0.15
+            assert asyncio.run(longest_pause(pool, app.tasks["media.index"])) < 1.5, "it would stand still for the whole time-out"
         finally:
             os.kill(server.pid, signal.SIGCONT)
 
@@ -323,7 +183,7 @@ def test_however_many_calls_wait_for_a_thread_those_that_waited_out_their_time_d
 
     with private_redis() as server:
         app = media_app(server.url)
-        pool = WorkerPool("ml/media", app, tiers=TIERS)
+        pool = WorkerPool("ml/media", app, tiers=TIERS, timeout=1)
         before_task_publish.connect(lambda **_: asked.append(1), weak=False, dispatch_uid="asked")
         task = app.tasks["media.index"]
         try:
@@ -547,7 +407,7 @@ def test_the_pools_longest_wait_refuses_what_is_submitted_unless_the_caller_wait
 ) -> None:
     pool = WorkerPool("ml/media", app)
     client.set(pool.keys.policy, Policy(TIERS, tasks=(TaskPolicy("media.*"),), max_wait_seconds=5).dump())
-    load(client, pool, CPU, Load(8, 1, 1), "media.index")
+    load(client, pool.keys, CPU, Load(8, 1, 1), "media.index")
     task = app.tasks["media.index"]
     with pytest.raises(Overloaded) as refused:
         pool.submit(task, ("a",), accelerated=True)
@@ -571,7 +431,7 @@ def test_celerys_own_publish_is_bounded_too() -> None:
                 started = time.monotonic()
                 with pytest.raises(OperationalError):
                     task.apply_async(("after",), **options)
-                assert time.monotonic() - started < 10
+                assert time.monotonic() - started < 30
         finally:
             os.kill(server.pid, signal.SIGCONT)
 
@@ -592,7 +452,7 @@ def test_an_app_without_a_redis_broker_is_refused() -> None:
 def test_a_redis_that_does_not_take_the_job_is_an_error_within_a_bounded_time_and_leaves_nothing(fault: str) -> None:
     with private_redis() as server, Redis.from_url(server.url, decode_responses=True) as client:
         app = media_app(server.url)
-        task, pool = app.tasks["media.index"], WorkerPool("ml/media", app, tiers=TIERS)
+        task, pool = app.tasks["media.index"], WorkerPool("ml/media", app, tiers=TIERS, timeout=1)
         pool.submit(task, ("before",))
         if fault == "stopped":
             os.kill(server.pid, signal.SIGSTOP)
@@ -606,7 +466,7 @@ def test_a_redis_that_does_not_take_the_job_is_an_error_within_a_bounded_time_an
         try:
             with pytest.raises(PoolUnavailable):
                 pool.submit(task, ("after",))
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 10
         finally:
             if fault != "gone":
                 os.kill(server.pid, signal.SIGCONT)
@@ -615,7 +475,7 @@ def test_a_redis_that_does_not_take_the_job_is_an_error_within_a_bounded_time_an
 
 
 def test_scheduled_messages_that_ran_since_the_last_report_make_no_slot_free(pool: WorkerPool, app: Celery, client: Any) -> None:
-    load(client, pool, GPU, Load(waiting=1, in_flight=0, ready=1), "media.transcribe")
+    load(client, pool.keys, GPU, Load(waiting=1, in_flight=0, ready=1), "media.transcribe")
     client.incrby(pool.keys.scheduled("gpu"), 3)
     assert pool.should_accelerate(app.tasks["media.transcribe"]).reason is Reason.NO_CAPACITY
     assert pool.status()["tiers"]["gpu"]["in_flight"] == 0

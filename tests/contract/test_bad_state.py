@@ -9,12 +9,10 @@ from dataclasses import replace
 
 import pytest
 from redis import Redis
-from tests.contract.seeds import claim, consumer, job, make_pool, report
-from tests.contract.test_broker import ask, submit
-from tests.contract.test_rebalancing import ROOM, line
-from tests.contract.test_reconcile import running
+from tests.contract.broker import ROOM, open_for_jobs, submit
+from tests.contract.passes import running
+from tests.seeds import claim, consumer, job, line, make_pool, report
 
-from workerpool_operator import planning
 from workerpool_operator.broker import RedisBroker
 from workerpool_operator.observation import BrokerReading, Unavailable
 from workerpool_operator.ports import Pool
@@ -31,7 +29,7 @@ PASSES = 12
 @pytest.fixture
 def pool(redis_url: str) -> Pool:
     pool = make_pool(redis_url)
-    ask(lambda broker: broker.publish(redis_url, pool, planning.policy(pool.spec), ROOM))
+    open_for_jobs(redis_url, pool, ROOM)
     return pool
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 from celery import Celery
@@ -29,25 +29,8 @@ TIERS = (Tier("gpu", "gpu-jobs", accelerated=True), Tier("cpu", "cpu-jobs", acce
 TASK = "media.transcribe"
 
 
-class Seeds(Protocol):
-    """How a test says what a tier has."""
-
-    def set_capacity(
-        self,
-        tier: str,
-        *,
-        ready: int = 0,
-        starting: int = 0,
-        ready_in: float = START_SECONDS,
-        busy: int = 0,
-        waiting: int = 0,
-        service: Mapping[str, float] | None = None,
-        limit: int | None = None,
-    ) -> None: ...
-
-
 class RedisSeeds:
-    """The same for a real Redis, as workers and operator write it."""
+    """How a test says what a tier has: as :class:`Double` does, in a real Redis, as workers and operator write it."""
 
     def __init__(self, client: Any, pool: WorkerPool) -> None:
         self.client, self.keys, self.capacity = client, pool.keys, dict[str, TierCapacity]()
@@ -78,6 +61,9 @@ class RedisSeeds:
         # Slots that may be ordered are so many seconds away at any time, those that are on their way only now.
         self.capacity[tier] = TierCapacity(startable=starting, start_seconds=ready_in, limit=limit)
         client.set(keys.capacity, Capacity(self.capacity).dump())
+
+
+Seeds = RedisSeeds | Double
 
 
 def app_of(url: str) -> Celery:

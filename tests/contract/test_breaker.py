@@ -6,8 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -16,18 +15,19 @@ from typing import Any
 
 import pytest
 from redis import Redis
-from tests.contract import seeds
-from tests.contract.seeds import claim, consumer, make_pool
-from tests.contract.test_attempts import claimed, operator_pool, outcome, parked, take_over_the_lost
-from tests.contract.test_broker import ask, open_for_jobs, read, submit
-from tests.contract.test_reconcile import running
-from tests.contract.workers import until, worker
+from tests import seeds
+from tests.contract.api_and_operator import claimed, operator_pool, outcome, take_over_the_lost
+from tests.contract.broker import ask, open_for_jobs, read, submit
+from tests.contract.passes import running
+from tests.contract.workers import parked, takes_jobs, worker
+from tests.seeds import claim, consumer, fall_back, make_pool, now_of, settle
+from tests.watching import until
 
 from workerpool_operator import breaker, planning
 from workerpool_operator.observation import Attempts, Breaker, BreakerState, BrokerReading, Checkpoint, TierReplicas
 from workerpool_operator.ports import Pool, Report
 from workerpool_operator.status import ConditionType, Event
-from workerpool_routing import Overloaded, Reason, ledger
+from workerpool_routing import Overloaded, Reason
 from workerpool_routing.ledger import State
 from workerpool_routing.wire import ENDED_JOB_LIFE_SECONDS, Capacity, Keyspace, Milliseconds
 
@@ -45,40 +45,11 @@ def counted(client: Any, keys: Keyspace, tier: str = "gpu") -> Attempts:
     return Attempts(*(float(number or 0) for number in client.hmget(keys.attempts(tier), names)))
 
 
-def now_of(client: Any) -> int:
-    """Milliseconds, by the clock of Redis."""
-    seconds, micros = client.time()
-    return int(seconds * 1000 + micros // 1000)
-
-
-def settle(pool: Pool, held: seeds.Held, tier: str, attempt: int, after: State, how: str = "", owner: str = "w.1") -> None:
-    """End the run of a job that the worker has claimed."""
-    call = ledger.settle(
-        pool.keys, planning.policy(pool.spec), held.task_id, attempt=attempt, tag=held.message.delivery_tag, owner=owner,
-        tier=tier, before=State.CLAIMED, after=after, how=how,
-    )  # fmt: skip
-    with Redis.from_url(str(pool.spec.broker.url)) as client:
-        for _ in range(2):  # as when the first answer was lost
-            assert client.register_script(ledger.script("settle"))(keys=call.keys, args=call.args) == 1
-
-
-def fail(url: str, pool: Pool, held: seeds.Held) -> None:
-    """Let a job that ``w.1`` has claimed go on to the plain tier; whoever comes second finds it gone."""
-    job = seeds.job(url, pool, held.task_id)
-    move = ledger.after_failure(planning.policy(pool.spec), job)
-    assert move
-    with Redis.from_url(url, decode_responses=True) as client:
-        raw = client.hget(pool.keys.unacked("gpu"), held.message.delivery_tag)
-        call = ledger.move(pool.keys, job, move, held_as=job.tag, raw=raw, delivery_tag="fresh", how="failed")
-        run = client.register_script(ledger.script("move"))
-        assert [run(keys=call.keys, args=call.args) for _ in range(2)] == [1, 0]
-
-
 def test_a_job_that_expires_after_it_failed_leaves_no_suspicion(redis_url: str, pool: Pool) -> None:
     open_for_jobs(redis_url, pool)
     submit(pool)
     with consumer(pool, "gpu") as gpu, consumer(pool, "cpu") as cpu, Redis.from_url(redis_url) as client:
-        fail(redis_url, pool, claim(redis_url, pool, gpu, "gpu", "w.1"))
+        fall_back(redis_url, pool, claim(redis_url, pool, gpu, "gpu", "w.1"))
         assert counted(client, pool.keys) == Attempts(0, 1)
         settle(pool, claim(redis_url, pool, cpu, "cpu", "w.1"), "cpu", 2, State.EXPIRED, "revoked")
         assert counted(client, pool.keys) == Attempts()
@@ -100,7 +71,7 @@ def test_what_began_before_a_trial_is_not_counted_to_it(redis_url: str, pool: Po
         if since == "while it ran":
             begins(now_of(client) + 1)
         settle(pool, good, "gpu", 1, State.FINISHING, "done")
-        fail(redis_url, pool, bad)
+        fall_back(redis_url, pool, bad)
         if since == "while the job ran elsewhere":
             begins(now_of(client) + 1)
         settle(pool, claim(redis_url, pool, cpu, "cpu", "w.1"), "cpu", 2, State.FINISHING, "done")
@@ -147,14 +118,14 @@ def test_an_attempt_that_ends_between_a_reading_and_what_comes_of_it_is_counted(
         client.hset(pool.keys.attempts("gpu"), mapping={"since": 0, "succeeded": 3 * breaker.WINDOW})
         seen = read(redis_url, pool)
         settle(pool, good, "gpu", 1, State.DONE, "done")
-        fail(redis_url, pool, bad)
+        fall_back(redis_url, pool, bad)
         keep(redis_url, pool, **decided(pool, seen))
         assert read(redis_url, pool).tiers["gpu"].attempts == Attempts(breaker.WINDOW + 1, 1)
 
         seen = read(redis_url, pool)
         settle(pool, claim(redis_url, pool, cpu, "cpu", "w.1"), "cpu", 2, State.DONE, "done")
         keep(redis_url, pool, **decided(pool, seen))
-        fail(redis_url, pool, late)
+        fall_back(redis_url, pool, late)
         found = read(redis_url, pool).tiers["gpu"]
         assert (found.attempts.failed, found.attempts.confirmed) == pytest.approx((1 + breaker.WINDOW / (breaker.WINDOW + 2), 1))
 
@@ -171,13 +142,13 @@ def test_an_old_attempt_that_ends_while_a_trial_is_being_begun_is_not_counted_to
             redis_url, pool, gpu=Checkpoint(Breaker(BreakerState.OPEN, Milliseconds(1), 1, Milliseconds(1)), Attempts(0, -6, -6))
         )
         seen = read(redis_url, pool)
-        fail(redis_url, pool, old[0])
+        fall_back(redis_url, pool, old[0])
         keep(redis_url, pool, **decided(pool, seen))
-        fail(redis_url, pool, old[1])
+        fall_back(redis_url, pool, old[1])
         found = read(redis_url, pool).tiers["gpu"]
         assert (found.kept.breaker.state, found.attempts) == (BreakerState.HALF_OPEN, Attempts())
         settle(pool, claim(redis_url, pool, gpu, "gpu", "w.1"), "gpu", 1, State.DONE, "done")
-        fail(redis_url, pool, old[2])
+        fall_back(redis_url, pool, old[2])
         assert read(redis_url, pool).tiers["gpu"].attempts == Attempts(1)
 
 
@@ -234,22 +205,6 @@ def test_an_operator_that_touches_nothing_takes_no_tier_out(redis_url: str, mode
         asyncio.run(scenario())
         assert client.get(pool.keys.capacity) is None
     assert read(redis_url, pool).tiers["gpu"].kept.breaker == Breaker()
-
-
-@pytest.fixture(scope="module")
-def two_tiers(url: str, jobs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    """The app, with a worker on either tier that no test kills."""
-    log = tmp_path_factory.mktemp("workers")
-    with ExitStack() as stack:
-        stack.enter_context(worker(url, "gpu", "gpu-jobs", "gpu-a", log))
-        stack.enter_context(worker(url, "cpu", "cpu-jobs", "cpu-a", log))
-        until(lambda: {w.worker for w in jobs.pool.workers().values()} == {"gpu-a", "cpu-a"}, "both workers report")
-        yield jobs
-
-
-def takes_jobs(jobs: ModuleType, name: str) -> bool:
-    """Whether admission counts on that worker."""
-    return any(worker.worker == name and worker.slots for worker in jobs.pool.workers().values())
 
 
 def counts_of(jobs: ModuleType, task: Any, *args: Any, **options: Any) -> Attempts:
@@ -435,109 +390,3 @@ def test_jobs_that_fail_on_either_tier_leave_the_accelerated_one_in_routing(
         report = asyncio.run(a_pass(pool, 1_000.0 + number))
         assert [c.status for c in report.status.conditions if c.type is ConditionType.TIER_BROKEN] == ["False"]
     assert counted(client, library.keys).refuted == 2 * breaker.LEAST_FAILURES
-
-
-def test_a_worker_whose_attempts_fail_while_those_of_another_succeed_takes_no_jobs_until_a_pause_is_over(
-    redis_url: str, pool: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("workerpool_operator.broker.CAPACITY_LIFE_MS", 3_600_000)
-    open_for_jobs(redis_url, pool)
-
-    def one_job(owner: str, *, works: bool, cpu_works: bool = True) -> None:
-        submit(pool)
-        held = claim(redis_url, pool, gpu, "gpu", owner)
-        if works:
-            settle(pool, held, "gpu", 1, State.DONE, "done", owner)
-            return
-        fail(redis_url, pool, held)
-        after = State.DONE if cpu_works else State.FAILED
-        settle(pool, claim(redis_url, pool, cpu, "cpu", "w.1"), "cpu", 2, after, "done" if cpu_works else "failed")
-
-    def ejected() -> list[str]:
-        for owner in ("bad.1", "good.1"):
-            seeds.report(redis_url, pool, "gpu", owner)
-        seen = read(redis_url, pool).tiers["gpu"].workers
-        assert all(worker.slots == (0 if worker.ejected else 1) for worker in seen)
-        assert client.zcard(pool.keys.slots("gpu")) == sum(worker.slots for worker in seen), (
-            "admission counts on the others alone"
-        )
-        return [worker.worker for worker in seen if worker.ejected]
-
-    def pause_of_bad() -> float:
-        return float(client.hget(pool.keys.outlier("bad.1"), "till") or 0) - now_of(client)
-
-    with consumer(pool, "gpu") as gpu, consumer(pool, "cpu") as cpu, Redis.from_url(redis_url) as client:
-        for _ in range(2 * ledger.EJECTED_AFTER):
-            one_job("bad.1", works=False, cpu_works=False)
-            one_job("good.1", works=True)
-        assert ejected() == [], "these jobs fail by their own fault"
-        for _ in range(ledger.EJECTED_AFTER - 1):
-            one_job("bad.1", works=False)
-        assert ejected() == []
-        one_job("bad.1", works=True)
-        for _ in range(ledger.EJECTED_AFTER):
-            one_job("bad.1", works=False)
-        assert ejected() == [], "nobody else has shown meanwhile that the tier works"
-        for _ in range(ledger.EJECTED_AFTER):
-            one_job("good.1", works=True)
-        assert ejected() == ["bad"]
-        assert 0 < pause_of_bad() <= ledger.EJECTION_MS
-        one_job("bad.1", works=False)
-        assert ejected() == ["bad"]
-        assert pause_of_bad() <= ledger.EJECTION_MS, "what it still held makes the pause no longer"
-
-        client.hset(pool.keys.outlier("bad.1"), "till", 1)
-        assert ejected() == [], "the pause is over: it is tried again"
-        one_job("bad.1", works=False)
-        assert ejected() == ["bad"]
-        assert ledger.EJECTION_MS < pause_of_bad() <= 2 * ledger.EJECTION_MS
-        client.hset(pool.keys.outlier("bad.1"), mapping={"till": 1, "times": 1_000})
-        one_job("bad.1", works=False)
-        assert ejected() == ["bad"]
-        assert pause_of_bad() <= ledger.LONGEST_EJECTION_MS
-
-        client.hset(pool.keys.outlier("bad.1"), "till", 1)
-        one_job("bad.1", works=True)
-        one_job("bad.1", works=False)
-        assert ejected() == [], "one that went well clears it of all"
-        assert client.ttl(pool.keys.outlier("bad.1")) > ENDED_JOB_LIFE_SECONDS
-        ask(lambda broker: broker.take_over(redis_url, pool, "gpu", "bad.1"))
-        assert not client.exists(pool.keys.outlier("bad.1")), "nothing is kept of a worker that is gone"
-
-
-def test_one_broken_worker_beside_a_good_one_is_ejected_and_the_others_jobs_keep_their_accelerator(
-    url: str, two_tiers: ModuleType, tmp_path: Path
-) -> None:
-    library, client = two_tiers.pool, two_tiers.pool.connection.client
-
-    def run() -> dict[str, int]:
-        until(lambda: not client.hlen(library.keys.unacked("gpu")), "the GPUs are idle")
-        until(lambda: takes_jobs(two_tiers, "gpu-a"), "the good one reports")
-        decision = library.submit(two_tiers.work, ({"gpu": "driver"},), accelerated=True)
-        state, starts = outcome(two_tiers, decision.task_id)
-        assert state is State.DONE
-        return starts
-
-    def seen() -> Any:
-        reports = library.workers
-        return until(lambda: next((one for one in reports().values() if one.worker == "gpu-b"), None), "it reports")
-
-    with worker(url, "gpu", "gpu-jobs", "gpu-b", tmp_path):
-        until(lambda: takes_jobs(two_tiers, "gpu-b"), "it reports")
-        client.set("gpu-b is broken", 1)
-        for jobs in count():
-            if seen().ejected:
-                break
-            assert jobs < 60, "whoever has waited longest gets the next job: they take turns"
-            run()
-        until(lambda: "takes nothing new" in (tmp_path / "gpu-b.log").read_text(), "it has stopped consuming")
-        assert not takes_jobs(two_tiers, "gpu-b")
-        assert [run() for _ in range(5)] == [{"gpu": 1}] * 5
-
-        client.delete("gpu-b is broken")
-        client.hset(library.keys.outlier(seen().owner), "till", 1)
-        until(lambda: takes_jobs(two_tiers, "gpu-b"), "it is tried again")
-        with parked(two_tiers):
-            decision = library.submit(two_tiers.work, ({"gpu": "driver"},), accelerated=True)
-            assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1})
-        assert not client.exists(library.keys.outlier(seen().owner))

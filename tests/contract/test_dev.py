@@ -2,121 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
 import subprocess
-import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from celery import Celery
 from redis import Redis
-from tests.contract.seeds import TEMPLATE, processes
+from tests.contract.dev import PATIENCE_SECONDS, dev, until, write_pool
 
-from workerpool_operator.model import API_VERSION, KIND
 from workerpool_routing import WorkerPool
 from workerpool_routing.ledger import State
 
-pytestmark = [pytest.mark.contract, pytest.mark.timeout(180)]
-
-PATIENCE_SECONDS = 40.0
-"""On a busy machine; less than the tasks last that are to be cut off."""
-
-WORKERPOOL = Path(sys.executable).with_name("workerpool")
-
-APP = """
-import time
-from celery import Celery
-from workerpool_routing import WorkerPool
-
-app = Celery("tasks")
-pool = WorkerPool("default/tiny", app)
-
-@app.task
-def work(path, seconds):
-    with open(path, "x") as file:
-        time.sleep(seconds)
-        file.write("done")
-"""
-
-
-class Dev:
-    """A running `workerpool dev`; what it prints is kept in a file."""
-
-    def __init__(self, process: subprocess.Popen[bytes], output: Path, mark: str) -> None:
-        self.process, self._output, self._mark = process, output, mark
-
-    @property
-    def printed(self) -> str:
-        return self._output.read_text()
-
-    def until_it_prints(self, pattern: str) -> re.Match[str]:
-        found = until(lambda: re.search(pattern, self.printed, re.MULTILINE), lambda: self.printed)
-        assert isinstance(found, re.Match)
-        return found
-
-    @property
-    def broker_url(self) -> str:
-        return self.until_it_prints(r"^broker +(redis://\S+)$")[1]
-
-    def processes(self) -> dict[int, str]:
-        """Of the command and all that it started; redis-server writes over its environment, but its title holds its port."""
-        printed = re.search(r"^broker +redis://(127\.0\.0\.1:\d+)/", self.printed, re.MULTILINE)
-        return dict(processes(self._mark, *([f"redis-server {printed[1]}"] if printed else [])))
-
-
-def until(condition: Callable[[], Any], otherwise: Callable[[], object]) -> Any:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (found := condition()):
-        assert time.monotonic() < deadline, otherwise()
-        time.sleep(0.05)
-    return found
-
-
-def write_pool(directory: Path, *, gpu: dict[str, Any] | None = None, **spec: Any) -> None:
-    (directory / "tasks.py").write_text(APP)
-    tiers = [
-        {"name": "gpu", "queue": "gpu-tasks", "accelerator": {"resource": "nvidia.com/gpu"}, "template": TEMPLATE, **(gpu or {})},
-        {"name": "cpu", "queue": "celery", "template": TEMPLATE},
-    ]
-    # Nobody listens there: dev mode brings its own.
-    broker = {"url": "redis://redis.example:6379/0"}
-    resource = {
-        "apiVersion": API_VERSION,
-        "kind": KIND,
-        "metadata": {"name": "tiny"},
-        "spec": {"app": "tasks", "broker": broker, "tiers": tiers, **spec},
-    }
-    (directory / "pool.yaml").write_text(yaml.safe_dump(resource))
-
-
-@contextmanager
-def dev(directory: Path, *options: str) -> Iterator[Dev]:
-    mark, output = f"mark-{uuid.uuid4().hex}", directory / "printed"
-    command = [str(WORKERPOOL), "dev", "-f", "pool.yaml", "--logs", "logs", *options]
-    with output.open("wb") as file:
-        process = subprocess.Popen(
-            command,
-            cwd=directory,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "MARK": mark},
-            start_new_session=True,
-        )
-    running = Dev(process, output, mark)
-    try:
-        yield running
-    finally:
-        process.kill()
-        process.wait()
-        until(lambda: not running.processes(), running.processes)
+pytestmark = [pytest.mark.contract, pytest.mark.timeout(540)]
 
 
 def test_an_accelerated_job_starts_its_tier_from_zero_and_finishes_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
@@ -147,7 +46,7 @@ def test_ctrl_c_lets_a_running_task_finish_and_a_second_one_cuts_it_off(tmp_path
     result = tmp_path / "result"
     with dev(tmp_path) as running:
         with Celery("tasks", broker=running.broker_url) as app:
-            app.send_task("tasks.work", args=(str(result), 60), queue="celery")
+            app.send_task("tasks.work", args=(str(result), 600), queue="celery")
         until(result.exists, lambda: running.printed)
         running.process.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
@@ -170,7 +69,7 @@ def test_killed_it_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_killed_while_it_loads_the_app_it_leaves_nothing_behind(tmp_path: Path) -> None:
     write_pool(tmp_path)
-    (tmp_path / "tasks.py").write_text("open('loading', 'x').close()\nimport time; time.sleep(60)\n")
+    (tmp_path / "tasks.py").write_text("open('loading', 'x').close()\nimport time; time.sleep(600)\n")
     with dev(tmp_path) as running:
         until((tmp_path / "loading").exists, lambda: running.printed)
         running.process.kill()

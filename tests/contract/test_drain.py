@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 from tests.chaos.drains import scale_down, small_pool, staged
-from tests.contract.seeds import report
+from tests.seeds import report
 
 from workerpool_operator.ports import Pool
 from workerpool_routing.ledger import State

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from redis import Redis
-from tests.contract import seeds
-from tests.contract.seeds import make_pool, publish, report
-from tests.contract.test_broker import ask
-from tests.contract.test_dev import dev, until, write_pool
+from tests import seeds
+from tests.contract.broker import ask
+from tests.contract.dev import dev, until, write_pool
+from tests.seeds import make_pool, publish, report
 
 from workerpool_operator import cli, planning
 from workerpool_operator.dry_run import Answer, DryRun
@@ -24,7 +24,7 @@ from workerpool_operator.ports import Pool
 from workerpool_routing import Overloaded, Reason, WorkerPool
 from workerpool_routing.wire import Capacity, TierCapacity, wake_channel
 
-pytestmark = [pytest.mark.contract, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.contract, pytest.mark.timeout(540)]
 
 ROOM = Capacity({"gpu": TierCapacity(startable=4)})
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from redis import Redis
 from redis import asyncio as aioredis
-from tests.contract.seeds import make_pool
+from tests.seeds import make_pool
 
 from workerpool_operator import moving, planning, salvage
 from workerpool_operator.local.redis_server import private_redis

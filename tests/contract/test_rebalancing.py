@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 from redis import Redis
-from tests.contract import seeds
-from tests.contract.seeds import claim, consumer, make_pool, publish, take
-from tests.contract.test_attempts import operator_pool, outcome
-from tests.contract.test_breaker import fail
-from tests.contract.test_broker import ask, read, submit
-from tests.contract.test_reconcile import Place, running
-from tests.contract.workers import until, worker
+from tests import seeds
+from tests.contract.api_and_operator import operator_pool, outcome
+from tests.contract.broker import ROOM, ask, open_for_jobs, read, submit
+from tests.contract.passes import Place, running
+from tests.contract.workers import worker
+from tests.seeds import claim, consumer, fall_back, line, make_pool, publish, take
+from tests.watching import until
 
 from workerpool_operator import planning
 from workerpool_operator.model import Mode
@@ -31,29 +31,22 @@ from workerpool_operator.reconcile import TICK_SECONDS
 from workerpool_operator.status import ConditionType
 from workerpool_routing import Reason, WorkerPool, ledger
 from workerpool_routing.ledger import State
-from workerpool_routing.wire import Capacity, TierCapacity
 
 pytestmark = pytest.mark.contract
 
 AWAY, HOME = Transfer("gpu", "cpu", 100, "away"), Transfer("cpu", "gpu", 100, "home")
-ROOM = Capacity({"gpu": TierCapacity(startable=100)})
 
 
 @pytest.fixture
 def pool(redis_url: str) -> Pool:
     pool = make_pool(redis_url)
-    ask(lambda broker: broker.publish(redis_url, pool, planning.policy(pool.spec), ROOM))
+    open_for_jobs(redis_url, pool, ROOM)
     return pool
 
 
 def move(pool: Pool, transfer: Transfer) -> int:
     url, policy = str(pool.spec.broker.url), planning.policy(pool.spec)
     return ask(lambda broker: broker.rebalance(url, pool, policy, transfer))
-
-
-def line(client: Any, name: str) -> list[str]:
-    """The task ids of a list, in the order in which workers take them."""
-    return [json.loads(text)["headers"]["id"] for text in reversed(client.lrange(name, 0, -1))]
 
 
 def test_what_moves_keeps_all_that_its_message_says_and_counts_where_it_went(redis_url: str, pool: Pool) -> None:
@@ -111,7 +104,7 @@ def test_what_moves_overtakes_no_job_that_was_started_before_and_is_to_run_again
         failing = submit(pool)
         held = claim(redis_url, pool, connection, "gpu", "w.1")
         waiting = [submit(pool) for _ in range(2)]
-        fail(redis_url, pool, held)
+        fall_back(redis_url, pool, held)
         assert move(pool, Transfer("gpu", "cpu", 1, "")) == 1
         with seeds.celery_app(pool) as app:
             there = WorkerPool(pool.id, app).submit(app.tasks["tasks.work"]).task_id
@@ -206,7 +199,7 @@ def test_a_copy_is_dropped_too_in_a_tier_that_the_job_left_earlier_and_after_its
     )]  # fmt: skip
     tiers[0]["accelerator"] = {"resource": "nvidia.com/gpu"}
     pool = make_pool(redis_url, tiers=tiers)
-    ask(lambda broker: broker.publish(redis_url, pool, planning.policy(pool.spec), ROOM))
+    open_for_jobs(redis_url, pool, ROOM)
     task_id = submit(pool)
     with ExitStack() as stack, Redis.from_url(redis_url, decode_responses=True) as client:
         copies = {}
@@ -258,7 +251,7 @@ class Nodes(Place):
 )
 def test_the_pass_moves_what_waits_for_workers_that_cannot_be_placed(redis_url: str, spec: dict[str, Any], tier: str) -> None:
     pool = make_pool(redis_url, **spec)
-    ask(lambda broker: broker.publish(redis_url, pool, planning.policy(pool.spec), ROOM))
+    open_for_jobs(redis_url, pool, ROOM)
     task_id = submit(pool)
 
     async def scenario() -> None:
@@ -298,7 +291,7 @@ def test_an_outage_of_the_accelerated_tier_sends_waiting_jobs_away_and_home_agai
     with worker(url, "cpu", "cpu-jobs", "cpu-a", tmp_path):
         with worker(url, "gpu", "gpu-jobs", "gpu-a", tmp_path) as gpu:
             until(jobs.pool.has_accelerated_workers, "a GPU slot is free")
-            ask(lambda broker: broker.publish(url, pool, planning.policy(pool.spec), ROOM))
+            open_for_jobs(url, pool, ROOM)
             ids = [jobs.pool.submit(jobs.work, ({"gpu": "gate", "cpu": "gate"},), accelerated=True).task_id for _ in range(6)]
             until(lambda: [jobs.pool.job(i).state for i in ids].count(State.CLAIMED) == 1, "one runs on the GPU, five wait")
             assert len(jobs_on("gpu")) == 6

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from redis import Redis
 from redis.backoff import NoBackoff
-from tests.contract.test_attempts import claimed, outcome
-from tests.contract.workers import until, worker
+from tests.contract.api_and_operator import claimed, outcome
+from tests.contract.workers import worker
+from tests.watching import until
 
 from workerpool_routing import connection, ledger
 from workerpool_routing.connection import Connection

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from redis import Redis
 from redis import asyncio as aioredis
-from tests.contract import seeds
-from tests.contract.seeds import claim, consumer, job, make_pool, publish, report, take
-from tests.contract.test_broker import ask, submit
-from tests.contract.test_reconcile import System, running
+from tests import seeds
+from tests.contract.broker import ROOM, ask, open_for_jobs, submit
+from tests.contract.passes import System, running
+from tests.seeds import claim, consumer, job, make_pool, publish, report, take
 
 from workerpool_operator import planning, salvage
 from workerpool_operator.model import Mode, Replicas
@@ -22,20 +22,19 @@ from workerpool_operator.ports import Pool
 from workerpool_operator.status import ConditionType, TierStatus
 from workerpool_routing import Reason, ledger
 from workerpool_routing.ledger import State
-from workerpool_routing.wire import PRESENCE_LIFE_MS, Capacity, Policy, Presence, TierCapacity
+from workerpool_routing.wire import PRESENCE_LIFE_MS, Policy, Presence
 
 pytestmark = pytest.mark.contract
 
 CPU = {"name": "cpu", "queue": "celery", "replicas": {"min": 0, "max": 4}, "template": seeds.TEMPLATE}
 ACCELERATED = {**CPU, "name": "a100", "queue": "gpu-tasks", "accelerator": {"resource": "nvidia.com/gpu"}}
-ROOM = Capacity({"gpu": TierCapacity(startable=100)})
 
 
 @pytest.fixture
 def pool(redis_url: str) -> Pool:
     """With its tier ``gpu`` still in it."""
     pool = make_pool(redis_url)
-    ask(lambda broker: broker.publish(redis_url, pool, planning.policy(pool.spec), ROOM))
+    open_for_jobs(redis_url, pool, ROOM)
     return pool
 
 

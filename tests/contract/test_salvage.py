@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from redis import Redis
 from redis import asyncio as aioredis
-from tests.contract.seeds import celery_app, claim, consumer, make_pool, take
+from tests.seeds import celery_app, claim, consumer, make_pool, take
 
 from workerpool_operator import planning, salvage
 from workerpool_operator.ports import Pool

@@ -16,15 +16,17 @@ from pathlib import Path
 import pytest
 from celery import Celery
 from click.testing import CliRunner
+from e2e.cluster.ports import reserve_port
 from redis import Redis, SSLConnection
-from tests.contract.seeds import make_pool
-from tests.contract.workers import until, worker
+from tests.contract.workers import worker
+from tests.seeds import make_pool
+from tests.watching import until
 
 from workerpool_operator import broker as broker_module
 from workerpool_operator import dev, planning
 from workerpool_operator.broker import TIMEOUT_SECONDS, RedisBroker
 from workerpool_operator.cli import main
-from workerpool_operator.local.redis_server import RedisServer, find_redis_server, free_port, private_redis
+from workerpool_operator.local.redis_server import RedisServer, find_redis_server, private_redis
 from workerpool_operator.model import API_VERSION
 from workerpool_operator.observation import BrokerReading, Unavailable
 from workerpool_operator.ports import Pool, Report
@@ -51,7 +53,7 @@ class Watched:
 
     @property
     def url(self) -> str:
-        return f"sentinel://127.0.0.1:{free_port()}/2;sentinel://127.0.0.1:{self.port}/2"
+        return f"sentinel://127.0.0.1:1/2;sentinel://127.0.0.1:{self.port}/2"
 
     def replicated(self) -> None:
         with Redis.from_url(self.master.url) as client:
@@ -73,7 +75,7 @@ def watched(tmp_path: Path) -> Iterator[Watched]:
 
 @contextmanager
 def sentinel_of(master: RedisServer, directory: Path) -> Iterator[int]:
-    port, conf = free_port(), directory / "sentinel.conf"
+    port, conf = reserve_port(), directory / "sentinel.conf"
     conf.write_text(
         f"port {port}\nbind 127.0.0.1\nsentinel monitor {MASTER} 127.0.0.1 {master.port} 1\n"
         f"sentinel down-after-milliseconds {MASTER} 1000\nsentinel failover-timeout {MASTER} 2000\n"
@@ -85,7 +87,7 @@ def sentinel_of(master: RedisServer, directory: Path) -> Iterator[int]:
         yield port
     finally:
         process.terminate()
-        process.wait(5)
+        process.wait(60)
 
 
 def knows_a_replica(client: Redis) -> bool:
@@ -205,7 +207,7 @@ def test_operator_and_api_go_over_to_the_next_master(
 def admitted_again(submitted: Callable[[], str]) -> tuple[str, list[str]]:
     """The task id of the first job that the next master admits, and what was said until then."""
     refused: list[str] = []
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         started = time.monotonic()
         try:
@@ -214,7 +216,7 @@ def admitted_again(submitted: Callable[[], str]) -> tuple[str, list[str]]:
             refused.append(str(error))
         assert time.monotonic() - started < 10 * TIMEOUT, "an answer within a few time-outs, whatever happens"
         time.sleep(0.05)
-    pytest.fail("not admitted again within 30 s")
+    pytest.fail("not admitted again within 60 s")
 
 
 def test_the_operator_names_the_sentinels_that_know_no_master(watched: Watched) -> None:
@@ -258,7 +260,7 @@ def test_a_worker_goes_over_to_the_next_master(watched: Watched, redis_url: str,
         watched.replicated()
         os.kill(watched.master.pid, signal.SIGKILL)
         second, _ = admitted_again(lambda: str(pool.submit(work, ({},)).task_id))
-        until(lambda: done(second), "a job is done under the next master", seconds=40)
+        until(lambda: done(second), "a job is done under the next master")
 
 
 def test_the_commands_take_sentinels(watched: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +278,7 @@ def test_the_commands_take_sentinels(watched: Watched, tmp_path: Path, monkeypat
     api = pool_on(url)
 
     async def known_in_dev() -> None:
-        async with dev.session(pool, directory=tmp_path, reporter=Silent(), broker_url=f"{url};{url}"), asyncio.timeout(20):
+        async with dev.session(pool, directory=tmp_path, reporter=Silent(), broker_url=f"{url};{url}"), asyncio.timeout(60):
             while await asyncio.to_thread(lambda: api.policy) is None:  # noqa: ASYNC110 it is Redis who knows
                 await asyncio.sleep(0.05)
 

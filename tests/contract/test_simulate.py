@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from redis import Redis
-from tests.contract import seeds
-from tests.contract.seeds import claim, consumer, make_pool
+from tests import seeds
+from tests.seeds import claim, consumer, make_pool
 
 from workerpool_operator import planning
 from workerpool_operator.cli import main

@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 from celery import chain, chord, group
 from redis import Redis
+from tests.watching import until
 
 from workerpool_operator.local.redis_server import private_redis
 from workerpool_routing.ledger import State
@@ -74,15 +74,6 @@ def celery(url: str, log: Path, name: str, arguments: list[str], names: dict[str
         process.wait()
 
 
-def until(true: Callable[[], Any], what: str, seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := true():
-            return found
-        time.sleep(0.05)
-    pytest.fail(f"not within {seconds} s: {what}")
-
-
 def ended(routed: ModuleType, task_id: str) -> Any:
     """Its ledger entry, once it has ended."""
     return until(lambda: (job := routed.pool.job(task_id)) and job.state.ended and job, f"{task_id} has ended")
@@ -94,32 +85,32 @@ def test_delay_apply_async_and_send_task_are_routed_and_on_the_ledger(routed: Mo
         routed.where.apply_async(([],), priority=3),
         routed.app.send_task("routed.where", ([],)),
     ]
-    assert [result.get(timeout=20) for result in results] == [["gpu"]] * 3
+    assert [result.get(timeout=60) for result in results] == [["gpu"]] * 3
     jobs = [ended(routed, result.id) for result in results]
     assert {(job.state, job.tier, job.attempt) for job in jobs} == {(State.DONE, "gpu", 1)}
 
 
 def test_each_step_of_a_chain_goes_its_own_way_also_when_a_worker_publishes_it(routed: ModuleType) -> None:
     result = chain(routed.where.s([]), routed.other.s(), routed.where.s()).apply_async()
-    assert result.get(timeout=20) == ["gpu", "cpu", "gpu"]
+    assert result.get(timeout=60) == ["gpu", "cpu", "gpu"]
     assert ended(routed, result.id).tier == "gpu"
     assert routed.pool.job(result.parent.id) is None
 
 
 def test_groups_and_chords_are_routed_part_by_part(routed: ModuleType) -> None:
     result = chord([routed.where.s([]), routed.where.s(["x"])])(routed.merge.s())
-    assert sorted(result.get(timeout=20)) == ["cpu", "gpu", "gpu", "x"]
+    assert sorted(result.get(timeout=60)) == ["cpu", "gpu", "gpu", "x"]
     assert ended(routed, result.id).tier == "cpu"
     parts = group(routed.where.s([]), routed.other.s([]))()
-    assert parts.get(timeout=20) == [["gpu"], ["cpu"]]
+    assert parts.get(timeout=60) == [["gpu"], ["cpu"]]
     assert [getattr(routed.pool.job(part.id), "tier", None) for part in parts.children] == ["gpu", None]
 
 
 def test_retries_stay_where_their_author_put_them_under_one_ledger_entry(routed: ModuleType) -> None:
     moved = routed.again.apply_async(queue="cpu-jobs")
     routed_there = routed.again.delay()
-    assert moved.get(timeout=20) == ["cpu", 2]
-    assert routed_there.get(timeout=20) == ["gpu", 2]
+    assert moved.get(timeout=60) == ["cpu", 2]
+    assert routed_there.get(timeout=60) == ["gpu", 2]
     job = ended(routed, routed_there.id)
     assert (job.state, job.tier, job.attempt) == (State.DONE, "gpu", 1)
     assert routed.pool.job(moved.id) is None
@@ -127,19 +118,22 @@ def test_retries_stay_where_their_author_put_them_under_one_ledger_entry(routed:
 
 def test_an_explicit_queue_and_a_task_that_nobody_named_are_left_alone(routed: ModuleType) -> None:
     explicit, unnamed = routed.where.apply_async(([],), queue="cpu-jobs"), routed.other.delay([])
-    assert [explicit.get(timeout=20), unnamed.get(timeout=20)] == [["cpu"], ["cpu"]]
+    assert [explicit.get(timeout=60), unnamed.get(timeout=60)] == [["cpu"], ["cpu"]]
     assert routed.pool.job(explicit.id) is routed.pool.job(unnamed.id) is None
 
 
 def test_what_beat_sends_is_routed(routed: ModuleType, url: str, tmp_path: Path) -> None:
     with Redis.from_url(url, decode_responses=True) as client:
         before = set(client.scan_iter(KEYS.job("*")))
+
+        def have_ended() -> list[Any]:
+            jobs = [routed.pool.job(key.rpartition(":")[2]) for key in set(client.scan_iter(KEYS.job("*"))) - before]
+            return [job for job in jobs if job and job.state.ended]
+
         with celery(url, tmp_path, "beat", ["beat", "-s", str(tmp_path / "schedule")], {}):
-            until(lambda: len(set(client.scan_iter(KEYS.job("*"))) - before) >= 2, "beat has sent two jobs")
-        sent = [key.rpartition(":")[2] for key in set(client.scan_iter(KEYS.job("*"))) - before]
-    jobs = [ended(routed, task_id) for task_id in sent]
+            jobs = until(lambda: len(done := have_ended()) > 1 and done, "two jobs of beat have ended")
     assert {(job.task, job.tier, job.state) for job in jobs} == {("routed.where", "gpu", State.DONE)}
-    assert {tuple(routed.app.AsyncResult(task_id).get(timeout=5)) for task_id in sent} == {("beat", "gpu")}
+    assert {tuple(routed.app.AsyncResult(job.task_id).get(timeout=60)) for job in jobs} == {("beat", "gpu")}
 
 
 def test_no_lease_outlives_its_publish(routed: ModuleType, url: str) -> None:
@@ -152,8 +146,8 @@ def test_no_lease_outlives_its_publish(routed: ModuleType, url: str) -> None:
 def test_a_hook_that_cannot_decide_leaves_the_message_to_the_app(routed: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(routed.pool.store), "admit", lambda *_, **__: 1 / 0)
-        assert routed.merge.delay([]).get(timeout=20) == ["cpu"]
-        assert routed.where.delay([]).get(timeout=20) == ["gpu"], "it is required"
+        assert routed.merge.delay([]).get(timeout=60) == ["cpu"]
+        assert routed.where.delay([]).get(timeout=60) == ["gpu"], "it is required"
     assert "cannot route routed.where" in caplog.text
 
 

@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import pytest
+from tests.watching import until
 
 ROOT = Path(__file__).parents[2]
 APP = "tests.contract.jobs"
@@ -76,11 +76,19 @@ def group_lives(group: int) -> bool:
     return True
 
 
-def until(true: Callable[[], Any], what: str, seconds: float = 60) -> Any:
-    """What the condition answers once it holds."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := true():
-            return found
-        time.sleep(0.05)
-    pytest.fail(f"not within {seconds} s: {what}")
+def takes_jobs(jobs: ModuleType, name: str) -> bool:
+    """Whether admission counts on that worker."""
+    return any(worker.worker == name and worker.slots for worker in jobs.pool.workers().values())
+
+
+@contextmanager
+def parked(jobs: ModuleType, name: str = "gpu-a") -> Iterator[None]:
+    """That worker takes nothing for the time of a block, so that another one of its tier gets what comes."""
+    client, keys = jobs.pool.connection.client, jobs.pool.keys
+    client.sadd(keys.drain, name)
+    until(lambda: not takes_jobs(jobs, name), f"{name} takes nothing")
+    try:
+        yield
+    finally:
+        client.srem(keys.drain, name)
+        until(lambda: takes_jobs(jobs, name), f"{name} is back")

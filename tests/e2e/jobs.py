@@ -30,7 +30,7 @@ if "BESIDE_MEDIA" in os.environ:
 else:
     app = Celery("jobs", broker=URL, backend=URL)
     app.conf.update(broker_connection_retry_on_startup=True)
-    pool = WorkerPool(os.environ["MEDIA_POOL"], app)
+    pool = WorkerPool(os.environ["MEDIA_POOL"], app, timeout=5)
 
 
 @app.task  # type: ignore[untyped-decorator]

@@ -13,10 +13,10 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+from tests.outlier import Outlier
 
 from workerpool_operator import breaker
 from workerpool_operator.observation import NEVER_OPENED, NO_ATTEMPTS, Attempts, Breaker, BreakerState
-from workerpool_routing.ledger import EJECTED_AFTER, EJECTION_MS, LONGEST_EJECTION_MS
 from workerpool_routing.wire import Milliseconds
 
 pytestmark = pytest.mark.simulation
@@ -25,23 +25,6 @@ WORKERS = 8
 LENGTH, ELSEWHERE, FAILS_AFTER = 30.0, 200.0, 0.2
 HOURS = 6
 BROKEN = 0
-
-
-@dataclass(slots=True)
-class Outlier:
-    """What ``outlier:<owner>`` holds of the broken worker."""
-
-    row: int = 0
-    beside: int | None = None
-    times: int = 0
-    till: float = 0.0
-    again: bool = False
-
-    def look(self, succeeded: int, now: float) -> None:
-        first = not self.times and self.row >= EJECTED_AFTER and succeeded - (self.beside or 0) >= EJECTED_AFTER
-        if first or self.again:
-            self.times, self.again = self.times + 1, False
-            self.till = now + min(LONGEST_EJECTION_MS, EJECTION_MS * 2 ** (self.times - 1)) / 1000
 
 
 @dataclass(slots=True)
@@ -69,6 +52,7 @@ class World:
     succeeded: int = 0
     failed: int = 0
     seconds_out: int = 0
+    ejected: bool = False
 
     def later(self, at: float, what: str, worker: int = -1, began: float = 0.0) -> None:
         heapq.heappush(self.events, (at, next(self.numbers), what, worker, began))
@@ -89,7 +73,7 @@ class World:
     def arrives(self, now: float, _worker: int, _began: float) -> None:
         self.later(now + self.dice.expovariate(self.load * WORKERS / LENGTH), "arrives")
         self.jobs += 1
-        free = [worker for worker in self.idle if worker != BROKEN or now >= self.outlier.till]
+        free = [worker for worker in self.idle if worker != BROKEN or not self.ejected]
         if free and (self.limit is None or WORKERS - len(self.idle) < self.limit):
             self.idle.remove(free[0])
             lasts = FAILS_AFTER if free[0] == BROKEN else self.dice.expovariate(1 / LENGTH)
@@ -104,14 +88,12 @@ class World:
         self.idle.append(worker)
         self.failed += 1
         self.ended("failed", began)
-        if self.outlier.beside is None:
-            self.outlier.beside = self.succeeded
-        self.outlier.again = self.outlier.times > 0 and now >= self.outlier.till
+        self.outlier.fails(self.succeeded, 1000 * now)
         self.later(now + self.dice.expovariate(1 / ELSEWHERE), "is_confirmed", began=began)
 
     def is_confirmed(self, _now: float, _worker: int, began: float) -> None:
         self.ended("confirmed", began)
-        self.outlier.row += 1
+        self.outlier.is_at_fault()
 
     def looks(self, now: float, _worker: int, _began: float) -> None:
         self.later(now + 1.0, "looks")
@@ -119,8 +101,7 @@ class World:
         decision = breaker.decide(self.state, self.attempts, in_flight, Milliseconds(round(now * 1000)))
         self.state, self.attempts, self.limit = decision.breaker, decision.attempts, decision.limit
         self.seconds_out += self.state.state is not BreakerState.CLOSED
-        if self.ejects:
-            self.outlier.look(self.succeeded, now)
+        self.ejected = self.ejects and self.outlier.ejected(self.succeeded, 1000 * now)
 
 
 def play(load: float, *, ejects: bool) -> Outcome:

@@ -69,6 +69,13 @@ def test_every_test_file_carries_the_marker_of_its_level() -> None:
     assert unmarked == []
 
 
+def test_every_test_file_that_the_documents_name_is_there() -> None:
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")]
+    named = {found for path in documents for found in re.findall(r"\b[a-z0-9]+/test_\w+\.py", path.read_text())}
+    assert len(named) > 20
+    assert [name for name in sorted(named) if not (ROOT / "tests" / name).exists()] == []
+
+
 def test_the_markers_of_pytest_are_the_levels_and_what_is_long() -> None:
     names = [marker.partition(":")[0] for marker in PYPROJECT["tool"]["pytest"]["markers"]]
     assert names == [*(level.name for level in LEVELS), "long"]

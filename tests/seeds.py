@@ -1,21 +1,23 @@
-"""What a Redis and a machine look like in the middle of things: pools, queued messages, jobs that a worker holds."""
+"""What a Redis looks like in the middle of things: pools, queued messages, jobs that a worker holds."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from celery import Celery
 from redis import Redis
 
+from workerpool_operator import planning
 from workerpool_operator.model import WorkerPoolSpec
 from workerpool_operator.ports import Pool
-from workerpool_routing import ledger
-from workerpool_routing.wire import unacked_keys
+from workerpool_routing import Tier, ledger
+from workerpool_routing.decide import Load
+from workerpool_routing.ledger import State
+from workerpool_routing.wire import Keyspace, unacked_keys
 
 TEMPLATE = {"spec": {"containers": [{"name": "worker"}]}}
 
@@ -78,8 +80,9 @@ def report(url: str, pool: Pool, tier: str, owner: str, *, busy: int = 0, slots:
     call, presence = ledger.report(pool.keys, entry, ()), pool.keys.presence(tier)
     with Redis.from_url(url, decode_responses=True) as client:
         client.register_script(ledger.script("presence"))(keys=call.keys, args=call.args)
-        stored = json.loads(client.hget(presence, owner))
-        client.hset(presence, owner, json.dumps({**stored, "at": stored["at"] - age_ms}))
+        if age_ms:
+            stored = json.loads(client.hget(presence, owner))
+            client.hset(presence, owner, json.dumps({**stored, "at": stored["at"] - age_ms}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +116,55 @@ def job(url: str, pool: Pool, task_id: str) -> ledger.Job:
     return found
 
 
-def processes(*marks: str) -> Mapping[int, str]:
-    """Every live process whose environment or command line holds one of the marks."""
-    found = {}
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            environment, command = (directory / "environ").read_bytes(), (directory / "cmdline").read_bytes()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-        if command and any(mark.encode() in environment + command for mark in marks):
-            found[int(directory.name)] = command.decode().replace("\0", " ")
-    return found
+def settle(pool: Pool, held: Held, tier: str, attempt: int, after: State, how: str = "", owner: str = "w.1") -> None:
+    """End the run of a job that the worker has claimed."""
+    call = ledger.settle(
+        pool.keys, planning.policy(pool.spec), held.task_id, attempt=attempt, tag=held.message.delivery_tag, owner=owner,
+        tier=tier, before=State.CLAIMED, after=after, how=how,
+    )  # fmt: skip
+    with Redis.from_url(str(pool.spec.broker.url)) as client:
+        for _ in range(2):  # as when the first answer was lost
+            assert client.register_script(ledger.script("settle"))(keys=call.keys, args=call.args) == 1
+
+
+def fall_back(url: str, pool: Pool, held: Held) -> None:
+    """Let a job that ``w.1`` has claimed go on to the plain tier; whoever comes second finds it gone."""
+    entry = job(url, pool, held.task_id)
+    move = ledger.after_failure(planning.policy(pool.spec), entry)
+    assert move
+    with Redis.from_url(url, decode_responses=True) as client:
+        raw = client.hget(pool.keys.unacked("gpu"), held.message.delivery_tag)
+        call = ledger.move(pool.keys, entry, move, held_as=entry.tag, raw=raw, delivery_tag="fresh", how="failed")
+        run = client.register_script(ledger.script("move"))
+        assert [run(keys=call.keys, args=call.args) for _ in range(2)] == [1, 0]
+
+
+def line(client: Any, name: str) -> list[str]:
+    """The task ids of a list, in the order in which workers take them."""
+    return [json.loads(text)["headers"]["id"] for text in reversed(client.lrange(name, 0, -1))]
+
+
+def load(client: Any, keys: Keyspace, tier: Tier, seen: Load, task: str) -> None:
+    """Make Redis hold what a tier would look like under that load."""
+    for n in range(seen.waiting):
+        client.lpush(keys.queue_list(tier.queue, (0, 3, 6, 9)[n % 4]), "{}")
+    for n in range(seen.in_flight):
+        client.hset(keys.unacked(tier.name), f"tag-{n}", "[]")
+    for n in range(seen.in_flight % 3):
+        client.hset(keys.unacked(tier.name), f"scheduled-{n}", "[]")
+        client.incr(keys.scheduled(tier.name))
+    now = now_of(client)
+    slots = {f"worker/{n}": now for n in range(seen.ready)} | {"lost/0": now - 9_000}
+    leases = {f"lease-{n}": now + 9_000 for n in range(seen.leased)} | {"over": now - 1}
+    client.zadd(keys.slots(tier.name), slots)
+    client.zadd(keys.leases(tier.name), leases)
+    if seen.mean is not None:
+        client.hset(keys.served(tier.name), "mean", seen.mean)
+    if seen.service is not None:
+        client.hset(keys.service(tier.name), task, seen.service)
+
+
+def now_of(client: Any) -> int:
+    """Milliseconds, by the clock of Redis."""
+    seconds, micros = client.time()
+    return int(seconds * 1000 + micros // 1000)
