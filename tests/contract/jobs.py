@@ -123,20 +123,20 @@ def late(endings: dict[str, str]) -> str:
 
 
 @app.task(bind=True, max_retries=3)  # type: ignore[untyped-decorator]
-def retried(self: Any, times: int, seconds: float = 0, countdown: float = 0) -> tuple[str, int]:
+def retried(self: Any, times: int, seconds: float = 0) -> tuple[str, int]:
     """Take some time, ask for some retries, then return the tier and the count."""
     time.sleep(seconds)
     if self.request.retries < times:
-        raise self.retry(countdown=countdown)
+        raise self.retry(countdown=0)
     return TIER, self.request.retries
 
 
 @app.task(bind=True)  # type: ignore[untyped-decorator]
-def retried_late(self: Any) -> None:
+def retried_late(self: Any, countdown: float = 0) -> None:
     """Ask for a retry when the gate is open, on an accelerator; fail elsewhere."""
     if TIER == "gpu":
         end("gate")
-        raise self.retry(countdown=0)
+        raise self.retry(countdown=countdown)
     raise ValueError("asked to fail")
 
 

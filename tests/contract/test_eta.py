@@ -58,9 +58,10 @@ def test_what_takes_ten_times_the_visibility_timeout_or_starts_after_it_runs_onc
 
 def test_a_retry_that_is_due_in_days_is_on_the_ledger_until_a_day_later_and_not_looked_for_before(two_tiers: ModuleType) -> None:
     client, keys, days = two_tiers.pool.connection.client, two_tiers.pool.keys, 3 * 86_400
-    decision = submit(two_tiers, two_tiers.retried, 1, 2, days)
+    decision = submit(two_tiers, two_tiers.retried_late, days)
     claimed(two_tiers, decision.task_id)
     with parked(two_tiers):
+        client.set("gate", "open")
         until(lambda: client.rpop("gpu-jobs"), "the retry is in the queue")
         until(lambda: two_tiers.pool.job(decision.task_id).state is State.ADMITTED, "its author waits for it")
         now = client.time()[0]
