@@ -132,7 +132,6 @@ def draw(
     scenario: Scenario, setting: Setting, jobs: Trace, least: float, points: Mapping[str, tuple[float, float]], plots: Path
 ) -> None:
     """The frontier over one inner parameter, with those of DelayedOff and KEDA, and every rule's own point."""
-    from workerpool_operator.simulation.plot import frontier
 
     def at(controller: Controller) -> tuple[float, float]:
         result = score(play(jobs, setting, controller), setting, least)
@@ -154,6 +153,30 @@ def draw(
     }
     others = {name: point for name, point in points.items() if "static" not in name and point[1] < 4 * ours[-1][1]}
     frontier(f"{scenario.name}: {jobs.name}", curves, others, plots / f"scaling-{scenario.name.lower()}.png")
+
+
+def frontier(
+    title: str, curves: Mapping[str, Sequence[tuple[float, float]]], points: Mapping[str, tuple[float, float]], file: Path
+) -> None:
+    """Late jobs (percent, logarithmic) against cost over the bound: curves over an inner parameter, and single points."""
+    from matplotlib.figure import Figure  # an extra, which the tables do not need
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        axes.plot([cost for _, cost in curve], [late(percent) for percent, _ in curve], "o-", markersize=3, label=name)
+    for name, (percent, cost) in points.items():
+        axes.plot([cost], [late(percent)], "x")
+        axes.annotate(name, (cost, late(percent)), textcoords="offset points", xytext=(4, 3), fontsize="small")
+    axes.set(title=title, xlabel="replica-hours / lower bound", ylabel="jobs late, %", yscale="log")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=110)
+
+
+def late(percent: float) -> float:
+    """Percent of jobs that were late; a hundredth of a percent stands for none on the logarithmic axis."""
+    return max(100 - percent, 0.01)
 
 
 OUTAGE = Outage("gpu", 1200, 1800)

@@ -7,11 +7,11 @@ import logging
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import click
 from rich.console import Console
@@ -30,6 +30,10 @@ from workerpool_routing.ledger import Job, State
 
 _OUTPUT = click.Path(dir_okay=False, writable=True, path_type=Path)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_pool_file = click.option("--file", "-f", "file", type=_FILE, required=True, help="A YAML file with one WorkerPool.")
+_other_redis = click.option("--broker-url", metavar="URL", help="Use this Redis in place of the file's.")
+
+T = TypeVar("T")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,7 +72,7 @@ def run(namespaces: Sequence[str], port: int, lease_name: str, lease_namespace: 
 
 
 @main.command(short_help="Validate a WorkerPool file, without a cluster.")
-@click.option("--file", "-f", "file", type=_FILE, required=True, help="A YAML file with one WorkerPool.")
+@_pool_file
 def check(file: Path) -> None:
     """Validate a WorkerPool without a cluster: print its tiers, or every problem by the field's name (exit code 2)."""
     pool = _read(file)
@@ -83,7 +87,7 @@ def check(file: Path) -> None:
 
 
 @main.command(short_help="Run a WorkerPool on this machine, with local processes.")
-@click.option("--file", "-f", "file", type=_FILE, required=True, help="A YAML file with one WorkerPool.")
+@_pool_file
 @click.option("--broker-url", metavar="URL", help="Use this Redis. Default: start a private one; the file's is never used.")
 @click.option("--logs", type=click.Path(file_okay=False, path_type=Path), help="Where the workers log. Default: a new directory.")
 @click.option("--debug", is_flag=True, help="Print a traceback when something goes wrong.")
@@ -142,6 +146,11 @@ def simulate(
 
     Give the jobs by one of --trace, --synthetic and --from-redis. The operator's own rule decides, next to KEDA's (by queue
     length, or by what is in flight too) and to a lower bound: the least that any rule could pay (needs SciPy).
+
+    
+      workerpool simulate --synthetic bursts
+      workerpool simulate --trace jobs.csv --pool workerpool.yaml --plot day.png
+      workerpool simulate --from-redis --pool workerpool.yaml
     """
     from workerpool_operator.simulation import command, trace
     from workerpool_operator.simulation.compare import Setting
@@ -149,44 +158,46 @@ def simulate(
     if sum((trace_file is not None, synthetic is not None, from_redis)) != 1:
         _fail("give one of --trace FILE, --synthetic NAME and --from-redis")
     pool = _read(pool_file) if pool_file else None
-    if from_redis and pool is None:
-        _fail("--from-redis needs --pool FILE: it names the ledger, and the tier")
+    tier, notes = command.chosen(pool.spec.tiers[0] if pool else None)
+    if target_wait is None:
+        target_wait = (pool.spec.scaling if pool else Scaling()).target_wait_seconds
     try:
-        tier, notes = command.chosen(pool.spec.tiers[0] if pool else None)
         if trace_file:
-            given = command.load(trace_file, command.mapping(columns))
+            jobs = command.load(trace_file, command.mapping(columns))
         elif synthetic:
-            given = trace.SYNTHETIC[synthetic](seed)
-        else:
-            assert pool is not None
-            given, note = command.replayed(pool.id, tier.name, _ended_jobs(pool, _address(pool, broker_url)))
+            jobs = trace.SYNTHETIC[synthetic](seed)
+        elif pool:
+            address = _address(pool, broker_url)
+            jobs, note = command.replayed(pool.id, tier.name, _from_redis(lambda redis: redis.ended_jobs(address, pool)))
             notes.append(note)
-        if target_wait is None:
-            target_wait = (pool.spec.scaling if pool else Scaling()).target_wait_seconds
-        setting = Setting(start_seconds, target_wait, slots or tier.concurrency, seed)
-        request = command.Request(given, setting, tier, policies or command.NAMES, notes)
+        else:
+            _fail("--from-redis needs --pool FILE: it names the ledger, and the tier")
+        setting = Setting(start_seconds, target_wait, slots or tier.concurrency)
+        request = command.Request(jobs, setting, tier, policies or command.NAMES, notes)
         command.simulate(request, Console(), json_file, plot_file)
-    except (command.CannotSimulate, OSError) as error:
+    except (command.CannotSimulate, trace.BadTrace, OSError) as error:
         _fail(str(error))
 
 
-def _ended_jobs(pool: Pool, address: str) -> list[Job]:
-    async def ask() -> list[Job] | Unavailable:
+def _from_redis(ask: Callable[[RedisBroker], Awaitable[T | Unavailable]]) -> T:
+    """The answer to one question; where Redis has none, the command ends with the reason."""
+
+    async def answer() -> T | Unavailable:
         broker = RedisBroker(asyncio.Event())
         try:
-            return await broker.ended_jobs(address, pool)
+            return await ask(broker)
         finally:
             await broker.close()
 
-    found = asyncio.run(ask())
+    found = asyncio.run(answer())
     if isinstance(found, Unavailable):
         _fail(found.why)
     return found
 
 
 @main.command(short_help="Recover jobs of lost workers where no operator runs.")
-@click.option("--file", "-f", "file", type=_FILE, required=True, help="A YAML file with one WorkerPool.")
-@click.option("--broker-url", metavar="URL", help="Use this Redis in place of the file's.")
+@_pool_file
+@_other_redis
 def sweep(file: Path, broker_url: str | None) -> None:
     """Take over jobs from lost workers and republish lost messages, for a pool without an operator. Ctrl-C ends it.
 
@@ -260,29 +271,20 @@ def explain(pool: str | None, file: Path | None, broker_url: str | None) -> None
 
 @main.command(short_help="Tell what became of one job, start by start.")
 @click.argument("task_id")
-@click.option("--file", "-f", "file", type=_FILE, required=True, help="A YAML file with one WorkerPool.")
-@click.option("--broker-url", metavar="URL", help="Use this Redis in place of the file's.")
+@_pool_file
+@_other_redis
 def job(task_id: str, file: Path, broker_url: str | None) -> None:
     """Tell what became of one job: where it was admitted and why, every start, and how each ended.
 
     TASK_ID is Celery's; `submit()` returns it as `decision.task_id`. The ledger keeps a job for an hour after its end.
     """
     pool = _read(file)
-    found = asyncio.run(_entry(pool, _address(pool, broker_url), task_id))
-    if isinstance(found, Unavailable):
-        _fail(found.why)
+    address = _address(pool, broker_url)
+    found = _from_redis(lambda redis: redis.job(address, pool, task_id))
     if found is None:
         _fail(f"{task_id}: not on the ledger of pool {pool.id}: never admitted, or ended more than an hour ago")
     for line in told(found):
         click.echo(line)
-
-
-async def _entry(pool: Pool, address: str, task_id: str) -> Job | Unavailable | None:
-    broker = RedisBroker(asyncio.Event())
-    try:
-        return await broker.job(address, pool, task_id)
-    finally:
-        await broker.close()
 
 
 def _address(pool: Pool, broker_url: str | None) -> str:

@@ -21,6 +21,9 @@ from workerpool_routing.wire import PRESENCE_LIFE_MS
 ENOUGH_JOBS = 20
 """A tier's job lengths are compared with its grace period only once it has ended so many jobs."""
 
+ADVICE = "advice only: "
+"""What begins the sentence of a decision that ``mode: Advisory`` keeps the operator from acting on."""
+
 _MODES = {
     Mode.ACTIVE: "the operator acts",
     Mode.ADVISORY: "mode: Advisory: decides and reports, touches nothing",
@@ -83,8 +86,10 @@ def assess(found: Findings, previous: Mapping[str, Any]) -> tuple[Status, tuple[
 
 def _as_advice(plan: TierPlan) -> TierPlan:
     """The plan as ``mode: Advisory`` tells it: nothing is ordered, marked or taken out of routing."""
-    decision = replace(plan.decision, message=plan.decision.message.replace(", ordered", ", would order"))
-    breaker = plan.breaker and replace(plan.breaker, message=plan.breaker.message.replace(": out of", ": would be out of"))
+    decision = replace(plan.decision, message=ADVICE + plan.decision.message)
+    breaker = plan.breaker
+    if breaker and breaker.message:
+        breaker = replace(breaker, message=ADVICE + breaker.message)
     return replace(plan, decision=decision, drain=Drain(plan.workers.desired), breaker=breaker)
 
 
@@ -119,9 +124,9 @@ def _ready(found: Findings, others: Mapping[ConditionType, _Verdict]) -> _Verdic
     for plan in found.plans:
         if plan.decision.replicas and not plan.workers.count(Phase.READY) and plan.workers.count(Phase.FAILING):
             return "False", "WorkersFailing", _details(plan, Phase.FAILING)
-    stuck = [_details(plan, Phase.UNSCHEDULABLE) for plan in found.plans if plan.workers.count(Phase.UNSCHEDULABLE)]
-    if stuck and not any(plan.workers.count(Phase.READY) for plan in found.plans):
-        return "False", "Unschedulable", f"no tier has a worker: {'; '.join(stuck)}"
+    if not any(plan.workers.count(Phase.READY) for plan in found.plans) and (out := _out(found)):
+        reason, message = out
+        return "False", reason, f"no tier has a worker: {message}"
     return "True", "Working", "the broker answers and no tier is down"
 
 
@@ -136,6 +141,8 @@ def _broker(found: Findings) -> _Verdict:
 _OUT = (
     (Phase.UNSCHEDULABLE, "Unschedulable"),
     (Phase.FAILING, "WorkersFailing"),
+    (Phase.LATE, "WorkersLate"),
+    (Phase.LOST, "WorkersLost"),
     (Phase.EJECTED, "WorkersEjected"),
 )
 """Workers that were ordered and take no jobs, and the reason that is told."""
@@ -144,14 +151,20 @@ _OUT = (
 def _capacity(found: Findings) -> _Verdict:
     if unseen := _unseen(found):
         return unseen
-    for phase, reason in _OUT:
-        stuck = [_details(plan, phase) for plan in found.plans if plan.workers.count(phase)]
-        if stuck:
-            return "False", reason, "; ".join(stuck)
+    if out := _out(found):
+        return "False", *out
     if silent := [plan.tier.name for plan in found.plans if _silent(plan, found.now)]:
         message = f"{', '.join(silent)}: workers are ready but none reports: the app lacks WorkerPool({found.pool.id!r}, app)"
         return "Unknown", "WorkersSilent", f"{message}, so nothing is known of free slots and nothing falls back"
     return "True", "AsOrdered", "every worker that was ordered runs or starts"
+
+
+def _out(found: Findings) -> tuple[str, str] | None:
+    """Reason and message, if workers were ordered and take no jobs."""
+    for phase, reason in _OUT:
+        if out := [_details(plan, phase) for plan in found.plans if plan.workers.count(phase)]:
+            return reason, "; ".join(out)
+    return None
 
 
 def _silent(plan: TierPlan, now: float) -> bool:
@@ -161,8 +174,9 @@ def _silent(plan: TierPlan, now: float) -> bool:
 
 
 def _details(plan: TierPlan, phase: Phase) -> str:
-    stuck = [replica for replica in plan.workers.replicas if replica.phase is phase]
-    return f"{plan.tier.name}: {len(stuck)} of {plan.decision.replicas} {phase.lower()}: {stuck[0].detail}"
+    staying = [replica for replica in plan.workers.replicas if replica.phase is not Phase.STOPPING]
+    stuck = [replica for replica in staying if replica.phase is phase]
+    return f"{plan.tier.name}: {len(stuck)} of {len(staying)} {phase.lower()}: {stuck[0].detail}"
 
 
 def _unseen(found: Findings) -> _Verdict | None:
@@ -202,8 +216,8 @@ def _limited(found: Findings) -> _Verdict:
 
 def _shared(found: Findings) -> _Verdict:
     if conflict := found.conflict:
-        message = f"queue {conflict.queue} belongs to WorkerPool {conflict.owner}, which is older; this pool is held"
-        return "True", "QueueTaken", message
+        message = f"queue {conflict.queue} belongs to WorkerPool {conflict.owner}, which is older"
+        return "True", "QueueTaken", f"{message}; nothing is done for this pool until one of them names another queue"
     return "False", "QueuesOwned", "no other pool has these queues"
 
 
@@ -238,8 +252,8 @@ def _grace(found: Findings) -> _Verdict:
 def _overdue(found: Findings) -> _Verdict:
     late = [f"{plan.tier.name}: {', '.join(plan.drain.overdue)}" for plan in found.plans if plan.drain.overdue]
     if late:
-        message = f"still busy {OVERDUE_SECONDS:.0f} s after it was told to take nothing new; it is not killed"
-        return "True", "WorkersStayBusy", f"{'; '.join(late)}: {message}"
+        message = f"still busy {OVERDUE_SECONDS:.0f} s after it was told to take nothing new"
+        return "True", "WorkersStayBusy", f"{'; '.join(late)}: {message}; it is not killed, and leaves when its jobs end"
     return "False", "InTime", "no worker that is to leave has been busy for too long"
 
 

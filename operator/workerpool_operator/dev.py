@@ -18,7 +18,7 @@ from workerpool_operator.local.launch import Launch, launch, unsupported
 from workerpool_operator.local.process import last_words
 from workerpool_operator.local.redis_server import private_redis
 from workerpool_operator.local.workers import LocalWorkers
-from workerpool_operator.model import API_VERSION, KIND, Broker, Problem
+from workerpool_operator.model import API_VERSION, KIND, Broker
 from workerpool_operator.observation import Unavailable
 from workerpool_operator.ports import Pool, Report, Reporter
 from workerpool_operator.reconcile import Reconciler
@@ -60,7 +60,8 @@ async def session(pool: Pool, *, directory: Path, reporter: Reporter, broker_url
     async with AsyncExitStack() as stack:
         url = broker_url or stack.enter_context(private_redis()).url
         pool = replace(pool, spec=pool.spec.model_copy(update={"broker": at(url, pool.spec.broker)}), status={})
-        _fail_if(unsupported(pool.spec))
+        if problems := unsupported(pool.spec):
+            raise CannotStart("\n".join(map(str, problems)))
         wake = asyncio.Event()
         redis = RedisBroker(wake)
         stack.push_async_callback(redis.close)
@@ -134,11 +135,6 @@ def at(url: str, broker: Broker) -> Broker:
         ) from None
 
 
-def _fail_if(problems: list[Problem]) -> None:
-    if problems:
-        raise CannotStart("\n".join(map(str, problems)))
-
-
 async def _check_app(pool: Pool) -> None:
     """Load the app once, as a worker would, so that a wrong module is one message and not a worker that keeps dying."""
     start = launch(pool, pool.spec.tiers[0], "check")
@@ -151,8 +147,9 @@ async def _check_app(pool: Pool) -> None:
     except TimeoutError:
         raise CannotStart(f"spec.app: {pool.spec.app} was not imported within {APP_CHECK_SECONDS:.0f} s") from None
     if status:
+        said = last_words(output).rstrip(".") or "it said nothing"
         raise CannotStart(
-            f"spec.app: {pool.spec.app} cannot be loaded from {start.directory}: {last_words(output) or 'it said nothing'}. "
+            f"spec.app: {pool.spec.app} cannot be loaded from {start.directory}: {said}. "
             "Start in the directory from which Python can import it, with its dependencies installed."
         )
 

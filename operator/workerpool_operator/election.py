@@ -1,8 +1,8 @@
 """Which of several operators acts: the holder of a Lease, which it has to renew and which expires by itself.
 
 Pure: times are seconds of the reader's own monotonic clock, never those written in the Lease, which come from another machine.
-A holder counts from before it asked for a renewal, everybody else from when they saw the renewal. So the holder's time ends
-first, and no two hold the Lease at once.
+A holder counts from the moment before it asks for a renewal. Everybody else counts from the moment in which they see the renewal,
+which is later, and waits longer. So the holder's time ends first, and no two hold the Lease at once.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 LEASE_SECONDS = 10.0
-"""How long others wait after the last renewal that they saw."""
+"""How long others wait after the last renewal that they saw: LeaseDuration in Kubernetes' own leader election."""
 
-TENURE_SECONDS = 8.0
-"""How long a holder may begin requests after a renewal: less than :data:`LEASE_SECONDS`, so that those under way end within it.
+RENEW_DEADLINE_SECONDS = 8.0
+"""How long the holder may begin requests, counted from before it asked for its last renewal: RenewDeadline in Kubernetes.
 
-One that takes longer than the difference may still land after another operator has begun to act.
+It is less than :data:`LEASE_SECONDS`, so that requests under way end within the Lease. One that takes longer than the difference
+may still land after another operator has begun to act.
 """
 
 RENEW_SECONDS = 2.5
+"""The pause between two renewals: RetryPeriod in Kubernetes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +65,6 @@ def look(before: Sighting | None, lease: Lease | None, now: float) -> Sighting:
         # Somebody has deleted it, and its holder does not know yet.
         return Sighting(None, max(now, before.free_at))
     return Sighting(lease, now)
-
-
-def tenure_ends(asked_at: float) -> float:
-    """Until when a holder may act that asked for its last successful renewal at that time."""
-    return asked_at + TENURE_SECONDS
 
 
 def parse(raw: Mapping[str, Any]) -> Lease:

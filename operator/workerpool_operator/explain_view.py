@@ -68,8 +68,8 @@ def _alarms(known: Explanation) -> Table:
             rows.append((Text(what, "bold red"), reading.why))
     if _silent(known, conditions):
         message = (
-            f"nobody has published the pool's capacity for {CAPACITY_LIFE_MS / 1000:.0f} s: no operator is running, or it cannot "
-            "see the workers; what follows is the last status that was written"
+            f"nobody has published the pool's capacity for {CAPACITY_LIFE_MS / 1000:.0f} s: no operator is running, it cannot "
+            "see the workers, or Redis takes no writes; what follows is the last status that was written"
         )
         rows.append((Text("no operator", "bold red"), message))
     rows += [(condition_name(condition), condition.message) for condition in conditions if worth_seeing(condition)]

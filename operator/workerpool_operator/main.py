@@ -43,7 +43,7 @@ LAST_PASS_SECONDS = 3.0
 """How long a pass that began before a pool was deleted may still write about it."""
 
 LEASE_PATIENCE_SECONDS = 2.5
-"""Time-out of one request about the Lease: several of them have to fit into a tenure."""
+"""Time-out of one request about the Lease: several of them have to fit into the renew deadline."""
 
 STUCK_SECONDS = 60.0
 """Without a pass for so long, the process is unhealthy."""
@@ -315,7 +315,7 @@ class Operator:
             try:
                 await self._seen.relist(self._api, self._namespaces)
             except ApiError as error:
-                logger.warning("listing failed: %s", error)
+                logger.warning("listing failed, what was seen before holds, and the next one tries again: %s", error)
             except Exception:
                 logger.exception("listing failed, the next one tries again")
             else:

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
-from workerpool_operator.observation import BrokerReading, QueueReading, Unavailable
+from workerpool_operator.observation import BrokerReading, Unavailable
 from workerpool_operator.ports import Pool, Report
 from workerpool_operator.reconcile import Passes
 
@@ -35,7 +35,6 @@ class Metric:
 
 
 _TIER = ("pool", "tier")
-_NOTHING_READ = QueueReading(0, 0, 0)
 
 LEADER = Metric("workerpool_leader", GaugeMetricFamily, (), "1 in the operator that acts, 0 in one that stands by")
 PASSES = Metric("workerpool_pass_seconds", SummaryMetricFamily, (), "Passes over all pools, and how long they took")
@@ -143,7 +142,7 @@ def _tiers(pool: str, report: Report) -> Iterator[tuple[Metric, list[str], *tupl
             if number is not None:
                 yield metric, labels, number
         if isinstance(report.reading, BrokerReading):
-            queue = report.reading.tiers.get(tier.name, _NOTHING_READ)
+            queue = report.reading.tiers[tier.name]
             yield JOBS, labels, queue.served.jobs, queue.served.seconds
             yield WAITS, labels, queue.waits.jobs, queue.waits.seconds
             yield EXPECTED, labels, queue.waits.expected

@@ -381,7 +381,10 @@ def _problem(detail: Any) -> Problem:
     for part in detail["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     message = _IN_WORDS_OF_YAML.get(detail["type"]) or str(detail["msg"]).removeprefix("Value error, ")
-    # A broker's URL may hold a password.
-    value = None if detail["loc"] == ("broker", "url") else detail.get("input")
+    value = detail.get("input")
+    if detail["loc"] == ("broker", "url"):
+        value = None  # it may hold a password
+        if detail["type"] == "string_pattern_mismatch":
+            message = "must begin with redis://, rediss:// or sentinel://"
     shown = repr(value) if isinstance(value, str | int | float) and value != "" else ""
     return Problem(field=path, message=message, value=shown if len(shown) <= _LINE else f"{shown[:_LINE]}…")

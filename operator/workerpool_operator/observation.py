@@ -197,13 +197,19 @@ class BrokerReading:
 
 
 class Phase(StrEnum):
-    """Where one worker stands in its life."""
+    """Where one worker stands in its life: as the place shows it where it runs, but for the last three.
+
+    ``LATE`` has not come up long after it should have, ``LOST`` has reported once and fell silent, though the place takes minutes
+    to see it, ``EJECTED`` takes no jobs because its attempts fail: planning tells these.
+    """
 
     STARTING = "Starting"
     READY = "Ready"
     UNSCHEDULABLE = "Unschedulable"
     FAILING = "Failing"
     STOPPING = "Stopping"
+    LATE = "Late"
+    LOST = "Lost"
     EJECTED = "Ejected"
 
 
@@ -254,7 +260,7 @@ class TierReplicas:
     @property
     def starting(self) -> int:
         """Ordered and on their way: neither ready, nor stuck, nor leaving."""
-        others = (Phase.READY, Phase.UNSCHEDULABLE, Phase.FAILING, Phase.EJECTED)
+        others = (Phase.READY, Phase.UNSCHEDULABLE, Phase.FAILING, Phase.LATE, Phase.LOST, Phase.EJECTED)
         return max(0, self.desired - sum(map(self.count, others)))
 
     @property

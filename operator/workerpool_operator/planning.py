@@ -23,7 +23,16 @@ from workerpool_operator.observation import (
 )
 from workerpool_operator.ports import Marks, Pool
 from workerpool_routing.decide import START_SECONDS, Load, assumed_seconds
-from workerpool_routing.wire import Capacity, Milliseconds, Policy, StartingSlots, TaskPolicy, TierCapacity, TierPolicy
+from workerpool_routing.wire import (
+    PRESENCE_LIFE_MS,
+    Capacity,
+    Milliseconds,
+    Policy,
+    StartingSlots,
+    TaskPolicy,
+    TierCapacity,
+    TierPolicy,
+)
 
 GROUPS = 8
 """In how many groups the slots of a tier that are on their way are told of at most."""
@@ -34,8 +43,12 @@ OVERDUE = 0.125
 _NEWS = 0.1
 """By what part a start time has to differ from the one that is kept to be kept anew."""
 
-_STUCK = frozenset({Phase.UNSCHEDULABLE, Phase.FAILING})
-"""The phases of a worker that is ordered and cannot come up for now: no start is under way, and none takes so long."""
+_STUCK = frozenset({Phase.UNSCHEDULABLE, Phase.FAILING, Phase.LATE})
+"""The phases of a worker that is ordered and cannot come up for now."""
+
+_SILENT = "{} has not reported for {:.0f} s or longer: it, its node or its way to Redis is gone; it counts again once it reports"
+
+_HANGS = "{} is not ready {:.0f} s after it was ordered, and starts take {:.0f} s; see the Events of the pod"
 
 REMOVED_SECONDS = 8.0
 """For how long nothing has to be left of a removed tier until it goes: longer than API pods keep a policy and publish by it."""
@@ -51,8 +64,8 @@ class TierPlan:
 
     ``drain`` says how it comes to what it should have without cutting off a job, ``breaker`` whether it takes part in routing;
     None where there is nothing to decide: a plain tier, one whose jobs have nowhere else to go, a pool that is paused or unread.
-    ``stuck`` says when each worker that could not come up was last seen so, ``removal`` how far a tier is that is not in the
-    spec any more.
+    ``stuck`` says when each worker that could not come up was last seen so, ``reported`` when each was last seen to report,
+    ``removal`` how far a tier is that is not in the spec any more.
     """
 
     tier: Tier
@@ -62,12 +75,13 @@ class TierPlan:
     drain: drain.Drain
     breaker: breaker.Decision | None = None
     stuck: Mapping[str, float] = field(default_factory=dict)
+    reported: Mapping[str, float] = field(default_factory=dict)
     removal: Removal | None = None
 
     @property
     def memory(self) -> Memory:
         """What the next pass has to know of this one."""
-        return Memory(self.decision.memory, self.drain.memory, self.stuck, self.removal)
+        return Memory(self.decision.memory, self.drain.memory, self.stuck, self.reported, self.removal)
 
     @property
     def lingers(self) -> bool:
@@ -91,11 +105,12 @@ class Removal:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What is remembered of one tier from pass to pass; ``stuck`` and ``removal`` as in :class:`TierPlan`."""
+    """What is remembered of one tier from pass to pass; ``stuck``, ``reported`` and ``removal`` as in :class:`TierPlan`."""
 
     scaling: scaling.Memory = field(default_factory=scaling.Memory)
     drain: drain.Memory = field(default_factory=drain.Memory)
     stuck: Mapping[str, float] = field(default_factory=dict)
+    reported: Mapping[str, float] = field(default_factory=dict)
     removal: Removal | None = None
 
 
@@ -117,55 +132,90 @@ def plan(
     """
     plans: dict[str, TierPlan] = {}
     decided: list[_Decided] = []
-    # A job orders where it waits, which is behind the tier that it wanted: what is ordered there has to be known first.
+    # A spilled job orders where it waits, behind the tier that it wanted: what is ordered there has to be known first.
     plain, accelerated = ([t for t in pool.spec.tiers if t.accelerated is kind] for kind in (False, True))
     for tier in (*plain, *reversed(accelerated), *pool.removed):
-        removed = tier in pool.removed
-        queue = None if isinstance(reading, Unavailable) else _bounded(reading, tier)
-        if removed and queue is not None:
-            queue = _left(pool, tier, queue)
-        live = _without_ejected(workers[tier.name], queue)
-        known = _informed(memory.get(tier.name, Memory()), live, queue)
-        bounds = scaling.Policy(tier.replicas.min, tier.replicas.max, tier.concurrency, pool.spec.scaling.target_wait_seconds)
-        routing = None if removed else _routing(pool, tier, queue, reading)
-        stuck = _stuck(live, known.stuck, now)
-        if queue is None or isinstance(reading, Unavailable):
-            assert isinstance(reading, Unavailable)
-            # The minimum needs no reading: a Deployment that is not there is created with it.
-            unread = scaling.Unread(max(live.desired, tier.replicas.min), reading)
-            decision = scaling.decide(bounds, unread, known.scaling, now)
-        elif removed:
-            decision = _departing(tier, queue, live, known)
+        live, before = workers[tier.name], memory.get(tier.name, Memory())
+        if isinstance(reading, Unavailable):
+            plans[tier.name] = _hold(pool, tier, reading, live, before, now)
+        elif tier in pool.removed:
+            plans[tier.name] = _depart(pool, tier, reading, live, before, now)
         else:
-            own = demand(_servable(queue, routing), live, reading.arrived(tier.name), stuck, now)
-            observed = _joint(own, bounds, known.scaling, decided, now)
-            decision = scaling.decide(bounds, observed, known.scaling, now)
-            decided.append(_Decided(bounds, observed, decision))
-        if live.rival:
-            why = f"the count is left to {live.rival}"
-            decision = replace(decision, replicas=live.desired, reason=scaling.Reason.ANOTHER_AUTOSCALER, message=why)
-        if pool.spec.mode is Mode.PAUSED:
-            decision = replace(decision, replicas=live.desired, reason=scaling.Reason.PAUSED, message=_PAUSED)
-        if queue is None or isinstance(reading, Unavailable):
-            leaves = drain.held(live, decision.replicas, known.drain)
-        else:
-            leaves = drain.decide(decision.replicas, live, queue, reading.marked, reading.time, known.drain, now)
-        removal = _removal(queue, live, known.removal, now) if removed else None
-        plans[tier.name] = TierPlan(tier, queue, live, decision, leaves, routing, stuck, removal)
+            plans[tier.name], own = _decide(pool, tier, reading, live, before, decided, now)
+            decided.append(own)
     return [plans[tier.name] for tier in pool.tiers]
+
+
+def _hold(pool: Pool, tier: Tier, reading: Unavailable, live: TierReplicas, before: Memory, now: float) -> TierPlan:
+    """The plan while the broker cannot be read: the count and the workers stay."""
+    known = _informed(before, live, None)
+    # The minimum needs no reading: a Deployment that is not there is created with it.
+    unread = scaling.Unread(max(live.desired, tier.replicas.min), reading)
+    decision = _overruled(scaling.decide(_limits(pool, tier), unread, known.scaling, now), pool, live)
+    leaves = drain.held(live, decision.replicas, known.drain)
+    # What nobody has read says of nobody that it is silent.
+    heard = dict.fromkeys(before.reported, now)
+    removal = Removal() if tier in pool.removed else None
+    return TierPlan(tier, None, live, decision, leaves, None, _stuck(live, before.stuck, now, unread=True), heard, removal)
+
+
+def _depart(pool: Pool, tier: Tier, reading: BrokerReading, live: TierReplicas, before: Memory, now: float) -> TierPlan:
+    """The plan of a tier that is not in the spec any more."""
+    queue = _left(pool, tier, _bounded(reading, tier))
+    known, stuck = _informed(before, live, queue), _stuck(live, before.stuck, now, unread=False)
+    reported = _reported(live, queue, before.reported, now)
+    live = _judged(live, queue, stuck, reported, known.scaling, now)
+    decision = _overruled(_departing(tier, queue, live, known), pool, live)
+    leaves = drain.decide(decision.replicas, live, queue, reading.marked, reading.time, known.drain, now)
+    return TierPlan(tier, queue, live, decision, leaves, None, stuck, reported, _removal(queue, live, before.removal, now))
+
+
+def _decide(
+    pool: Pool,
+    tier: Tier,
+    reading: BrokerReading,
+    live: TierReplicas,
+    before: Memory,
+    others: Sequence[_Decided],
+    now: float,
+) -> tuple[TierPlan, _Decided]:
+    queue = _bounded(reading, tier)
+    known, stuck, limits = _informed(before, live, queue), _stuck(live, before.stuck, now, unread=False), _limits(pool, tier)
+    reported = _reported(live, queue, before.reported, now)
+    live = _judged(live, queue, stuck, reported, known.scaling, now)
+    routing = _routing(pool, tier, queue, reading.time)
+    own = demand(_servable(queue, routing), live, reading.arrived(tier.name), stuck, now)
+    own = _joint(own, limits, known.scaling, others, now)
+    decision = _overruled(scaling.decide(limits, own, known.scaling, now), pool, live)
+    leaves = drain.decide(decision.replicas, live, queue, reading.marked, reading.time, known.drain, now)
+    return TierPlan(tier, queue, live, decision, leaves, routing, stuck, reported), _Decided(limits, own, decision)
+
+
+def _limits(pool: Pool, tier: Tier) -> scaling.Policy:
+    return scaling.Policy(tier.replicas.min, tier.replicas.max, tier.concurrency, pool.spec.scaling.target_wait_seconds)
+
+
+def _overruled(decision: scaling.Decision, pool: Pool, live: TierReplicas) -> scaling.Decision:
+    """The decision, or the count that runs now where it is not this operator's to change."""
+    if pool.spec.mode is Mode.PAUSED:
+        return replace(decision, replicas=live.desired, reason=scaling.Reason.PAUSED, message=_PAUSED)
+    if live.rival:
+        why = f"the count is left to {live.rival}"
+        return replace(decision, replicas=live.desired, reason=scaling.Reason.ANOTHER_AUTOSCALER, message=why)
+    return decision
 
 
 @dataclass(frozen=True, slots=True)
 class _Decided:
     """What a tier was asked for and what it will have."""
 
-    bounds: scaling.Policy
+    limits: scaling.Policy
     demand: scaling.Demand
     decision: scaling.Decision
 
 
 def _joint(
-    own: scaling.Demand, bounds: scaling.Policy, memory: scaling.Memory, others: Sequence[_Decided], now: float
+    own: scaling.Demand, limits: scaling.Policy, memory: scaling.Memory, others: Sequence[_Decided], now: float
 ) -> scaling.Demand:
     """The demand of a tier beside those that hold what spilled from it: no job orders two slots, none orders none.
 
@@ -173,33 +223,60 @@ def _joint(
     Those that run elsewhere count by their work, in slots of this tier; until both lengths are known one worker is ordered to
     find out. What is stuck here stays for as long as a job that wanted it is elsewhere: it is what makes room be found.
     """
-    soon = max(bounds.target_wait, scaling.start_seconds(memory))
-    late = sum(max(0, math.ceil(o.demand.waiting - scaling.starts(o.bounds, o.demand, o.decision, soon, now))) for o in others)
+    soon = max(limits.target_wait, scaling.start_seconds(memory))
+    late = sum(max(0, math.ceil(o.demand.waiting - scaling.starts(o.limits, o.demand, o.decision, soon, now))) for o in others)
     settled = max(0, own.spilled - late) if others else 0
     running = min(settled, sum(o.demand.in_flight for o in others))
     jobs, seconds = sum(o.demand.served.jobs for o in others), sum(o.demand.served.seconds for o in others)
-    carried = float(min(running, bounds.concurrency))
+    carried = float(min(running, limits.concurrency))
     if own.served.jobs and jobs and seconds:
         carried = running * min(1.0, own.served.seconds / own.served.jobs / (seconds / jobs))
-    kept = min(own.stuck * bounds.concurrency, own.spilled)
+    kept = min(own.stuck * limits.concurrency, own.spilled)
     return replace(own, settled=settled, carried=max(carried, kept))
 
 
-def _without_ejected(live: TierReplicas, queue: QueueReading | None) -> TierReplicas:
-    """Workers that are ejected run, and are neither ready nor on their way."""
-    ejected = {report.worker for report in queue.workers if report.ejected} if queue else frozenset[str]()
-    out = {one for one in live.replicas if one.worker in ejected and one.phase in (Phase.STARTING, Phase.READY)}
-    told = (replace(one, phase=Phase.EJECTED, detail=_FAILS.format(one.worker)) if one in out else one for one in live.replicas)
-    return replace(live, replicas=tuple(told)) if out else live
+def _reported(live: TierReplicas, queue: QueueReading, before: Mapping[str, float], now: float) -> Mapping[str, float]:
+    """When each of the workers was last seen to report; those that never did are not in it."""
+    heard = {**before, **dict.fromkeys((report.worker for report in queue.workers), now)}
+    return {replica.worker: heard[replica.worker] for replica in live.replicas if replica.worker in heard}
 
 
-def _stuck(live: TierReplicas, before: Mapping[str, float], now: float) -> Mapping[str, float]:
-    """When each of the workers that could not come up was last seen so."""
-    return {
-        replica.worker: now if replica.phase in _STUCK else before[replica.worker]
-        for replica in live.replicas
-        if replica.phase in _STUCK or replica.worker in before
-    }
+def _judged(
+    live: TierReplicas,
+    queue: QueueReading,
+    stuck: Mapping[str, float],
+    reported: Mapping[str, float],
+    known: scaling.Memory,
+    now: float,
+) -> TierReplicas:
+    """The workers, where those are neither ready nor on their way that are ejected, lost, or late beyond belief."""
+    ejected = {report.worker for report in queue.workers if report.ejected}
+
+    def judge(one: Replica) -> Replica:
+        if one.phase not in (Phase.STARTING, Phase.READY):
+            return one
+        if one.worker in ejected:
+            return replace(one, phase=Phase.EJECTED, detail=_FAILS.format(one.worker))
+        silent = now - reported.get(one.worker, now)
+        if silent >= PRESENCE_LIFE_MS / 1000:
+            return replace(one, phase=Phase.LOST, detail=_SILENT.format(one.worker, silent))
+        lasts, latest = now - _begun(one, stuck), scaling.latest_start(known, _begun(one, stuck))
+        if one.phase is Phase.STARTING and one.ready_at is None and one.worker not in reported and lasts > latest:
+            seconds = now - one.ordered_at, scaling.start_seconds(known)
+            return replace(one, phase=Phase.LATE, detail=_HANGS.format(one.worker, *seconds))
+        return one
+
+    return replace(live, replicas=tuple(map(judge, live.replicas)))
+
+
+def _stuck(live: TierReplicas, before: Mapping[str, float], now: float, *, unread: bool) -> Mapping[str, float]:
+    """When each of the workers that could not come up was last seen so; none comes up while its broker does not answer."""
+
+    def hindered(replica: Replica) -> bool:
+        return replica.phase in _STUCK or (unread and replica.phase is Phase.STARTING and replica.ready_at is None)
+
+    seen = {replica.worker: now for replica in live.replicas if hindered(replica)}
+    return {one.worker: before[one.worker] for one in live.replicas if one.worker in before} | seen
 
 
 def _begun(replica: Replica, stuck: Mapping[str, float]) -> float:
@@ -245,13 +322,13 @@ def _informed(memory: Memory, live: TierReplicas, queue: QueueReading | None) ->
     return replace(memory, scaling=replace(known, start_seconds=before, first_start=live.first_start or known.first_start))
 
 
-def _routing(pool: Pool, tier: Tier, queue: QueueReading | None, reading: BrokerReading | Unavailable) -> breaker.Decision | None:
+def _routing(pool: Pool, tier: Tier, queue: QueueReading, time: Milliseconds) -> breaker.Decision | None:
     elsewhere = any(not other.accelerated for other in pool.spec.tiers)
-    if isinstance(reading, Unavailable) or queue is None or pool.spec.mode is Mode.PAUSED or not (tier.accelerated and elsewhere):
+    if pool.spec.mode is Mode.PAUSED or not (tier.accelerated and elsewhere):
         return None
     # Nothing is limited in this mode, and nothing is kept of what it would come to.
     stored = NEVER_OPENED if pool.spec.mode is Mode.ADVISORY else queue.kept.breaker
-    return breaker.decide(stored, queue.attempts, queue.in_flight, reading.time)
+    return breaker.decide(stored, queue.attempts, queue.in_flight, time)
 
 
 def _servable(queue: QueueReading, routing: breaker.Decision | None) -> QueueReading:
@@ -292,8 +369,8 @@ def _departing(tier: Tier, queue: QueueReading, live: TierReplicas, memory: Memo
     return scaling.Decision(replicas, scaling.Reason.REMOVED, message, memory.scaling, replicas)
 
 
-def _removal(queue: QueueReading | None, live: TierReplicas, before: Removal | None, now: float) -> Removal:
-    if queue is None or live.desired or live.replicas or queue.lost:
+def _removal(queue: QueueReading, live: TierReplicas, before: Removal | None, now: float) -> Removal:
+    if live.desired or live.replicas or queue.lost:
         return Removal()
     if queue.waiting or queue.in_flight or queue.scheduled or queue.unclaimed:
         return Removal()
@@ -366,7 +443,8 @@ def _starts(plan: TierPlan, stuck: int, now: float) -> tuple[float, list[float]]
         starting = [r for r in coming if r.phase is Phase.STARTING and r.ready_at is None and r.worker not in takes_jobs]
         assumed = min(START_SECONDS, plan.decision.memory.first_start)
         start = max([assumed, *(now - _begun(replica, plan.stuck) for replica in starting)])
-    count = max(0, plan.decision.replicas - sum(takes_jobs.values()) - stuck - plan.workers.count(Phase.EJECTED))
+    out = plan.workers.count(Phase.EJECTED) + plan.workers.count(Phase.LOST)
+    count = max(0, plan.decision.replicas - sum(takes_jobs.values()) - stuck - out)
     lasted = [now - _begun(replica, plan.stuck) for replica in coming]
     ready_in = sorted(min(max(start - seconds, start * OVERDUE), start) for seconds in lasted)[:count]
     # Where one is stuck, those that are not to be seen yet would be too.

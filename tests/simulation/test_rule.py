@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import time
 from collections.abc import Mapping
@@ -43,9 +42,9 @@ class Watched(Operator):
         return orders
 
 
-def run(jobs: Trace, setting: Setting, *, least: int = 0, most: int = 80, seed: int = 0) -> tuple[Outcome, Watched]:
+def run(jobs: Trace, setting: Setting, *, least: int = 0, most: int = 80) -> tuple[Outcome, Watched]:
     controller = Watched(pool_of(tier_of(Replicas(min=least, max=most)), setting))
-    return play(jobs, dataclasses.replace(setting, seed=seed), controller), controller
+    return play(jobs, setting, controller), controller
 
 
 def constant(rate: float, length: float, hours: float = 2.0) -> Trace:
@@ -95,7 +94,7 @@ def test_on_no_periodic_load_does_it_flap(period: float, duty: float, height: in
     changes = [(b[0], b[1] > a[1]) for a, b in pairwise(controller.seen) if a[1] != b[1]]
     turns = [(a, b) for a, b in pairwise(changes) if a[1] != b[1]]
     assert len(turns) <= 2 * len(jobs), "at most up and down again for each job"
-    regretted = [b[0] - a[0] for a, b in turns if a[1] and b[0] - a[0] < scaling.MIN_LINGER_SECONDS]
+    regretted = [b[0] - a[0] for a, b in turns if a[1] and b[0] - a[0] < scaling.MIN_STABILIZATION_SECONDS]
     assert not regretted, "what was ordered is kept for a while"
 
 

@@ -131,7 +131,7 @@ def test_two_processes_at_once_build_once(tmp_path: Path) -> None:
     install_go(tmp_path, BUILDS)
     command = [sys.executable, "-m", "e2e.cluster.binaries"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(2)]
-    first, second = (process.communicate(timeout=20)[0] for process in both)
+    first, second = (process.communicate(timeout=150)[0] for process in both)
     assert first == second == f"{binaries.find()}\n"
     assert len(builds(tmp_path)) == len(NAMES)
 

@@ -198,11 +198,13 @@ def test_two_outages_at_once_are_both_told() -> None:
     [
         (Phase.UNSCHEDULABLE, "Unschedulable", "2 of 3 unschedulable"),
         (Phase.FAILING, "WorkersFailing", "2 of 3 failing"),
-        (Phase.EJECTED, "WorkersEjected", "2 of 5 ejected"),  # two are ordered in their place
+        (Phase.LATE, "WorkersLate", "2 of 3 late"),
+        (Phase.LOST, "WorkersLost", "2 of 3 lost"),
+        (Phase.EJECTED, "WorkersEjected", "2 of 3 ejected"),
     ],
 )
 def test_workers_that_do_not_come_up_are_counted_and_their_trouble_is_told(phase: Phase, reason: str, words: str) -> None:
-    seen = IDLE | {"gpu": workers(3, Phase.READY, phase, phase, detail="no node has a free GPU")}
+    seen = IDLE | {"gpu": workers(3, Phase.READY, phase, phase, Phase.STOPPING, detail="no node has a free GPU")}
     outcome = told(plans(seen, gpu=QueueReading(3, 0, 0)))
     lack = conditions(outcome)["CapacityAvailable"]
     assert (lack.status, lack.reason) == ("False", reason)
@@ -257,12 +259,12 @@ def test_a_tier_at_its_maximum_is_named_with_its_numbers() -> None:
     limited = conditions(told(plans(IDLE, cpu=QueueReading(9, 0, 0))))["ScalingLimited"]
     assert (limited.status, limited.reason) == ("True", "AtMaximum")
     assert limited.message == (
-        "cpu: 9 waiting + 0 in flight need 9 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 4; "
-        "the maximum limits it"
+        "cpu: 9 waiting + 0 in flight need 9 workers to start within 60 s (a job takes 30 s, a worker's start 240 s); wanted: 4; "
+        "replicas.max limits it"
     )
 
 
-def test_a_tier_that_only_lingers_at_its_maximum_is_not_limited() -> None:
+def test_a_tier_that_only_keeps_its_maximum_for_a_while_is_not_limited() -> None:
     assert values(told(plans(IDLE | {"cpu": workers(4, Phase.READY)})))["ScalingLimited"] == "False"
 
 
@@ -285,7 +287,10 @@ def test_a_mode_that_touches_nothing_is_a_condition(mode: str, status: str, reas
 
 def test_a_change_of_replicas_is_an_event_with_its_reason_and_numbers() -> None:
     _, events = told(plans(IDLE, gpu=QueueReading(3, 0, 0)))
-    message = "gpu: 0 → 3: 3 waiting + 0 in flight need 3 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 3"
+    message = (
+        "gpu: 0 → 3: 3 waiting + 0 in flight need 3 workers to start within 60 s (a job takes 30 s, a worker's start 240 s); "
+        "wanted: 3"
+    )
     assert events == (Event(False, "BacklogExceedsCapacity", message),)
 
 
@@ -296,7 +301,7 @@ def test_scaling_that_is_refused_is_one_event_however_the_backlog_grows() -> Non
         previous = status.dump()
         told_so_far += events
     assert [event.message.partition(":")[2] for event in told_so_far] == [
-        " 0 → 1: 1 waiting + 0 in flight need 1 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 1"
+        " 0 → 1: 1 waiting + 0 in flight need 1 worker to start within 60 s (a job takes 30 s, a worker's start 240 s); wanted: 1"
     ]
     # It is written at last, and the next count is news again.
     seen = IDLE | {"gpu": workers(previous["tiers"][0]["desired"])}
@@ -325,14 +330,14 @@ def test_an_advisory_pool_says_what_it_would_order() -> None:
     pool = in_mode(Mode.ADVISORY)
     status, _ = told(plans(IDLE, pool=pool, gpu=QueueReading(3, 0, 0), cpu=QueueReading(9, 0, 0)), pool=pool)
     assert [(tier.desired, tier.reason) for tier in status.tiers] == [(3, "BacklogExceedsCapacity"), (4, "AtMaximum")]
-    assert (
-        status.tiers[0].message
-        == "3 waiting + 0 in flight need 3 to start within 60 s (jobs of 30 s, starts of 240 s), would order 3"
+    assert status.tiers[0].message == (
+        "advice only: 3 waiting + 0 in flight need 3 workers to start within 60 s (a job takes 30 s, a worker's start 240 s); "
+        "wanted: 3"
     )
     limited = next(condition for condition in status.conditions if condition.type == "ScalingLimited")
     assert limited.message == (
-        "cpu: 9 waiting + 0 in flight need 9 to start within 60 s (jobs of 30 s, starts of 240 s), would order 4; "
-        "the maximum limits it"
+        "cpu: advice only: 9 waiting + 0 in flight need 9 workers to start within 60 s "
+        "(a job takes 30 s, a worker's start 240 s); wanted: 4; replicas.max limits it"
     )
 
 
@@ -392,8 +397,8 @@ def test_the_status_of_a_tier_shows_what_was_seen_and_what_was_decided() -> None
     assert (tier.waiting, tier.in_flight, tier.spilled) == (4, 1, 2)
     assert tier.reason == "BacklogExceedsCapacity"
     assert tier.message == (
-        "4 waiting + 1 in flight + 2 spilled (2 of these served elsewhere) need 5 to start within 60 s "
-        "(jobs of 30 s, starts of 240 s), ordered 5"
+        "4 waiting + 1 in flight + 2 spilled (2 of these served elsewhere) need 5 workers to start within 60 s "
+        "(a job takes 30 s, a worker's start 240 s); wanted: 5"
     )
     assert (status.waiting, status.in_flight, status.replicas) == (5, 4, "gpu 1/5, cpu 1/4")
 
@@ -460,7 +465,7 @@ def test_a_tier_that_is_taken_out_of_routing_is_told_once_and_so_is_its_return()
     ]
 
 
-def test_the_sentences_of_a_broken_tier_say_what_is_done_or_would_be_done() -> None:
+def test_the_sentence_of_a_broken_tier_says_whether_it_is_only_advice() -> None:
     acts = conditions(told(plans(IDLE, gpu=BROKEN)))["TierBroken"].message
     assert values(told(plans(IDLE, gpu=BROKEN)))["Ready"] == "True", "its jobs run elsewhere"
     assert acts == (
@@ -469,7 +474,7 @@ def test_the_sentences_of_a_broken_tier_say_what_is_done_or_would_be_done() -> N
     )
     pool = in_mode(Mode.ADVISORY)
     advises = conditions(told(plans(IDLE, pool=pool, gpu=BROKEN), pool=pool))["TierBroken"].message
-    assert advises == acts.replace("out of routing", "would be out of routing")
+    assert advises == acts.replace("gpu: ", "gpu: advice only: ")
     paused = in_mode(Mode.PAUSED)
     assert values(told(plans(IDLE, pool=paused, gpu=BROKEN), pool=paused))["TierBroken"] == "False"
 

@@ -59,6 +59,12 @@ def test_an_idle_worker_is_marked_first_and_goes_when_it_has_said_that_it_drains
     assert first.message == "workers still to leave: 1 (they take nothing new)"
     then = decide(1, workers, [says("a", 1), says("b", draining=True)], ["b"])
     assert found(then) == (1, {"b"}, {"b"})
+    assert then.message == ""
+
+
+def test_a_worker_that_reports_is_asked_whatever_its_phase() -> None:
+    workers = [up("a"), up("b", Phase.FAILING)]
+    assert found(decide(1, workers, [says("a", 1), says("b")])) == (2, set(), {"b"}), "it may take a job at any moment"
 
 
 def test_a_busy_worker_is_waited_for_however_long_it_takes_and_reported() -> None:
@@ -69,6 +75,9 @@ def test_a_busy_worker_is_waited_for_however_long_it_takes_and_reported() -> Non
     assert waits.message == "workers still to leave: 1 (once their jobs are finished)"
     late = decide(1, workers, reports, ["a"], now=NOW + OVERDUE_SECONDS + 1, memory=waits.memory)
     assert (*found(late)[:2], late.overdue) == (2, set(), ("a",))
+    idle = [says("a", draining=True), says("b", 1)]
+    held = decide(1, workers, idle, ["a"], rolling=True, now=NOW + OVERDUE_SECONDS + 1, memory=waits.memory)
+    assert (*found(held)[:2], held.overdue) == (2, set(), ()), "it is the rollout that takes long"
 
 
 def test_a_report_from_before_the_mark_says_nothing() -> None:
@@ -102,11 +111,12 @@ def test_those_that_never_came_up_go_first_then_the_idle_then_those_with_the_few
     workers = [
         up("two-jobs"), up("one-job"), up("idle-old"), up("idle-young", ordered_at=9.0), up("silent", ordered_at=NOW - 1),
         Replica("starting", Phase.STARTING, 0.0), Replica("unplaced", Phase.UNSCHEDULABLE, 0.0),
+        up("idle-unready", Phase.STARTING),
     ]  # fmt: skip
-    reports = [says("two-jobs", 2), says("one-job", 1), says("idle-old"), says("idle-young")]
-    order: list[frozenset[str]] = [decide(wanted, workers, reports).marks for wanted in range(6, -1, -1)]
+    reports = [says("two-jobs", 2), says("one-job", 1), says("idle-old"), says("idle-young"), says("idle-unready")]
+    order: list[frozenset[str]] = [decide(wanted, workers, reports).marks for wanted in range(7, -1, -1)]
     assert [set(more - less) for less, more in zip([frozenset(), *order], order, strict=False)] == [
-        {"starting"}, {"unplaced"}, {"idle-young"}, {"idle-old"}, {"one-job"}, {"two-jobs"}, {"silent"},
+        {"starting"}, {"unplaced"}, {"idle-unready"}, {"idle-young"}, {"idle-old"}, {"one-job"}, {"two-jobs"}, {"silent"},
     ]  # fmt: skip
 
 
@@ -114,6 +124,8 @@ def test_what_never_came_up_goes_at_once_and_so_does_what_nobody_has_seen_yet() 
     waiting = [up("a"), Replica("pending", Phase.UNSCHEDULABLE, 0.0)]
     outcome = decide(1, waiting, [says("a", 1)])
     assert found(outcome)[:2] == (1, {"pending"})
+    both = decide(0, waiting, [says("a", 1)])
+    assert both.message == "workers still to leave: 1 (once their jobs are finished)", "what never came up has no report to make"
     assert decide(1, [up("a")], [says("a", 1)], desired=4).replicas == 1
 
 
@@ -174,7 +186,9 @@ def test_workers_that_never_report_stay_while_any_of_their_kind_holds_a_message(
 def test_a_worker_that_has_just_become_ready_may_yet_report() -> None:
     young = up("a", ordered_at=NOW - PRESENCE_LIFE_MS / 1000)
     empty = Memory(empty_since=NOW - EMPTY_WINDOW_SECONDS)
-    assert decide(0, [young], memory=empty).leaving == frozenset()
+    slow = Replica("a", READY, LONG_AGO, ready_at=NOW - PRESENCE_LIFE_MS / 1000)
+    for worker in (young, slow):
+        assert decide(0, [worker], memory=empty).leaving == frozenset()
 
 
 def test_while_the_broker_cannot_be_read_nothing_leaves() -> None:

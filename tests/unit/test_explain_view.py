@@ -38,7 +38,7 @@ NEED = "12 waiting + 2 in flight + 3 spilled need 9 to start within 60 s (jobs o
 GPU = TierStatus(
     "gpu", 9, 2, 5, 1, 1, 12, 2, 3, "BacklogExceedsCapacity", f"{NEED}; workers still to leave: 1 (once their jobs are finished)"
 )
-CPU = TierStatus("cpu", 1, 1, 0, 0, 0, 0, 0, 0, "AtMinimum", "0 waiting need 0, ordered 1; the minimum holds it")
+CPU = TierStatus("cpu", 1, 1, 0, 0, 0, 0, 0, 0, "AtMinimum", "0 waiting need 0 workers; wanted: 1; replicas.min holds it")
 DOWN = Unavailable("Redis at one:6379 cannot be reached")
 
 

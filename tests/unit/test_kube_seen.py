@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tests.unit.pods import Object, container, raw_pod
 
 from workerpool_operator.kube import seen
 from workerpool_operator.kube.seen import (
@@ -23,27 +24,11 @@ from workerpool_operator.ports import Pool
 
 pytestmark = pytest.mark.unit
 
-Object = dict[str, Any]
 READY = {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:30Z"}
 UN_READY = {"type": "Ready", "status": "False", "lastTransitionTime": "2026-01-01T02:00:00Z"}
 READY_LATER = {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T03:00:00Z"}
 UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no GPU left"}
 GATED = {"type": "PodScheduled", "status": "False", "reason": "SchedulingGated", "message": "Scheduling is blocked"}
-
-
-def raw_pod(name: str = "media-gpu-1", version: int = 1, tier: str = "gpu", **status: Any) -> Object:
-    metadata = {
-        "namespace": "ml",
-        "name": name,
-        "resourceVersion": str(version),
-        "creationTimestamp": "2026-01-01T00:00:00Z",
-        "labels": {"workerpool.dev/pool": "media", "workerpool.dev/tier": tier},
-    }
-    return {"metadata": metadata, "status": status}
-
-
-def container(name: str = "worker", **state: Any) -> Object:
-    return {"name": name, "state": state}
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
-from tests.unit.test_kube_seen import Object, container, raw_pod
-from tests.unit.test_planning import POOL
+from tests.seeds import make_pool
+from tests.unit.pods import Object, container, raw_pod
 
 from workerpool_operator import planning
 from workerpool_operator.deployment import build
@@ -23,6 +23,7 @@ from workerpool_routing.wire import Milliseconds
 
 pytestmark = pytest.mark.unit
 
+POOL = replace(make_pool("redis://one"), namespace="ml")
 GPU = POOL.spec.tiers[0]
 CREATED = datetime(2026, 1, 1, tzinfo=UTC)
 AWAY: Object = {"phase": "Failed", "reason": "UnexpectedAdmissionError", "message": "Allocate failed"}

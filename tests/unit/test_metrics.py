@@ -41,7 +41,7 @@ OUTAGE = Unavailable("connection refused")
 
 def shown(reading: BrokerReading | Unavailable, *, gone: bool = False, pool: Pool = POOL) -> list[str]:
     known = None if isinstance(reading, Unavailable) else 12
-    tier = TierStatus("cpu", 3, 1, 1, 1, 0, known, known and 2, known and 0, "BacklogExceedsCapacity", "12 waiting, ordered 3")
+    tier = TierStatus("cpu", 3, 1, 1, 1, 0, known, known and 2, known and 0, "BacklogExceedsCapacity", "12 waiting; wanted: 3")
     ready = Condition(ConditionType.READY, "True", "Working", "", 1)
     exposed = Metrics(lambda: True, lambda: Passes(ended=4, seconds=0.5, errors=1), lambda: {} if gone else {POOL.id: POOL})
     exposed.saw(Report(pool, Status(1, (ready,), (tier,), known, known and 2, ""), reading))

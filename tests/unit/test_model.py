@@ -147,7 +147,7 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
         "needs masterName",
     ),
     "a master without sentinels": (lambda s: s["broker"].update(masterName="main"), "spec.broker", "no other url takes it"),
-    "broker of another kind": (lambda s: s["broker"].update(url="amqp://one"), "spec.broker.url", "redis"),
+    "broker of another kind": (lambda s: s["broker"].update(url="amqp://one"), "spec.broker.url", "begin with redis://"),
     "secret without a key": (
         lambda s: s.update(broker={"urlFrom": {"secretKeyRef": {"name": "a"}}}),
         "spec.broker.urlFrom.secretKeyRef.key",

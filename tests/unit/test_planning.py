@@ -28,10 +28,19 @@ from workerpool_operator.observation import (
 )
 from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Marks, Pool
-from workerpool_operator.scaling import Memory, Reason
+from workerpool_operator.scaling import HANG_FACTOR, START_SECONDS_UNTIL_KNOWN, Memory, Reason
 from workerpool_routing import wire
 from workerpool_routing.decide import START_SECONDS, Load, assumed_seconds
-from workerpool_routing.wire import Capacity, Milliseconds, Presence, StartingSlots, TaskPolicy, TierCapacity, TierPolicy
+from workerpool_routing.wire import (
+    PRESENCE_LIFE_MS,
+    Capacity,
+    Milliseconds,
+    Presence,
+    StartingSlots,
+    TaskPolicy,
+    TierCapacity,
+    TierPolicy,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -69,7 +78,7 @@ def served(waiting: int, in_flight: int, spilled: int, seconds: float = 5.0) -> 
 
 
 def replicas(desired: int, *phases: Phase) -> TierReplicas:
-    return TierReplicas(desired, tuple(Replica(f"w{n}", phase, 0.0) for n, phase in enumerate(phases)))
+    return TierReplicas(desired, tuple(Replica(f"w{n}", phase, NOW - 100) for n, phase in enumerate(phases)))
 
 
 def plan(
@@ -117,7 +126,7 @@ def test_each_tier_is_kept_by_its_own_memory() -> None:
     assert {name: plan.decision.replicas for name, plan in plans.items()} == {"gpu": 5, "cpu": 2}
 
 
-def test_a_tier_lingers_for_a_part_of_the_time_that_its_own_workers_took_to_start() -> None:
+def test_a_tier_keeps_its_workers_for_a_part_of_the_time_that_its_own_took_to_start() -> None:
     slow = TierReplicas(2, (Replica("w", Phase.READY, ordered_at=0.0, ready_at=40.0),))
     memory = {"gpu": Memory(level=0, fell=(991.0, 991.0))}
     assert plan(reading(), gpu=slow, memory=memory)["gpu"].decision.replicas == 2
@@ -404,7 +413,7 @@ def test_capacity_says_when_the_slots_that_are_on_their_way_are_ready(
 
 
 def test_a_start_that_takes_longer_than_any_before_is_expected_to_go_on_taking_longer() -> None:
-    assert ready_in(ordered(400.0), 40.0)[0] == (1, 20.0), "an eighth of four times the start time, as scaling believes then"
+    assert ready_in(ordered(200.0), 40.0)[0] == (1, 20.0), "an eighth of four times the start time, as scaling believes then"
 
 
 def test_a_worker_that_could_not_come_up_takes_its_whole_start_time_from_then_on_and_teaches_no_longer_one() -> None:
@@ -428,10 +437,88 @@ def test_a_worker_that_could_not_come_up_takes_its_whole_start_time_from_then_on
     assert after(700.0, Replica("another", Phase.STARTING, 700.0)).stuck == {}, "nothing is kept of workers that are gone"
 
 
+def test_a_start_that_waited_for_redis_teaches_no_longer_one() -> None:
+    memory = {"gpu": planning.Memory(Memory(start_seconds=40.0, level=0))}
+    seen = reading(gpu=QueueReading(1, 0, 0, kept=Checkpoint(start_seconds=40.0)))
+
+    def after(now: float, answer: BrokerReading | Unavailable, replica: Replica) -> Memory:
+        found, _ = planning.plan(POOL, answer, {"gpu": TierReplicas(1, (replica,)), "cpu": replicas(1)}, memory, now)
+        memory["gpu"] = found.memory
+        return found.decision.memory
+
+    after(10.0, OUTAGE, Replica("w", Phase.STARTING, 0.0))
+    after(600.0, OUTAGE, Replica("w", Phase.STARTING, 0.0))
+    assert after(605.0, seen, Replica("w", Phase.READY, 0.0, 605.0)).start_seconds == 40.0
+    assert after(800.0, seen, Replica("slow", Phase.READY, 700.0, 800.0)).start_seconds == 70.0, "one that did not wait teaches"
+
+
 def test_a_worker_that_was_to_leave_and_is_needed_again_is_back_in_a_moment() -> None:
     leaving = replace(worker("w0", slots=0), draining=True)
     assert ready_in(ordered(9_999.0), 40.0, leaving) == [(1, 5.0), (7, 40.0)]
     assert ready_in(ordered(9_999.0), None, leaving) == [(1, START_SECONDS / 8), (7, START_SECONDS)]
+
+
+@pytest.mark.parametrize("learnt", [40.0, 100.0, None])
+def test_a_start_that_hangs_is_promised_to_nobody_and_holds_back_others(learnt: float | None) -> None:
+    latest = max(HANG_FACTOR * (learnt or START_SECONDS_UNTIL_KNOWN), START_SECONDS_UNTIL_KNOWN)
+    memory = {"gpu": Memory(start_seconds=learnt, newest_start=learnt, level=1)}
+    slow, hung = (
+        plan(reading(gpu=QueueReading(1, 0, 0)), gpu=replace(ordered(seconds), desired=1), memory=memory)["gpu"]
+        for seconds in (latest - 1, latest + 1)
+    )
+    assert [one.workers.count(Phase.LATE) for one in (slow, hung)] == [0, 1]
+    assert [one.decision.replicas for one in (slow, hung)] == [1, 1], "another would hang as well"
+    assert (starting(told(slow)["gpu"]), told(slow)["gpu"].startable) == (1, 7)
+    assert (starting(told(hung)["gpu"]), told(hung)["gpu"].startable) == (0, 0)
+    assert f"{latest + 1:.0f} s after it was ordered" in hung.workers.replicas[0].detail
+
+
+def test_a_start_is_not_late_while_the_worker_waits_for_a_node_reports_or_has_been_ready() -> None:
+    old = 10 * HANG_FACTOR * START_SECONDS_UNTIL_KNOWN
+    seen = reading(gpu=QueueReading(1, 0, 0))
+    memory = {"gpu": planning.Memory(stuck={"w0": NOW - 5})}
+    placed, _ = planning.plan(POOL, seen, {"gpu": ordered(old), "cpu": replicas(1)}, memory, NOW)
+    assert placed.workers.count(Phase.LATE) == 0, "until a moment ago it had no node"
+    joined = plan(reading(gpu=QueueReading(1, 0, 0, (worker("w0"),))), gpu=ordered(old))["gpu"]
+    assert joined.workers.count(Phase.LATE) == 0
+    was_ready = TierReplicas(1, (Replica("w0", Phase.STARTING, NOW - old, NOW - 20),))
+    assert plan(seen, gpu=was_ready)["gpu"].workers.count(Phase.LATE) == 0
+
+
+SILENT_SECONDS = PRESENCE_LIFE_MS / 1000
+
+
+@pytest.mark.parametrize("phase", [Phase.READY, Phase.STARTING])
+def test_a_worker_that_falls_silent_is_replaced_before_the_cluster_sees_that_it_is_gone(phase: Phase) -> None:
+    live = TierReplicas(1, (Replica("w0", phase, 0.0, 20.0),))
+    memory = {"gpu": planning.Memory(Memory(start_seconds=20.0, newest_start=20.0, level=1))}
+
+    def after(seconds: float, queue: QueueReading | None) -> TierPlan:
+        seen = reading(gpu=queue) if queue else OUTAGE
+        found, _ = planning.plan(POOL, seen, {"gpu": live, "cpu": replicas(1)}, memory, NOW + seconds)
+        memory["gpu"] = found.memory
+        return found
+
+    here, gone = QueueReading(0, 1, 0, (worker("w0", busy=1),)), QueueReading(1, 0, 0)
+    assert after(0.0, here).workers.count(Phase.LOST) == 0
+    assert after(SILENT_SECONDS - 1, gone).workers.count(Phase.LOST) == 0
+    lost = after(SILENT_SECONDS, gone)
+    assert (lost.workers.count(Phase.LOST), lost.decision.replicas) == (1, 2)
+    assert starting(told(lost)["gpu"]) == 1, "the one in its place"
+    assert "w0 has not reported for 8 s" in lost.workers.replicas[0].detail
+    both = TierReplicas(2, (Replica("w1", Phase.READY, 30.0, 50.0), *lost.workers.replicas))
+    leaves = drain.decide(1, both, QueueReading(0, 0, 0, (worker("w1"),)), frozenset(), TIME, drain.Memory(), NOW)
+    assert (leaves.replicas, leaves.leaving) == (1, frozenset({"w0"})), "it is the first to go, and nobody waits for it"
+    after(SILENT_SECONDS + 60, None)
+    assert after(SILENT_SECONDS + 61, gone).workers.count(Phase.LOST) == 0, "Redis was away, and its report with it"
+    assert after(SILENT_SECONDS + 70, here).workers.count(Phase.LOST) == 0
+    assert after(SILENT_SECONDS + 99, gone).workers.count(Phase.LOST) == 1
+    assert after(SILENT_SECONDS + 100, here).workers.count(Phase.LOST) == 0, "it was only cut off for a while"
+
+
+def test_a_worker_that_never_reported_is_not_lost() -> None:
+    live = TierReplicas(1, (Replica("w0", Phase.READY, 0.0, 20.0),))
+    assert plan(reading(gpu=QueueReading(1, 0, 0)), gpu=live)["gpu"].workers.count(Phase.LOST) == 0, "its app lacks the library"
 
 
 def test_what_may_still_be_ordered_takes_as_long_as_starts_do() -> None:
@@ -442,7 +529,7 @@ def test_what_may_still_be_ordered_takes_as_long_as_starts_do() -> None:
 
 
 @settings(max_examples=60)
-@given(st.lists(st.floats(-5, 500), max_size=40), st.none() | st.floats(0.1, 300))
+@given(st.lists(st.floats(-5, START_SECONDS_UNTIL_KNOWN), max_size=40), st.none() | st.floats(0.1, 300))
 def test_slots_that_are_on_their_way_are_told_of_in_a_handful_of_groups_soonest_first(
     ages: list[float], learnt: float | None
 ) -> None:
@@ -471,7 +558,7 @@ def test_a_pod_that_drains_and_is_un_ready_for_it_is_not_one_that_takes_long_to_
     drains = replace(worker("w1", slots=0, busy=1), draining=True)
     live = replicas(3, Phase.READY, Phase.STARTING, Phase.STARTING)
     told = planning.demand(QueueReading(0, 2, 0, workers=(worker("w0", busy=1), drains)), live, 0, {}, 9_000.0)
-    assert (told.ready, told.starting) == (2, (0.0,))
+    assert (told.ready, told.starting) == (2, (NOW - 100,))
 
 
 def test_marks_are_set_for_who_is_to_leave_and_taken_back_from_who_stays_or_is_gone() -> None:
@@ -584,7 +671,7 @@ def test_advice_goes_by_what_fails_now_and_by_no_trial_that_was_begun_before_the
 
 def test_a_new_operator_goes_on_with_the_start_time_that_the_last_one_kept() -> None:
     (first, *_) = plans = list(plan(reading(gpu=QueueReading(3, 0, 0, kept=Checkpoint(start_seconds=300.0)))).values())
-    assert "starts of 300 s" in first.decision.message
+    assert "a worker's start 300 s" in first.decision.message
     assert planning.capacity(POOL.spec, plans, TIME, NOW).tiers["gpu"].start_seconds == 300.0
     assert planning.checkpoints(plans) == {}, "no news"
 
@@ -602,7 +689,7 @@ def test_a_learnt_start_time_is_kept_when_it_is_news(kept: float | None, told: d
 
 def test_what_is_only_said_of_starts_sizes_the_tier_and_is_not_kept_as_learnt() -> None:
     plans = list(plan(reading(gpu=QueueReading(3, 0, 0)), gpu=quick(replicas(0))).values())
-    assert "starts of 4 s" in plans[0].decision.message
+    assert "a worker's start 4 s" in plans[0].decision.message
     assert planning.checkpoints(plans) == {}
 
 

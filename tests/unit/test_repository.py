@@ -69,6 +69,15 @@ def test_every_test_file_carries_the_marker_of_its_level() -> None:
     assert unmarked == []
 
 
+def test_no_test_file_takes_anything_from_another() -> None:
+    taken = {
+        path.relative_to(ROOT).as_posix(): [name for name in found if name != path.stem]
+        for path in (ROOT / "tests").glob("*/**/*.py")
+        if (found := re.findall(r"^from tests\.\w+\.(test_\w+) import", path.read_text(), re.MULTILINE))
+    }
+    assert {path: names for path, names in taken.items() if names} == {}, "what two of them need has a file of its own"
+
+
 def test_every_test_file_that_the_documents_name_is_there() -> None:
     documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")]
     named = {found for path in documents for found in re.findall(r"\b[a-z0-9]+/test_\w+\.py", path.read_text())}

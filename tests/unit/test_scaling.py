@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from workerpool_operator.observation import NOTHING_SERVED, Served, Unavailable
 from workerpool_operator.scaling import (
     HANG_FACTOR,
-    MIN_LINGER_SECONDS,
+    MIN_STABILIZATION_SECONDS,
     SERVICE_SECONDS_UNTIL_KNOWN,
     START_SECONDS_UNTIL_KNOWN,
     Decision,
@@ -177,21 +177,21 @@ def test_where_a_start_takes_longer_than_the_target_some_stand_ready_for_what_ca
 
 
 @pytest.mark.parametrize(
-    ("start_seconds", "target", "linger"),
-    [(80.0, 100.0, 20.0), (8.0, 60.0, MIN_LINGER_SECONDS), (240.0, 60.0, 180.0)],
+    ("start_seconds", "target", "window"),
+    [(80.0, 100.0, 20.0), (8.0, 60.0, MIN_STABILIZATION_SECONDS), (240.0, 60.0, 180.0)],
 )
-def test_it_lowers_only_after_the_need_stayed_lower_for_a_while(start_seconds: float, target: float, linger: float) -> None:
+def test_it_lowers_only_after_the_need_stayed_lower_for_a_while(start_seconds: float, target: float, window: float) -> None:
     policy = Policy(0, 10, target_wait=target)
     at_work = dataclasses.replace(known(start_seconds), total=4, level=4)
     busy = decide(policy, Demand(0, 4, 0, 4, start_seconds, 4), at_work, 99.0)
     idle = Demand(0, 0, 0, 4, start_seconds, 4)
     fell = decide(policy, idle, busy.memory, 100.0)
     assert (fell.replicas, fell.reason) == (4, Reason.WAITING_TO_LOWER)
-    assert f"{linger:.0f} s" in fell.message
-    assert fell.again_at == 100.0 + linger
-    kept = decide(policy, idle, fell.memory, 99.9 + linger)
+    assert f"{window:.0f} s" in fell.message
+    assert fell.again_at == 100.0 + window
+    kept = decide(policy, idle, fell.memory, 99.9 + window)
     assert kept.replicas == 4
-    assert decide(policy, idle, kept.memory, 100.1 + linger).replicas == 0
+    assert decide(policy, idle, kept.memory, 100.1 + window).replicas == 0
 
 
 def test_it_lowers_in_steps_when_the_need_fell_in_steps() -> None:
@@ -384,16 +384,16 @@ def test_the_reason_names_what_decided(
     memory = dataclasses.replace(known(45.0), level=level)
     decision = decide(policy, Demand(queued, in_flight, 0, replicas, 45.0, in_flight), memory, 100.0)
     assert decision.reason is reason
-    assert ("the maximum limits" in decision.message) == (reason is Reason.AT_MAXIMUM)
-    assert ("the minimum holds" in decision.message) == (reason is Reason.AT_MINIMUM)
+    assert ("replicas.max limits" in decision.message) == (reason is Reason.AT_MAXIMUM)
+    assert ("replicas.min holds" in decision.message) == (reason is Reason.AT_MINIMUM)
     assert ("lowers when" in decision.message) == (reason is Reason.WAITING_TO_LOWER)
 
 
 def test_the_message_holds_the_numbers_it_stands_on() -> None:
     seen = Demand(waiting=11, in_flight=7, spilled=3, replicas=4)
     assert decide(Policy(0, 8, concurrency=2), seen, Memory(), 0.0).message == (
-        "11 waiting + 7 in flight + 3 spilled need 11 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 8; "
-        "the maximum limits it"
+        "11 waiting + 7 in flight + 3 spilled need 11 workers to start within 60 s (a job takes 30 s, a worker's start 240 s); "
+        "wanted: 8; replicas.max limits it"
     )
 
 

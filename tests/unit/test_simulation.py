@@ -197,6 +197,20 @@ def test_the_command_takes_bounds_target_and_slots_from_the_pool_and_says_what_i
     assert "tier cpu sets no replicas.max: 10 is assumed" in result.output
     assert "target 90 s, 3 slots, 0 to 10 replicas" in " ".join(result.output.split())
     assert "keda" not in result.output
+    assert "ever longer" not in result.output
+
+
+def test_the_command_says_when_the_jobs_are_more_than_the_pool_can_ever_do(tmp_path: Path) -> None:
+    rows = [f"{second},30" for second in range(61)]
+    pool = tmp_path / "pool.yaml"
+    pool.write_text(
+        "apiVersion: workerpool.dev/v1alpha1\nkind: WorkerPool\nmetadata: {name: media}\nspec:\n  app: media.tasks\n"
+        "  broker: {url: redis://one}\n  tiers:\n"
+        "    - {name: cpu, queue: celery, replicas: {max: 2}, template: {spec: {containers: [{name: worker}]}}}\n"
+    )
+    trace = jobs_in(tmp_path, "\n".join(["arrival_s,exec_s", *rows]))
+    result = simulate("--trace", trace, "--pool", pool, "--policy", "workerpool")
+    assert "these jobs keep 30 workers busy, replicas.max is 2: they wait ever longer" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(

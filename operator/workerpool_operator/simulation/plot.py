@@ -1,9 +1,9 @@
-"""Pictures of a simulation."""
+"""The picture of a simulation."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -32,25 +32,3 @@ def timeline(trace: Trace, outcomes: Mapping[str, Outcome], target_wait: float, 
         waits.set_ylabel(f"{name}\nwait, s")
     axes[-1].set_xlabel("hours")
     figure.savefig(file, dpi=110)
-
-
-def frontier(
-    title: str, curves: Mapping[str, Sequence[tuple[float, float]]], points: Mapping[str, tuple[float, float]], file: Path
-) -> None:
-    """Late jobs (percent, logarithmic) against cost over the bound: curves over an inner parameter, and single points."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for name, curve in curves.items():
-        axes.plot([cost for _, cost in curve], [late(percent) for percent, _ in curve], "o-", markersize=3, label=name)
-    for name, (percent, cost) in points.items():
-        axes.plot([cost], [late(percent)], "x")
-        axes.annotate(name, (cost, late(percent)), textcoords="offset points", xytext=(4, 3), fontsize="small")
-    axes.set(title=title, xlabel="replica-hours / lower bound", ylabel="jobs late, %", yscale="log")
-    axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=110)
-
-
-def late(percent: float) -> float:
-    """Percent of jobs that were late; a hundredth of a percent stands for none on the logarithmic axis."""
-    return max(100 - percent, 0.01)

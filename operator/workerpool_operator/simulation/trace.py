@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from workerpool_routing.ledger import Job, State
 
-DAY_SECONDS = 86_400.0
-
 
 @dataclass(frozen=True, slots=True)
 class Trace:
