@@ -2,16 +2,17 @@
 
 Why this evidence and these numbers: ``docs/adr/0013-circuit-breaker.md``.
 
-A job that fails on an accelerated tier runs once more on a plain one. How it ends there says whose fault it was: where it ends
-well the tier's, where it fails again its own. Until that is known the tier is suspected by half, or by as much as is known of the
-others. Losses count like exceptions; what a drain or a shutdown gives back does not.
+A job that fails on an accelerated tier runs once more on a plain one. If it succeeds there, the failure was the tier's fault; if
+it fails again, it was the job's own. Until that is known the failure counts in part: by half, or by the share that the tier had
+in those failures that are decided. Losses count like exceptions; what a drain or a shutdown gives back does not count.
 
-* *Closed*: all jobs. It opens when at least :data:`LEAST_FAILURES` of the latest :data:`WINDOW` attempts are failures, and these
-  are :data:`RATE` of them.
-* *Open*: none. What was only suspected and turns out to be the jobs' own fault ends it at once; else the pause does.
-* *Half-open*: :data:`TRIALS_AT_ONCE` job at a time, beside those that the tier still held. :data:`SUCCESSES_TO_CLOSE` good ends
-  close it; a failure opens it again, for twice as long, up to :data:`LONGEST_PAUSE_SECONDS`, unless jobs are known to have failed
-  by their own fault of late: then one that is confirmed does, or as many undecided ones as make up :data:`_DOUBT`.
+* *Closed*: the tier gets all jobs. The breaker opens when at least :data:`LEAST_FAILURES` of the latest :data:`WINDOW` attempts
+  failed by the tier's fault, and these are at least the part :data:`RATE` of them.
+* *Open*: the tier gets no jobs until a pause is over, or until the failures turn out to be the jobs' own fault.
+* *Half-open*: the tier gets :data:`TRIALS_AT_ONCE` job at a time, beside those that it still held. After
+  :data:`SUCCESSES_TO_CLOSE` successes the breaker closes. After a failure it opens again, for twice as long, up to
+  :data:`LONGEST_PAUSE_SECONDS`. If jobs have lately failed by their own fault, it takes a failure that is decided to be the
+  tier's, or several undecided ones that add up to :data:`_DOUBT`.
 
 All that the rule knows stands in Redis, so that the next operator goes on where the last one stopped, and two at once write the
 same.
@@ -25,7 +26,7 @@ from workerpool_operator.observation import NO_ATTEMPTS, Attempts, Breaker, Brea
 from workerpool_routing.wire import Milliseconds
 
 RATE = 0.5
-"""The part of the attempts that fail from which on a tier is taken out: it then costs more runs than it saves."""
+"""From this part of failed attempts on, a tier is taken out of routing: it costs more runs than it saves."""
 
 WINDOW = 20
 """So many attempts count: few enough that a driver that breaks shows after some twenty, whatever went well before."""
@@ -46,10 +47,11 @@ SUCCESSES_TO_CLOSE = 3
 """One alone may have met the one good device among broken ones."""
 
 _DOUBT = 0.5
-"""So many failures of the tier keep it out: what a single undecided one counts while nothing else is known."""
+"""So many failures of the tier keep it out of routing: what a single undecided one counts while none is decided."""
 
 _ROUNDING = 1e-9
-"""Counts that are scaled to the window differ by less from pass to pass: it does not open a tier later that it did not before."""
+"""Counts that are scaled to the window change by less than this from pass to pass, and such a change must not open the
+breaker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ def decide(breaker: Breaker, attempts: Attempts, in_flight: int, now: Millisecon
 
 
 def _kept(attempts: Attempts) -> Attempts:
-    """The latest :data:`WINDOW`, and no verdict on a failure that has been forgotten."""
+    """The attempts, scaled down to :data:`WINDOW` of them, and with no more verdicts than failures."""
     confirmed, refuted = max(0.0, attempts.confirmed), max(0.0, attempts.refuted)
     succeeded, failed = max(0.0, attempts.succeeded), max(attempts.failed, confirmed + refuted)
     part = min(1.0, WINDOW / (succeeded + failed)) if succeeded + failed else 1.0
@@ -115,15 +117,17 @@ def _kept(attempts: Attempts) -> Attempts:
 
 
 def _carried(attempts: Attempts) -> Attempts:
-    """What is known beyond a change of state: of late jobs have failed by their own fault. It is half a window at most, so that
-    what breaks now still shows.
+    """What still counts after a change of state: the jobs that have lately failed by their own fault. They are half a window at
+    most, so that a tier that breaks now still shows.
     """
     own = min(attempts.refuted, WINDOW / 2)
     return replace(NO_ATTEMPTS, failed=own, refuted=own)
 
 
 def _failures(attempts: Attempts) -> float:
-    """Those of the tier, the undecided by as much as the others say; nothing says: half."""
+    """The failures that are the tier's fault. Undecided ones count by Laplace's rule of succession, so by half if none is
+    decided.
+    """
     undecided = attempts.failed - attempts.confirmed - attempts.refuted
     return attempts.confirmed + undecided * (attempts.confirmed + 1) / (attempts.confirmed + attempts.refuted + 2)
 

@@ -21,7 +21,7 @@ from workerpool_routing.wire import PRESENCE_LIFE_MS
 ENOUGH_JOBS = 20
 """A tier's job lengths are compared with its grace period only once it has ended so many jobs."""
 
-ADVICE = "advice only: "
+_ADVICE = "advice only: "
 """What begins the sentence of a decision that ``mode: Advisory`` keeps the operator from acting on."""
 
 _MODES = {
@@ -86,10 +86,10 @@ def assess(found: Findings, previous: Mapping[str, Any]) -> tuple[Status, tuple[
 
 def _as_advice(plan: TierPlan) -> TierPlan:
     """The plan as ``mode: Advisory`` tells it: nothing is ordered, marked or taken out of routing."""
-    decision = replace(plan.decision, message=ADVICE + plan.decision.message)
+    decision = replace(plan.decision, message=_ADVICE + plan.decision.message)
     breaker = plan.breaker
     if breaker and breaker.message:
-        breaker = replace(breaker, message=ADVICE + breaker.message)
+        breaker = replace(breaker, message=_ADVICE + breaker.message)
     return replace(plan, decision=decision, drain=Drain(plan.workers.desired), breaker=breaker)
 
 
@@ -217,7 +217,11 @@ def _limited(found: Findings) -> _Verdict:
 def _shared(found: Findings) -> _Verdict:
     if conflict := found.conflict:
         message = f"queue {conflict.queue} belongs to WorkerPool {conflict.owner}, which is older"
-        return "True", "QueueTaken", f"{message}; nothing is done for this pool until one of them names another queue"
+        return (
+            "True",
+            "QueueTaken",
+            f"{message}; nothing is done for this pool until one of them names another queue or is deleted",
+        )
     return "False", "QueuesOwned", "no other pool has these queues"
 
 

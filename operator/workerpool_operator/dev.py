@@ -145,7 +145,8 @@ async def _check_app(pool: Pool) -> None:
         async with asyncio.timeout(APP_CHECK_SECONDS):
             status, output = await _run([*until_app, "report"], start)
     except TimeoutError:
-        raise CannotStart(f"spec.app: {pool.spec.app} was not imported within {APP_CHECK_SECONDS:.0f} s") from None
+        message = f"spec.app: {pool.spec.app} was not imported within {APP_CHECK_SECONDS:.0f} s"
+        raise CannotStart(f"{message}; celery -A {pool.spec.app} report shows what it waits for") from None
     if status:
         said = last_words(output).rstrip(".") or "it said nothing"
         raise CannotStart(

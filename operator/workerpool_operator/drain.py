@@ -159,7 +159,7 @@ def decide(
     step = 0 if endangered or rolling else max(0, min(surplus, unseen + len(may_go)))
     return Drain(
         live.desired - step,
-        leaving=frozenset(may_go[: max(0, step - unseen)]) if step else frozenset(),
+        leaving=frozenset(may_go[: step - unseen]) if step else frozenset(),
         marks=marks,
         overdue=tuple(sorted(one.name for one in chosen if one.overdue(now))),
         message=_waits_for(surplus - step, chosen, endangered, rolling=rolling),

@@ -17,16 +17,16 @@ class Endpoints:
 
     Args:
         collector: what ``/metrics`` shows.
-        ailing: why the process should be restarted; empty if it should not.
+        unhealthy: why the process should be restarted; empty if it should not.
         unready: why it cannot do its work yet; empty if it can.
     """
 
-    def __init__(self, collector: Collector, ailing: Callable[[], str], unready: Callable[[], str]) -> None:
+    def __init__(self, collector: Collector, unhealthy: Callable[[], str], unready: Callable[[], str]) -> None:
         registry = CollectorRegistry()
         registry.register(collector)
         application = web.Application()
         application.router.add_get("/metrics", make_aiohttp_handler(registry))
-        application.router.add_get("/healthz", _probe(ailing))
+        application.router.add_get("/healthz", _probe(unhealthy))
         application.router.add_get("/readyz", _probe(unready))
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=_CLOSING_SECONDS)
 

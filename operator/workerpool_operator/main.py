@@ -38,6 +38,7 @@ RELIST_SECONDS = 60.0
 """How often everything is listed, so that an event that a watch has missed is noticed."""
 
 RETRY_SECONDS = 2.0
+"""Between two tries to reach the API server, or to list."""
 
 LAST_PASS_SECONDS = 3.0
 """How long a pass that began before a pool was deleted may still write about it."""
@@ -197,7 +198,7 @@ class Operator:
         self._reporter = KubeReporter(api)
         self._reconciler = Reconciler(urls=self._urls, broker=self._broker, workers=self._workers, reporter=self, wake=self._wake)
         self._metrics = Metrics(lambda: candidate.leads, lambda: self._reconciler.passes, lambda: self._reconciler.pools)
-        self.endpoints = Endpoints(self._metrics, self.ailing, self.unready)
+        self.endpoints = Endpoints(self._metrics, self.unhealthy, self.unready)
         self._tasks: list[asyncio.Task[None]] = []
         self._watched: dict[str, float] = {}
         self._began: float | None = None
@@ -224,7 +225,7 @@ class Operator:
         self._metrics.saw(report)
         await self._reporter.report(report)
 
-    def ailing(self) -> str:
+    def unhealthy(self) -> str:
         """Why the process should be restarted; empty if it should not. An outage of another system is never a reason."""
         if self._began is None:
             return ""

@@ -22,8 +22,13 @@ class Unavailable:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The jobs that a tier has ended since its Redis began: how many, their seconds on a slot, the squares of these, and the mean
-    seconds of the latest; None before one has ended.
+    """The jobs that a tier has ended since its Redis began.
+
+    Attributes:
+        jobs: how many.
+        seconds: their time on a slot, added up.
+        squares: the sum of the squares of these seconds.
+        mean: the mean seconds of the latest ones; None before one has ended.
     """
 
     jobs: int = 0
@@ -37,8 +42,13 @@ NOTHING_SERVED = Served()
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """The jobs that a tier has started since its Redis began: how many, their seconds since admission, what admission expected
-    these to be, and how many of them were as expected (:data:`workerpool_routing.ledger.AS_EXPECTED_PART`).
+    """The jobs that a tier has started since its Redis began.
+
+    Attributes:
+        jobs: how many.
+        seconds: their waits from admission to start, added up.
+        expected: what admission expected these waits to be, added up.
+        right: how many waits were as expected (:data:`workerpool_routing.ledger.AS_EXPECTED_PART`).
     """
 
     jobs: int = 0
@@ -113,9 +123,9 @@ class Checkpoint:
 
     Attributes:
         breaker: whether the tier takes part in routing.
-        baseline: what counts no more of the attempts that are counted since ``breaker.since``; below zero what counts although
-            it was before.
-        start_seconds: how long its workers take to start, as far as any operator has learnt; None before one has.
+        baseline: is subtracted from the attempts that were counted since ``breaker.since``: so many of them no longer count. A
+            negative number adds attempts from before.
+        start_seconds: how long its workers take to start, as an operator has seen it; None before one has.
     """
 
     breaker: Breaker = NEVER_OPENED
@@ -140,7 +150,7 @@ class QueueReading:
         served: the jobs that it has ended.
         waits: of the jobs that it has started.
         counted: how all of its attempts ended that began since its breaker last changed; workers alone count.
-        kept: what the operator has left there.
+        kept: what an operator has stored for the tier.
         plain_in_flight: messages that workers without the library hold unacknowledged, of whatever queue of the database.
     """
 
@@ -222,7 +232,8 @@ class Replica:
         ordered_at: when it was created.
         ready_at: when it became ready, None before that.
         detail: what it waits for or dies of, in words.
-        witnessed: it was seen before it was ready; if not, ``ready_at`` may be a later readiness, and says nothing of its start.
+        witnessed: whether it was seen before it was ready. If not, ``ready_at`` may be when it became ready once more, which does
+            not tell how long its start took.
     """
 
     worker: str
@@ -235,12 +246,15 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class TierReplicas:
-    """The workers of one tier: how many are ordered, and the state of each that exists.
+    """The workers of one tier.
 
-    ``rival`` names whoever else scales them, in words for the user; empty where nobody does.
-    ``rolling``: workers are being replaced by those of another template.
-    ``first_start``: seconds that a start takes where they run, as far as that can be said before one of the tier has been seen;
-    None where it cannot.
+    Attributes:
+        desired: how many are ordered.
+        replicas: those that exist.
+        rolling: whether they are being replaced by workers of another template.
+        rival: who else scales them, in words for the user; empty if nobody does.
+        first_start: how many seconds a start is expected to take before one of the tier has been seen; None if the place where
+            they run cannot tell.
     """
 
     desired: int
@@ -263,13 +277,8 @@ class TierReplicas:
         others = (Phase.READY, Phase.UNSCHEDULABLE, Phase.FAILING, Phase.LATE, Phase.LOST, Phase.EJECTED)
         return max(0, self.desired - sum(map(self.count, others)))
 
-    @property
-    def newest(self) -> tuple[float, Replica] | None:
-        """When a worker became ready last, and which, of those whose start was witnessed; None when none has."""
-        return newest(self.replicas)
-
 
 def newest(replicas: Iterable[Replica]) -> tuple[float, Replica] | None:
-    """When a worker became ready last, and which, of those whose start was witnessed; None when none has."""
+    """The worker that became ready last, of those whose start was witnessed, and when; None if there is none."""
     ready = [(replica.ready_at, replica) for replica in replicas if replica.ready_at is not None and replica.witnessed]
     return max(ready, key=lambda one: (one[0], -one[1].ordered_at), default=None)

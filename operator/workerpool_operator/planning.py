@@ -20,6 +20,7 @@ from workerpool_operator.observation import (
     Replica,
     TierReplicas,
     Unavailable,
+    newest,
 )
 from workerpool_operator.ports import Marks, Pool
 from workerpool_routing.decide import START_SECONDS, Load, assumed_seconds
@@ -35,16 +36,16 @@ from workerpool_routing.wire import (
 )
 
 GROUPS = 8
-"""In how many groups the slots of a tier that are on their way are told of at most."""
+"""The slots on their way are published in at most this many groups, each with the time when it is ready."""
 
 OVERDUE = 0.125
-"""The part of the start time that a worker is expected to take still when it should be ready already."""
+"""A worker that should be ready by now is expected to take this part of the start time more."""
 
 _NEWS = 0.1
-"""By what part a start time has to differ from the one that is kept to be kept anew."""
+"""A start time is stored again once it differs from the stored one by more than this part of it."""
 
 _STUCK = frozenset({Phase.UNSCHEDULABLE, Phase.FAILING, Phase.LATE})
-"""The phases of a worker that is ordered and cannot come up for now."""
+"""The phases of a worker that is ordered and cannot come up for now. The time that it spends in them is no start time."""
 
 _SILENT = "{} has not reported for {:.0f} s or longer: it, its node or its way to Redis is gone; it counts again once it reports"
 
@@ -121,7 +122,7 @@ def plan(
     memory: Mapping[str, Memory],
     now: float,
 ) -> list[TierPlan]:
-    """Decide for every tier; for a paused pool what runs is all there is to say.
+    """Decide for every tier. For a paused pool, the decision is the count that is there.
 
     Args:
         pool: the pool.
@@ -153,14 +154,14 @@ def _hold(pool: Pool, tier: Tier, reading: Unavailable, live: TierReplicas, befo
     unread = scaling.Unread(max(live.desired, tier.replicas.min), reading)
     decision = _overruled(scaling.decide(_limits(pool, tier), unread, known.scaling, now), pool, live)
     leaves = drain.held(live, decision.replicas, known.drain)
-    # What nobody has read says of nobody that it is silent.
+    # A worker whose report could not be read is not silent.
     heard = dict.fromkeys(before.reported, now)
     removal = Removal() if tier in pool.removed else None
     return TierPlan(tier, None, live, decision, leaves, None, _stuck(live, before.stuck, now, unread=True), heard, removal)
 
 
 def _depart(pool: Pool, tier: Tier, reading: BrokerReading, live: TierReplicas, before: Memory, now: float) -> TierPlan:
-    """The plan of a tier that is not in the spec any more."""
+    """The plan of a removed tier: its workers finish what is left of it, then it goes."""
     queue = _left(pool, tier, _bounded(reading, tier))
     known, stuck = _informed(before, live, queue), _stuck(live, before.stuck, now, unread=False)
     reported = _reported(live, queue, before.reported, now)
@@ -217,11 +218,12 @@ class _Decided:
 def _joint(
     own: scaling.Demand, limits: scaling.Policy, memory: scaling.Memory, others: Sequence[_Decided], now: float
 ) -> scaling.Demand:
-    """The demand of a tier beside those that hold what spilled from it: no job orders two slots, none orders none.
+    """The demand of a tier, given what was decided for the tiers to which its jobs spill. No job orders two slots.
 
-    A spilled job has ordered where it waits, and orders here only if it would start sooner on a worker that is ordered here now.
-    Those that run elsewhere count by their work, in slots of this tier; until both lengths are known one worker is ordered to
-    find out. What is stuck here stays for as long as a job that wanted it is elsewhere: it is what makes room be found.
+    A spilled job orders its slot on the tier where it waits. It orders one here only if it would start sooner on a worker that
+    is ordered here now. Spilled jobs that run elsewhere count by their work, in slots of this tier. Until it is known how long
+    jobs take on both tiers, one worker is ordered to find out. Workers that are stuck here stay ordered while a job that wanted
+    the tier is elsewhere: a pod that waits for a node is what makes a cluster autoscaler add one.
     """
     soon = max(limits.target_wait, scaling.start_seconds(memory))
     late = sum(max(0, math.ceil(o.demand.waiting - scaling.starts(o.limits, o.demand, o.decision, soon, now))) for o in others)
@@ -249,7 +251,7 @@ def _judged(
     known: scaling.Memory,
     now: float,
 ) -> TierReplicas:
-    """The workers, where those are neither ready nor on their way that are ejected, lost, or late beyond belief."""
+    """The workers, with the phase Ejected, Lost or Late for those that are not to be counted on."""
     ejected = {report.worker for report in queue.workers if report.ejected}
 
     def judge(one: Replica) -> Replica:
@@ -293,27 +295,28 @@ def demand(queue: QueueReading, live: TierReplicas, arrived: int, stuck: Mapping
     back = len(unready) - len(starts)
     count = max(0, live.starting - back)
     starting = [_begun(replica, stuck) for replica in starts][:count] if count else []
-    ready_at, newest = live.newest or (0.0, None)
+    ready_at, last = newest(live.replicas) or (0.0, None)
     return scaling.Demand(
         waiting=queue.waiting,
         in_flight=queue.in_flight,
         spilled=queue.spilled,
         replicas=live.desired,
-        start_seconds=ready_at - newest.ordered_at if newest else None,
+        start_seconds=ready_at - last.ordered_at if last else None,
         ready=live.count(Phase.READY) + back,
         # What was ordered so lately that no worker is to be seen yet is ordered now.
         starting=(*starting, *[now] * (count - len(starting))),
         stuck=sum(replica.phase in _STUCK for replica in live.replicas),
         arrived=arrived,
         served=queue.served,
-        held_up=_begun(newest, stuck) - newest.ordered_at if newest else 0.0,
+        held_up=_begun(last, stuck) - last.ordered_at if last else 0.0,
         ready_at=ready_at,
     )
 
 
 def _informed(memory: Memory, live: TierReplicas, queue: QueueReading | None) -> Memory:
-    """With what else is known of starts until one of the tier has been seen: what an operator before this one has learnt, or what
-    the place says in which its workers run.
+    """The memory, with a start time from elsewhere until this operator has seen a worker of the tier start.
+
+    It is what an earlier operator has stored, or what the place where the workers run can say.
     """
     known = memory.scaling
     if known.start_seconds is not None:
@@ -332,15 +335,15 @@ def _routing(pool: Pool, tier: Tier, queue: QueueReading, time: Milliseconds) ->
 
 
 def _servable(queue: QueueReading, routing: breaker.Decision | None) -> QueueReading:
-    """The jobs for which the tier is to have workers: all that want it, or the one that may try it."""
+    """The jobs that the tier needs workers for: all that want it, or, while its breaker limits it, as many as may try it."""
     if routing is None or routing.limit is None:
         return queue
     return replace(queue, waiting=min(queue.waiting + queue.spilled, breaker.TRIALS_AT_ONCE), spilled=0)
 
 
 def _bounded(reading: BrokerReading, tier: Tier) -> QueueReading:
-    """The tier's reading; no more jobs can be spilled than the other tiers hold, whatever a purged queue has left on the
-    ledger.
+    """The tier's reading, with no more spilled jobs than the other tiers hold: the ledger still lists the jobs of a queue that
+    was purged.
     """
     own = reading.tiers[tier.name]
     elsewhere = sum(q.waiting + q.in_flight for name, q in reading.tiers.items() if name != tier.name)
@@ -364,9 +367,9 @@ def _departing(tier: Tier, queue: QueueReading, live: TierReplicas, memory: Memo
     replicas = min(most, math.ceil(left / tier.concurrency))
     message = (
         f"no longer in the WorkerPool, goes when nothing is left: {queue.waiting} waiting + {queue.in_flight} in flight"
-        f" + {queue.scheduled} for a later time, {queue.unclaimed} unclaimed on the ledger, ordered {replicas}"
+        f" + {queue.scheduled} for a later time, {queue.unclaimed} unclaimed on the ledger; wanted: {replicas}"
     )
-    return scaling.Decision(replicas, scaling.Reason.REMOVED, message, memory.scaling, replicas)
+    return scaling.Decision(replicas, scaling.Reason.REMOVED, message, memory.scaling)
 
 
 def _removal(queue: QueueReading, live: TierReplicas, before: Removal | None, now: float) -> Removal:
@@ -430,7 +433,7 @@ def _capacity(plan: TierPlan, target: float, time: Milliseconds, now: float) -> 
 def _starts(plan: TierPlan, stuck: int, now: float) -> tuple[float, list[float]]:
     """How long a worker takes to start, and for each that is on its way in how many seconds it is ready, soonest first.
 
-    What should be there already, or runs and does not report yet, takes a part of the start time more.
+    A worker that should be there already, or that runs and does not report yet, takes :data:`OVERDUE` of the start time more.
     """
     takes_jobs = {report.worker: report.slots > 0 for report in (plan.queue.workers if plan.queue else ())}
     coming = [
@@ -447,7 +450,7 @@ def _starts(plan: TierPlan, stuck: int, now: float) -> tuple[float, list[float]]
     count = max(0, plan.decision.replicas - sum(takes_jobs.values()) - stuck - out)
     lasted = [now - _begun(replica, plan.stuck) for replica in coming]
     ready_in = sorted(min(max(start - seconds, start * OVERDUE), start) for seconds in lasted)[:count]
-    # Where one is stuck, those that are not to be seen yet would be too.
+    # Where one worker is stuck, those that cannot be seen yet would be stuck too.
     return start, ready_in if stuck else ready_in + [start] * (count - len(ready_in))
 
 
@@ -475,7 +478,7 @@ def _load(plan: TierPlan, queue: QueueReading, capacity: TierCapacity, time: Mil
 
 
 def checkpoints(plans: list[TierPlan]) -> Mapping[str, Checkpoint]:
-    """What the next pass, or the next operator, has to find of the tiers, where that is not what this one has found."""
+    """What to store for the next pass or the next operator: of the tiers for which it is not what was read."""
     kept = {plan.tier.name: (_checkpoint(plan, plan.queue), plan.queue.kept) for plan in plans if plan.queue}
     return {name: now for name, (now, before) in kept.items() if now != before}
 
@@ -483,7 +486,7 @@ def checkpoints(plans: list[TierPlan]) -> Mapping[str, Checkpoint]:
 def _checkpoint(plan: TierPlan, queue: QueueReading) -> Checkpoint:
     kept, decided, start = queue.kept, plan.breaker, plan.decision.memory.start_seconds
     if decided and (decided.breaker, decided.attempts) != (kept.breaker, queue.attempts):
-        # Where attempts begin to count at another time, nothing of them is counted yet.
+        # If attempts count from another time on than before, none has been counted since.
         counted = queue.counted if decided.breaker.since == kept.breaker.since else NO_ATTEMPTS
         kept = replace(kept, breaker=decided.breaker, baseline=counted - decided.attempts)
     if start is not None and (kept.start_seconds is None or abs(start - kept.start_seconds) > _NEWS * kept.start_seconds):
@@ -492,6 +495,6 @@ def _checkpoint(plan: TierPlan, queue: QueueReading) -> Checkpoint:
 
 
 def marks(plans: list[TierPlan], marked: frozenset[str]) -> Marks:
-    """Which marks to drain have to be set and taken back, those of workers that are gone among them."""
+    """Which drain marks to set and which to take back. Those of workers that are gone are taken back too."""
     wanted = frozenset[str]().union(*(plan.drain.marks for plan in plans))
     return Marks(wanted - marked, marked - wanted)

@@ -241,15 +241,13 @@ class Memory:
 class Decision:
     """A replica count, why, the same in a sentence, and what to remember.
 
-    ``needed`` is the need before the bounds: above ``replicas`` it means that the maximum limits the pool. ``again_at`` is when
-    the answer may change although nothing happens; infinite where it will not.
+    ``again_at`` is when the answer may change although nothing happens; infinite where it will not.
     """
 
     replicas: int
     reason: Reason
     message: str
     memory: Memory
-    needed: int
     again_at: float = math.inf
 
 
@@ -271,7 +269,7 @@ def decide(policy: Policy, observed: Demand | Unread, memory: Memory, now: float
             newest_start=memory.newest_start,
             ceiling=memory.ceiling,
         )
-        return Decision(observed.replicas, Reason.BROKER_UNREADABLE, message, learnt, observed.replicas)
+        return Decision(observed.replicas, Reason.BROKER_UNREADABLE, message, learnt)
 
     memory = _learn(policy, observed, memory, now)
     outlook = _Outlook(policy, observed, memory, now)
@@ -285,7 +283,7 @@ def decide(policy: Policy, observed: Demand | Unread, memory: Memory, now: float
     replicas = min(max(needed, kept, in_use, policy.minimum), policy.maximum)
     reason = _reason(policy, observed, level, needed, replicas)
     message = _sentence(policy, observed, memory, reason, needed, replicas)
-    return Decision(replicas, reason, message, memory, needed, min(due_at, falls_at, fades_at))
+    return Decision(replicas, reason, message, memory, min(due_at, falls_at, fades_at))
 
 
 def starts(policy: Policy, observed: Demand, decision: Decision, until: float, now: float) -> float:

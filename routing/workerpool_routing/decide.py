@@ -188,18 +188,18 @@ class Load:
     def wait(self) -> float:
         """Expected seconds until the job starts; infinite where no slot is ready or comes.
 
-        ``ahead`` jobs start first, of whatever task. Until the time ``t``, ``ready`` slots end ``ready * t / mean`` jobs, and so
-        many may start; ``n`` slots that are ready at ``r`` let ``n`` jobs start then, and ``n * (t - r) / mean`` later. With the
-        first groups of ``coming``, ``slots`` of ``ready`` and theirs together, job number ``ahead + 1`` so starts at
+        The ``ahead`` jobs, of any task, start first. By the time ``t``, the ``ready`` slots have ended ``ready * t / mean`` jobs,
+        and as many have started in their place. A group of ``n`` slots that is ready at ``r`` starts ``n`` jobs then, and
+        ``n * (t - r) / mean`` more by ``t``. With the first groups of ``coming`` (``slots`` are theirs and ``ready`` together),
+        job number ``ahead + 1`` starts at
 
             ``max(r of the last of them, (mean * (ahead + 1 - slots) + sum of n * r) / slots)``
 
-        Later groups can only let it start sooner, so the least over all beginnings of ``coming`` is the time at which as many
-        starts have been as it takes. It is the fluid limit, and exact in the mean where lengths are exponential and no group
-        comes in between.
+        A further group can only make this earlier, so the answer is the least over all beginnings of ``coming``. It is the fluid
+        limit, and exact in the mean where lengths are exponential and no group comes in between.
 
-        Where that is beyond the target, or beyond a start that takes longer, the operator orders, but just enough: the least
-        number of slots, ready after one start time, with which the job starts by then. Each of them starts
+        If that is later than the target (or than one start, where a start takes longer), the operator will order slots, but just
+        enough: the least number that, ready after one start, lets the job start by then. Each of them starts
         ``1 + (then - start) / mean`` of the jobs that are too many.
         """
         if self.full:

@@ -54,16 +54,16 @@ class RoutingHook:
     routing applies; a job that requires an accelerator waits on the accelerated tier of the last policy that was read.
     """
 
-    def __init__(self, pool: WorkerPool) -> None:
+    def __init__(self, pool: WorkerPool, app: Celery) -> None:
         self._pool = pool
+        self._app = app
         self._known: Policy | None = None
 
-    def install(self, app: Celery) -> None:
+    def install(self) -> None:
         """Put the router in front of the app's own routes, and connect the two signals."""
-        own = app.conf.task_routes
+        own = self._app.conf.task_routes
         rest = [] if own is None else list(own) if isinstance(own, list | tuple) else [own]
-        app.conf.task_routes = [self.route, *rest]
-        self._app = app
+        self._app.conf.task_routes = [self.route, *rest]
         signals.before_task_publish.connect(self._record, weak=False)
         signals.after_task_publish.connect(self._release, weak=False)
 

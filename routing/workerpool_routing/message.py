@@ -15,7 +15,7 @@ from celery import Task
 from kombu import Connection, Exchange, Producer, Queue
 from kombu.utils.json import dumps
 
-from workerpool_routing.wire import HEADER, priority_of
+from workerpool_routing.wire import HEADER, carried, priority_of
 
 _PLACEHOLDER = f"workerpool-{uuid4().hex}"
 _ANY_QUEUE = Queue(_PLACEHOLDER, Exchange(_PLACEHOLDER, type="direct"))
@@ -48,15 +48,15 @@ def prepare(
     *,
     task_id: str,
     expires: float | None,
-    options: dict[str, Any],
+    headers: Mapping[str, Any] | None = None,
+    ignore_result: bool | None = None,
+    **options: Any,
 ) -> Message:
     """The message that ``task.apply_async(...)`` would publish as the first attempt of a job.
 
     Celery does all of it, its signals included. Arguments that cannot be serialised raise here, before anything is admitted.
     """
-    headers = options.pop("headers", None) or {}
-    ignore_result = options.pop("ignore_result", None)
-    headers = {**headers, HEADER: {**headers.get(HEADER, {}), "attempt": 1}}
+    headers = {**(headers or {}), HEADER: {**carried(headers), "attempt": 1}}
     producer = _Recorder(_channel())
     # Else the result backend would subscribe to the result here, before anyone has asked for it: a call to Redis without a bound.
     task.apply_async(

@@ -92,7 +92,7 @@ class WorkerPool:
         else:
             timeouts = {"socket_timeout": PUBLISH_TIMEOUT_SECONDS, "socket_connect_timeout": PUBLISH_TIMEOUT_SECONDS}
             app.conf.broker_transport_options = {**timeouts, **(app.conf.broker_transport_options or {})}
-        RoutingHook(self).install(app)
+        RoutingHook(self, app).install()
 
     @property
     def keys(self) -> Keyspace:
@@ -174,7 +174,7 @@ class WorkerPool:
             return self._logged(request, publish())
         request = _limited(request, policy, max_wait)
         candidates = self.candidates(policy, request)
-        message = prepare(task, args, kwargs, task_id=task_id, expires=deadline, options=options)
+        message = prepare(task, args, kwargs, task_id=task_id, expires=deadline, **options)
         entry = Entry(task_id, message, idempotency_key=idempotency_key, fenced=fenced(task.name, task))
         return self._logged(request, self._admit(policy, candidates, request, entry, fail_open=fail_open))
 

@@ -391,9 +391,18 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """One worker's last report. ``since`` and ``at`` are Redis milliseconds; a worker that is draining, leaving or ejected has no
-    slots. ``scheduled`` messages with a future ETA are neither busy nor in flight. ``ejected``: it takes no jobs for a while,
-    because its attempts fail while those of others succeed.
+    """One worker's last report.
+
+    Attributes:
+        owner: the worker life.
+        worker: its name, under which it is marked to drain.
+        slots: how many jobs it runs at a time; 0 while it is draining, leaving or ejected.
+        busy: how many jobs it holds.
+        since: when it first reported.
+        at: when it reported last.
+        scheduled: how many messages with a future ETA it holds; these are neither busy nor in flight.
+        draining: whether it has stopped consuming because it is marked.
+        ejected: whether it takes no jobs for a while because its attempts fail and those of others succeed.
     """
 
     owner: str

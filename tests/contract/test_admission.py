@@ -93,7 +93,16 @@ def test_submit_writes_message_ledger_and_counters_and_wakes_the_operator(
     assert lines == [f"routed pool=ml/media task_id={job.task_id} task=media.transcribe {words}"]
 
 
-@pytest.mark.parametrize("options", [{}, {"priority": 6}, {"compression": "gzip", "headers": {"mine": 1}}, {"countdown": 60}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"priority": 6},
+        {"compression": "gzip", "headers": {"mine": 1}},
+        {"headers": {"workerpool": "a word"}},
+        {"countdown": 60},
+    ],
+)
 def test_every_way_in_leaves_the_message_that_celery_would_and_the_ledger_keeps_it(
     pool: WorkerPool, app: Celery, client: Any, options: dict[str, Any]
 ) -> None:

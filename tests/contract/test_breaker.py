@@ -134,7 +134,7 @@ def test_an_old_attempt_that_ends_while_a_trial_is_being_begun_is_not_counted_to
     open_for_jobs(redis_url, pool)
     for _ in range(4):
         submit(pool)
-    with consumer(pool, "gpu") as gpu, Redis.from_url(redis_url) as client:
+    with consumer(pool, "gpu") as gpu, consumer(pool, "cpu") as cpu, Redis.from_url(redis_url) as client:
         old = [claim(redis_url, pool, gpu, "gpu", "w.1") for _ in range(3)]
         last = now_of(client)
         until(lambda: now_of(client) > last, "the clock of Redis goes on")
@@ -149,6 +149,8 @@ def test_an_old_attempt_that_ends_while_a_trial_is_being_begun_is_not_counted_to
         assert (found.kept.breaker.state, found.attempts) == (BreakerState.HALF_OPEN, Attempts())
         settle(pool, claim(redis_url, pool, gpu, "gpu", "w.1"), "gpu", 1, State.DONE, "done")
         fall_back(redis_url, pool, old[2])
+        for _ in old:
+            settle(pool, claim(redis_url, pool, cpu, "cpu", "w.1"), "cpu", 2, State.DONE, "done")
         assert read(redis_url, pool).tiers["gpu"].attempts == Attempts(1)
 
 

@@ -195,7 +195,9 @@ def test_an_app_that_takes_for_ever_to_load_is_given_up_with_all_that_it_started
     monkeypatch.setattr(dev, "APP_CHECK_SECONDS", 2.0)
     app_that("import subprocess; subprocess.run(['sleep', '600'])")
     began = time.monotonic()
-    assert refused_by_dev(mark, resource()) == "spec.app: tasks was not imported within 2 s\n"
+    assert refused_by_dev(mark, resource()) == (
+        "spec.app: tasks was not imported within 2 s; celery -A tasks report shows what it waits for\n"
+    )
     assert time.monotonic() - began < 60
 
 

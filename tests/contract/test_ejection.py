@@ -96,7 +96,10 @@ def test_a_worker_whose_attempts_fail_while_those_of_another_succeed_takes_no_jo
         one_job("bad.1", works=False)
         assert ejected() == [], "one that went well clears it of all"
         assert client.ttl(pool.keys.outlier("bad.1")) > ENDED_JOB_LIFE_SECONDS
+        submit(pool)
+        fall_back(redis_url, pool, claim(redis_url, pool, gpu, "gpu", "bad.1"))
         ask(lambda broker: broker.take_over(redis_url, pool, "gpu", "bad.1"))
+        settle(pool, claim(redis_url, pool, cpu, "cpu", "w.1"), "cpu", 2, State.DONE, "done")
         assert not client.exists(pool.keys.outlier("bad.1")), "nothing is kept of a worker that is gone"
 
 

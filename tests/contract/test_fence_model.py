@@ -9,7 +9,9 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -525,20 +527,92 @@ def test_what_chance_reaches_too_seldom_holds_too(
     assert (beside_the_ledger if one_redis and not in_a_chord else elsewhere) in Fence.reached
 
 
-@pytest.mark.parametrize(("asked_by", "answer"), [("first", Claim.RUN), ("of a zombie", Claim.STALE), ("", Claim.RUN)])
-def test_a_retry_overtakes_the_attempt_that_asked_for_it_and_no_other(url: str, asked_by: str, answer: Claim) -> None:
-    """One that an earlier release has published does not say who asked."""
+@contextmanager
+def claimed(url: str) -> Iterator[tuple[Fence, Delivery]]:
+    """A job that its first worker has claimed."""
     Fence.url = url
     fence = Fence()
     fence.a_worker_takes_a_message(2)
-    (running,) = fence.world.deliveries
-    assert (running.tag, running.step) == ("first", "running")
-    fence.connection.run("hold", ledger.hold(fence.world.pool.keys, "gpu", tag="retry", value="[]"))
-    retry = Attempt(running.life, JOB, 1, "retry", 1, asked_by=asked_by)
-    assert retry.claim(str) is answer
-    assert fence.world.job().tag == ("retry" if answer is Claim.RUN else "first")
-    fence.connection.client.close()
-    fence.world.client.close()
+    (delivery,) = fence.world.deliveries
+    assert (delivery.tag, delivery.step) == ("first", "running")
+    try:
+        yield fence, delivery
+    finally:
+        fence.connection.client.close()
+        fence.world.client.close()
+
+
+def test_an_attempt_leaves_the_state_that_is_named_and_no_other(url: str) -> None:
+    ends = (State.DONE, State.FAILED, State.EXPIRED)
+    with claimed(url) as (fence, delivery):
+        entry = fence.world.pool.keys.job(JOB)
+        for found, before, after in product(State, (State.CLAIMED, State.FINISHING), (State.FINISHING, *ends)):
+            fence.world.client.hset(entry, "state", found)
+            moved = delivery.attempt.settle(before, after)
+            assert moved is (found in (before, after)), (found, before, after)
+            assert fence.world.job().state is (after if moved else found)
+        for found in (State.ADMITTED, State.FINISHING, *ends):
+            fence.world.client.hset(entry, "state", found)
+            assert not delivery.attempt.retry("", "")
+            assert fence.world.job().state is found
+
+
+@pytest.mark.parametrize("after", [State.FINISHING, State.DONE, State.FAILED, State.EXPIRED])
+def test_a_delivery_ends_with_its_job_though_its_worker_can_no_longer_acknowledge_it(url: str, after: State) -> None:
+    with claimed(url) as (fence, delivery):
+        assert delivery.attempt.settle(State.CLAIMED, after)
+        assert fence.world.places() == ([] if after.ended else ["in flight gpu"])
+        assert fence.world.client.zcard(fence.world.pool.keys.unacked_index("gpu")) == (0 if after.ended else 1)
+
+
+@pytest.mark.parametrize("after", [State.FINISHING, State.DONE, State.FAILED, State.EXPIRED])
+def test_how_long_a_task_takes_is_told_by_jobs_that_have_ended_and_not_by_revoked_ones(url: str, after: State) -> None:
+    with claimed(url) as (fence, delivery):
+        assert delivery.attempt.settle(State.CLAIMED, after)
+        assert fence.world.client.hexists(fence.world.pool.keys.service("gpu"), "t") is (after in (State.DONE, State.FAILED))
+
+
+def test_a_retry_of_a_job_that_the_ledger_does_not_know_goes_on_and_makes_no_entry(url: str) -> None:
+    with claimed(url) as (fence, delivery):
+        keys = fence.world.pool.keys
+        fence.world.client.delete(keys.job(JOB))
+        assert delivery.attempt.retry("", "gpu-tasks")
+        assert not fence.world.client.exists(keys.job(JOB), keys.held(delivery.life.owner))
+
+
+@pytest.mark.parametrize("other", [{"attempt": 2}, {"tag": "second"}, {"owner": "gpu.other"}], ids=str)
+def test_an_attempt_is_ended_under_the_number_the_tag_and_the_owner_of_its_claim_and_no_other(
+    url: str, other: dict[str, Any]
+) -> None:
+    with claimed(url) as (fence, delivery):
+        keys, policy = fence.world.pool.keys, planning.policy(fence.world.pool.spec)
+        named: dict[str, Any] = {"attempt": 1, "tag": delivery.tag, "owner": delivery.life.owner, "tier": "gpu"} | other
+        before = fence.world.client.hgetall(keys.job(JOB))
+        calls = [
+            ("settle", ledger.settle(keys, policy, JOB, **named, before=State.CLAIMED, after=after))
+            for after in (State.FINISHING, State.DONE, State.FAILED, State.EXPIRED)
+        ]
+        for name, call in (*calls, ("readmit", ledger.readmit(keys, JOB, **named, how="retry", retries=1))):
+            assert fence.connection.run(name, call) == 0
+        if "owner" not in other:
+            job = replace(fence.world.job(), **other)
+            raw = fence.world.client.hget(keys.unacked("gpu"), delivery.tag)
+            to = ledger.after_failure(policy, job)
+            assert to
+            call = ledger.move(keys, job, to, held_as=delivery.tag, raw=raw, delivery_tag="fresh", how="failed")
+            assert fence.connection.run("move", call) == 0
+        assert fence.world.client.hgetall(keys.job(JOB)) == before
+        assert fence.world.places() == ["in flight gpu"]
+
+
+@pytest.mark.parametrize(("asked_by", "answer"), [("first", Claim.RUN), ("of a zombie", Claim.STALE), ("", Claim.RUN)])
+def test_a_retry_overtakes_the_attempt_that_asked_for_it_and_no_other(url: str, asked_by: str, answer: Claim) -> None:
+    """One that an earlier release has published does not say who asked."""
+    with claimed(url) as (fence, delivery):
+        fence.connection.run("hold", ledger.hold(fence.world.pool.keys, "gpu", tag="retry", value="[]"))
+        retry = Attempt(delivery.life, JOB, 1, "retry", 1, asked_by=asked_by)
+        assert retry.claim(str) is answer
+        assert fence.world.job().tag == ("retry" if answer is Claim.RUN else "first")
 
 
 def test_it_is_so_too_while_an_operator_moves_waiting_jobs_between_the_tiers(
@@ -560,3 +634,18 @@ def test_a_job_that_was_moved_away_and_home_falls_back_once(url: str, monkeypatc
     fence.an_attempt_is_counted_once()
     fence.teardown()
     assert {"moved to cpu", "moved to cpu and gpu", "claim run", "raised MOVED", "ended done"} <= Fence.reached
+
+
+def test_a_retry_may_go_to_a_tier_that_its_job_has_left(url: str) -> None:
+    Fence.url = url
+    fence = Rebalanced()
+    fence.an_operator_moves_it_to_another_tier_whose_worker_may_take_it(away=True, steps=2)
+    (delivery,) = fence.world.deliveries
+    assert (delivery.life.tier, delivery.step) == ("cpu", "running")
+    assert delivery.attempt.retry("", "gpu-tasks")
+    assert not fence.world.client.exists(fence.world.pool.keys.held(delivery.life.owner))
+    fence.connection.run("hold", ledger.hold(fence.world.pool.keys, "gpu", tag="retry", value="[]"))
+    accelerated = WorkerLife(delivery.life.pool, "gpu", "gpu.other", fence.connection)
+    assert Attempt(accelerated, JOB, 1, "retry", 1).claim(str) is Claim.RUN
+    fence.connection.client.close()
+    fence.world.client.close()

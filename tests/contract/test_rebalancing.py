@@ -168,6 +168,20 @@ def test_two_operators_at_once_move_each_job_once(redis_url: str, pool: Pool) ->
         assert client.llen(pool.keys.queue_list("gpu-tasks", 0)) == 0
 
 
+@pytest.mark.parametrize("changed", [{"state": "claimed"}, {"attempt": 2}, {"tier": "cpu"}, {"runs": 1}], ids=str)
+def test_a_job_that_has_changed_since_it_was_read_stays(redis_url: str, pool: Pool, changed: dict[str, Any]) -> None:
+    task_id = submit(pool)
+    gpu, cpu = planning.policy(pool.spec).tiers
+    with Redis.from_url(redis_url, decode_responses=True) as client:
+        source, target = (pool.keys.queue_list(queue, 0) for queue in ("gpu-tasks", "celery"))
+        call = ledger.rebalance(
+            pool.keys, seeds.job(redis_url, pool, task_id), gpu, cpu, raw=client.lindex(source, 0), delivery_tag="fresh"
+        )
+        client.hset(pool.keys.job(task_id), mapping=changed)
+        assert client.register_script(ledger.script("rebalance"))(keys=call.keys, args=call.args) == 0
+        assert (client.llen(source), client.llen(target)) == (1, 0)
+
+
 def test_a_copy_that_comes_up_where_the_job_has_left_is_dropped(redis_url: str, pool: Pool) -> None:
     """As when a worker was slow between taking a message and recording it, and a sweep published it anew."""
     task_id = submit(pool)

@@ -85,6 +85,11 @@ def test_a_report_from_before_the_mark_says_nothing() -> None:
     assert decide(1, [up("a"), up("b")], [says("a", 1), stale], ["b"]).leaving == frozenset()
 
 
+def test_a_worker_that_is_idle_and_has_not_seen_its_mark_yet_may_still_take_a_job() -> None:
+    unaware = says("b", at=TIME + 1_000)
+    assert decide(1, [up("a"), up("b")], [says("a", 1), unaware], ["b"]).leaving == frozenset()
+
+
 def test_a_new_leader_believes_only_what_is_said_after_it_saw_the_mark() -> None:
     workers, reports = [up("a"), up("b")], [says("a", 1), says("b", draining=True)]
     first = decide(1, workers, reports, ["b"], memory=Memory())
@@ -177,10 +182,9 @@ def test_workers_that_never_report_leave_after_the_queue_has_been_empty_for_the_
 
 def test_workers_that_never_report_stay_while_any_of_their_kind_holds_a_message() -> None:
     live, long_empty = TierReplicas(1, (up("a"),)), Memory(empty_since=NOW - EMPTY_WINDOW_SECONDS)
-    outcomes = [
-        drain.decide(0, live, QueueReading(0, 0, 0, plain_in_flight=held), frozenset(), TIME, long_empty, NOW) for held in (0, 1)
-    ]
-    assert [(one.replicas, one.memory.empty_since is None) for one in outcomes] == [(0, False), (1, True)]
+    readings = [QueueReading(0, 0, 0), QueueReading(0, 0, 0, plain_in_flight=1), QueueReading(0, 1, 0)]
+    outcomes = [drain.decide(0, live, reading, frozenset(), TIME, long_empty, NOW) for reading in readings]
+    assert [(one.replicas, one.memory.empty_since is None) for one in outcomes] == [(0, False), (1, True), (1, True)]
 
 
 def test_a_worker_that_has_just_become_ready_may_yet_report() -> None:

@@ -34,7 +34,10 @@ POOL = Pool(
         }
     ),
 )  # fmt: skip
-NEED = "12 waiting + 2 in flight + 3 spilled need 9 to start within 60 s (jobs of 30 s, starts of 240 s), ordered 9"
+NEED = (
+    "12 waiting + 2 in flight + 3 spilled need 9 workers to start within 60 s (a job takes 30 s, a worker's start 240 s); "
+    "wanted: 9"
+)
 GPU = TierStatus(
     "gpu", 9, 2, 5, 1, 1, 12, 2, 3, "BacklogExceedsCapacity", f"{NEED}; workers still to leave: 1 (once their jobs are finished)"
 )

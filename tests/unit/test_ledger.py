@@ -269,9 +269,9 @@ def test_a_message_whose_headers_hold_words_is_put_back_all_the_same() -> None:
 
 
 def test_what_the_code_has_asked_for_is_told_from_what_it_has_rejected() -> None:
-    asked = {"attempt": 2, "tag": "tag", "owner": "w.1", "tier": "gpu"}
-    retry = ledger.readmit(KEYS, "t1", **asked, how="retry", retries=1, message="m", queue="gpu-tasks", later=9)  # type: ignore[arg-type]
-    rejected = ledger.readmit(KEYS, "t1", **asked, how="rejected")  # type: ignore[arg-type]
+    asked: dict[str, Any] = {"attempt": 2, "tag": "tag", "owner": "w.1", "tier": "gpu"}
+    retry = ledger.readmit(KEYS, "t1", **asked, how="retry", retries=1, message="m", queue="gpu-tasks", later=9)
+    rejected = ledger.readmit(KEYS, "t1", **asked, how="rejected")
     assert retry.keys == rejected.keys == [KEYS.job("t1"), KEYS.held("w.1"), KEYS.waiting("gpu")]
     assert retry.args == ["t1", 2, "tag", "w.1", JOB_LIFE_SECONDS, "retry", 1, "m", "gpu-tasks", 9]
     assert rejected.args == ["t1", 2, "tag", "w.1", JOB_LIFE_SECONDS, "rejected", "", "", "", 0]

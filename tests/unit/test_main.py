@@ -124,7 +124,7 @@ def test_a_pass_that_does_not_end_makes_the_process_ask_for_its_restart(monkeypa
         try:
             assert await healthz(port) == (200, "ok\n"), "a standby makes no pass"
             operator._began = time.monotonic()
-            await until(operator.ailing)
+            await until(operator.unhealthy)
             status, text = await healthz(port)
             assert status == 503
             assert text.startswith("no pass has ended for ")
@@ -142,9 +142,9 @@ def test_a_watch_that_does_nothing_makes_the_process_ask_for_its_restart() -> No
         operator._began = operator._reconciler.passes.last_ended_at = time.monotonic()
         for kind in main._WATCHED:
             operator._watched[kind] = operator._began
-        assert operator.ailing() == ""
+        assert operator.unhealthy() == ""
         operator._watched["pods"] -= main.SILENT_SECONDS + 1
-        assert operator.ailing().startswith("the watch of pods has done nothing for ")
+        assert operator.unhealthy().startswith("the watch of pods has done nothing for ")
 
     asyncio.run(scenario())
 

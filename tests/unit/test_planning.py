@@ -25,6 +25,7 @@ from workerpool_operator.observation import (
     Served,
     TierReplicas,
     Unavailable,
+    newest,
 )
 from workerpool_operator.planning import TierPlan
 from workerpool_operator.ports import Marks, Pool
@@ -172,7 +173,7 @@ def test_what_was_ever_sent_to_a_tier_is_the_sum_of_its_routes_but_for_what_move
 def test_a_single_job_that_spilled_on_an_empty_pool_orders_one_slot() -> None:
     for gpu, cpu in ((served(0, 0, 1), served(1, 0, 0)), (QueueReading(0, 0, 1), QueueReading(1, 0, 0))):
         plans = plan(reading(gpu=gpu, cpu=cpu), cpu=replicas(0))
-        assert {name: plan.decision.needed for name, plan in plans.items()} == {"gpu": 0, "cpu": 1}
+        assert {name: plan.decision.memory.level for name, plan in plans.items()} == {"gpu": 0, "cpu": 1}
 
 
 @pytest.mark.parametrize(("waiting", "replicas_of_gpu"), [(321, 4), (327, 6), (900, 8)])
@@ -609,8 +610,8 @@ def test_the_newest_worker_is_the_one_that_became_ready_last() -> None:
             Replica("new", Phase.STARTING, ordered_at=200.0),
         ),
     )
-    assert seen.newest == (130.0, seen.replicas[1])
-    assert replicas(1, Phase.STARTING).newest is None
+    assert newest(seen.replicas) == (130.0, seen.replicas[1])
+    assert newest(replicas(1, Phase.STARTING).replicas) is None
 
 
 def test_decisions_of_a_plan_remember_for_the_next_pass() -> None:

@@ -86,6 +86,13 @@ def test_a_held_pool_stays_held_until_it_and_its_owner_were_read_again() -> None
     assert sharing.conflicts([young], moved, [], before) == {}, "its owner is gone"
 
 
+def test_a_conflict_that_is_seen_now_is_told_before_one_that_is_only_remembered() -> None:
+    old, other, young = pool("a", 1, "q1"), pool("b", 2, "q2"), pool("c", 3, "q2")
+    before = {young.id: Conflict("q1", old.id)}
+    seen = sharing.conflicts([old, other, young], on(ONE, other, young), [other.id, young.id], before)
+    assert seen == {young.id: Conflict("q2", other.id)}
+
+
 def test_a_pool_whose_broker_is_unknown_owns_nothing_and_is_not_held() -> None:
     old, young = pool("a", 1, "q"), pool("b", 2, "q")
     assert conflicts([old, young], on(ONE, young)) == {}

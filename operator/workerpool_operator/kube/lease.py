@@ -83,7 +83,7 @@ class Candidate:
                 await self._renew()
                 pause = RENEW_SECONDS
             except ApiError as error:
-                _LOG.warning("the lease was not renewed: %s", error)
+                _LOG.warning("the lease was not renewed, tried again in %.0f s: %s", RETRY_SECONDS, error)
                 pause = RETRY_SECONDS
 
     async def release(self) -> None:

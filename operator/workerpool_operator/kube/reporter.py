@@ -95,7 +95,9 @@ class KubeReporter:
                 tries = self._troubles[subject.uid].tries + 1 if subject.uid in self._troubles else 1
                 pause = max(min(2.0 ** (tries - 1), LONGEST_PAUSE_SECONDS), error.retry_after)
                 self._troubles[subject.uid] = _Trouble(tries, now + pause)
-                _LOG.warning("%s/%s: status not written: %s", subject.namespace, subject.name, error)
+                _LOG.warning(
+                    "%s/%s: status not written, tried again in %.0f s: %s", subject.namespace, subject.name, pause, error
+                )
             return
         self._troubles.pop(subject.uid, None)
         self._written[subject.uid] = _Written(new, now)

@@ -16,11 +16,11 @@ from workerpool_operator.observation import Phase, TierReplicas, newest
 from workerpool_operator.ports import Pool
 
 FIRST_START_SECONDS = 3.0
-"""How long a start is taken for while none has been seen on this machine: about what a process takes that imports an app."""
+"""The assumed start time until one has been seen on this machine: about what a process takes to import an app."""
 
 CROWDED = 2.0
-"""How many times as long as the last start of another tier one is taken for: that one mostly had the machine to itself, and this
-one is asked for by jobs that keep the cores busy. From 2.1 to 3.0 has been seen."""
+"""The first start of a tier is assumed to take this many times as long as the last start of another tier. That one mostly had the
+machine to itself, and this one starts while jobs keep the cores busy. Factors from 2.1 to 3.0 have been seen."""
 
 _SUFFIX_LETTERS = "bcdfghjklmnpqrstvwxz2456789"
 _SUFFIX_LENGTH = 5

@@ -129,10 +129,6 @@ class Tier:
             self._ready = sum(pod.ready_at is not None and not pod.closing for pod in self.pods)
         return self._ready
 
-    def busy(self) -> int:
-        """Workers that hold a job."""
-        return sum(bool(pod.jobs) for pod in self.pods)
-
     def workers(self) -> tuple[Presence, ...]:
         """What the workers report, the vanished ones too while nobody misses them."""
         there = [pod for pod in self.pods if pod.ready_at is not None and not pod.closing]

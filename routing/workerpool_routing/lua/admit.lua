@@ -10,10 +10,12 @@ local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 if ask.until_ms and now > ask.until_ms then return {now} end
 
--- A caller that asks again, with its own key or because the connection broke, gets what the first call got.
-for _, key in ipairs(ask.step and {ask.job or ask.idempotent, ask.idempotent} or {}) do
-  local first = redis.call('HMGET', key, 'id', 'tier', 'queue', 'reason', 'wait')
-  if first[1] then return {now, unpack(first)} end
+-- Whoever asks for a publish again, with the same key or because the connection broke, gets what the first call got.
+if ask.step then
+  for _, key in ipairs({ask.job or ask.idempotent, ask.idempotent}) do
+    local first = redis.call('HMGET', key, 'id', 'tier', 'queue', 'reason', 'wait')
+    if first[1] then return {now, unpack(first)} end
+  end
 end
 
 local coming = {}

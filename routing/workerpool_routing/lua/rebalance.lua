@@ -7,9 +7,9 @@
 -- Returns 1 when it moved, 0 when the job, or its message, is no longer where the caller saw it.
 local job, list, other_list, waiting, other_waiting, spilled, routes = unpack(KEYS)
 local id, attempt, tier, message, renewed, other_tier, other_queue, reason, life, limit, far = unpack(ARGV)
-local state, latest, place, required, runs, wanted, admitted_at, left_before =
-  unpack(redis.call('HMGET', job, 'state', 'attempt', 'tier', 'required', 'runs', 'wanted', 'admitted_at', 'left'))
-if state ~= 'admitted' or latest ~= attempt or place ~= tier or required == '1' or runs then return 0 end
+local state, latest, place, runs, wanted, admitted_at, left_before =
+  unpack(redis.call('HMGET', job, 'state', 'attempt', 'tier', 'runs', 'wanted', 'admitted_at', 'left'))
+if state ~= 'admitted' or latest ~= attempt or place ~= tier or runs then return 0 end
 if redis.call('LREM', list, -1, message) == 0 then return 0 end
 local since = tonumber(redis.call('ZSCORE', waiting, id) or admitted_at)
 
