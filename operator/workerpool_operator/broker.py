@@ -102,6 +102,8 @@ class RedisBroker:
             for answer in (clock, server):
                 if isinstance(answer, redis.RedisError):
                     return Unavailable(_why(url, answer))
+            if "run_id" not in server:
+                return Unavailable(f"{_place(url)}: INFO names no run_id, and without it a restart would not be seen")
             seconds, micros = clock
             now = Milliseconds(seconds * 1000 + micros // 1000)
             database = int(client.connection_pool.connection_kwargs.get("db") or 0)

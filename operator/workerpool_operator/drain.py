@@ -156,6 +156,8 @@ def decide(
         rolling = False  # all of them may go, so it does not matter which ones the cluster removes
     endangered = next((one.name for one in staying if one.endangered), None)
     unseen = live.desired - len(staying)  # ordered and not there yet; below zero while those that were let go are still there
+    if unseen > 0:  # who reports is there, whatever is to be seen of it
+        unseen = max(0, unseen - len({one.worker for one in queue.workers} - {one.worker for one in live.replicas}))
     step = 0 if endangered or rolling else max(0, min(surplus, unseen + len(may_go)))
     return Drain(
         live.desired - step,

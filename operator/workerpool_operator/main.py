@@ -26,7 +26,7 @@ from workerpool_operator.endpoints import Endpoints
 from workerpool_operator.kube.api import USER_AGENT, Api, ApiError
 from workerpool_operator.kube.lease import Candidate
 from workerpool_operator.kube.reporter import KubeReporter
-from workerpool_operator.kube.seen import AUTOSCALERS, SELECTOR, Cache, Refused, Seen
+from workerpool_operator.kube.seen import AUTOSCALERS, PAGE, SELECTOR, Cache, Refused, Seen
 from workerpool_operator.kube.urls import KubeUrls
 from workerpool_operator.kube.workers import KubeWorkers
 from workerpool_operator.metrics import Metrics
@@ -377,6 +377,7 @@ def _settings() -> kopf.OperatorSettings:
     # Namespaces and kinds are given, so kopf need not scan for them, and the operator needs no right to.
     settings.scanning.disabled = True
     settings.networking.error_backoffs = _Backoffs()
+    settings.watching.chunk_size = PAGE
     for kind in (("apps", "v1", "deployments"), ("", "v1", "pods")):
         settings.watching.label_selectors[kind] = SELECTOR
     return settings

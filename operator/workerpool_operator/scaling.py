@@ -258,7 +258,7 @@ def decide(policy: Policy, observed: Demand | Unread, memory: Memory, now: float
         policy: bounds, slots per replica, and the target.
         observed: this pass's reading.
         memory: what the last decision returned.
-        now: seconds, any clock that only moves forward, the one of ``observed.starting``.
+        now: seconds, by the clock of ``observed.starting``.
     """
     if isinstance(observed, Unread):
         message = f"held at {observed.replicas}: {observed.unavailable.why}"
@@ -303,7 +303,7 @@ def start_seconds(memory: Memory) -> float:
 
 def _learn(policy: Policy, observed: Demand, memory: Memory, now: float) -> Memory:
     """Take in what happened since the last pass."""
-    memory = _with_start(memory, observed)
+    memory = _with_start(_not_after(memory, now), observed)
     oldest = min(observed.starting, default=now)
     under_way = min(now - oldest, _ceiling(memory, oldest))
     start = max(_known(memory), under_way)
@@ -331,6 +331,15 @@ def _learn(policy: Policy, observed: Demand, memory: Memory, now: float) -> Memo
         outlasts=(under_way if memory.start_seconds is None else start) + _PASS_SECONDS > policy.target_wait,
         level=observed.replicas if memory.level is None else memory.level,
     )
+
+
+def _not_after(memory: Memory, now: float) -> Memory:
+    """Without a time that is still to come: after the clock was set back that would count as new until it is there again."""
+    stamped = (*(at for at, _ in memory.arrivals[-1:]), *memory.fell[-1:], *(at for at, _ in memory.bursts[-1:]))
+    if max(stamped, default=now) <= now:
+        return memory
+    arrivals, bursts = (tuple((min(at, now), n) for at, n in stamps) for stamps in (memory.arrivals, memory.bursts))
+    return replace(memory, arrivals=arrivals, bursts=bursts, fell=tuple(min(at, now) for at in memory.fell))
 
 
 def latest_start(memory: Memory, ordered_at: float) -> float:

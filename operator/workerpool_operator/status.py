@@ -14,6 +14,9 @@ from typing import Any
 
 from pydantic.alias_generators import to_camel
 
+LONGEST_MESSAGE = 32_768
+"""Characters that the API server takes as the message of a condition; it would refuse the whole status for one more."""
+
 NUMBERS_EVERY_SECONDS = 10.0
 
 
@@ -150,7 +153,8 @@ def stamp(conditions: Sequence[Condition], previous: Mapping[str, Any], now: flo
         if _held(condition, before, now):
             condition = replace(condition, **{name: before[name] for name in ("status", "reason", "message")})
         kept = before.get("lastTransitionTime") if before.get("status") == condition.status else None
-        stamped.append(replace(condition, last_transition_time=kept or rfc3339(now)))
+        message = condition.message[:LONGEST_MESSAGE]
+        stamped.append(replace(condition, message=message, last_transition_time=kept or rfc3339(now)))
     return tuple(stamped)
 
 

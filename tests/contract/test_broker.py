@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from e2e.cluster.ports import reserve_port
 from redis import Redis
+from redis._parsers.response_callbacks import _RedisCallbacks
 from tests import seeds
 from tests.contract.broker import CAPACITY, ask, open_for_jobs, read, submit
 from tests.seeds import celery_app, claim, consumer, make_pool, publish, report, take
@@ -405,3 +406,10 @@ def test_what_is_no_text_ends_no_pass_and_is_kept_as_it_was(redis_url: str) -> N
         assert client.lrange("gpu-tasks", 0, -1) == [garbage]
         assert garbage in client.hget(pool.keys.aside, "tag")
         assert not client.hexists(pool.keys.unacked("gpu"), "tag")
+
+
+def test_a_redis_that_does_not_say_which_process_it_is_counts_as_unread(
+    redis_url: str, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_RedisCallbacks, "INFO", lambda _, **__: {"redis_version": "7.4.0"})
+    assert why_not(redis_url, pool).endswith(": INFO names no run_id, and without it a restart would not be seen")

@@ -64,7 +64,9 @@ class Watched:
 def watched(tmp_path: Path) -> Iterator[Watched]:
     with private_redis() as master, private_redis() as replica, Redis.from_url(replica.url, decode_responses=True) as client:
         with Redis.from_url(master.url) as to:
+            to.config_set("repl-diskless-sync", "yes")
             to.config_set("repl-diskless-sync-delay", 0)  # else it waits for more replicas
+        client.config_set("repl-diskless-load", "on-empty-db")  # and leaves no file
         client.replicaof("127.0.0.1", str(master.port))
         until(lambda: client.info("replication")["master_link_status"] == "up", "the replica follows its master")
         with sentinel_of(master, tmp_path) as port:

@@ -243,3 +243,13 @@ def test_a_rollout_that_is_stuck_does_not_keep_a_tier_that_nobody_needs() -> Non
     assert found(still)[:2] == (3, set())
     idle = decide(0, workers, [says("a", draining=True), says("b", draining=True)], ["a", "b"], rolling=True)
     assert found(idle)[:2] == (0, {"a", "b", "new"})
+
+
+def test_a_worker_that_reports_is_there_although_the_cluster_has_not_told_of_it_yet() -> None:
+    ours = [up("a"), up("b")]
+    reports = [says("a"), says("b"), *(says(f"unseen-{n}", busy=1) for n in range(4))]
+    assert decide(2, ours, reports, desired=6).replicas == 6, "four that are busy would have gone, unmarked"
+    assert decide(2, ours, reports[:4], desired=6).replicas == 4, "two are still to come"
+    idle = [says(name, draining=True) for name in ("a", "b")]
+    elsewhere = [says(f"by-hand-{n}") for n in range(4)]
+    assert decide(0, ours, [*idle, *elsewhere], ["a", "b"]).replicas == 0, "workers of no Deployment hold back none of it"

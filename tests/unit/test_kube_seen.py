@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from http import HTTPStatus
+from typing import Any, cast
 
 import pytest
 from tests.unit.pods import Object, container, raw_pod
 
 from workerpool_operator.kube import seen
+from workerpool_operator.kube.api import Api, ApiError
 from workerpool_operator.kube.seen import (
     Cache,
     LiveAutoscaler,
     LivePod,
     Refused,
+    Seen,
     TurnedAway,
     autoscaler,
     deployment,
@@ -262,3 +266,27 @@ def test_an_autoscaler_is_known_by_its_deployment_and_by_who_made_it() -> None:
     assert autoscaler(raw) == LiveAutoscaler("media-cpu", words)
     raw["spec"]["scaleTargetRef"]["kind"] = "StatefulSet"
     assert autoscaler(raw) is None
+
+
+class Forbidding:
+    """An API server with nothing in it that refuses to list one kind in one namespace."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    async def get(self, path: str, **_: str) -> Object:
+        if path.endswith(f"/gone/{self.kind}"):
+            raise ApiError(HTTPStatus.FORBIDDEN, f"{self.kind} is forbidden")
+        return {"metadata": {"resourceVersion": "9"}, "items": []}
+
+
+@pytest.mark.parametrize("kind", ["workerpools", "deployments", "horizontalpodautoscalers", "pods"])
+def test_only_a_namespace_whose_pools_may_not_be_seen_is_left_out(kind: str) -> None:
+    known, api = Seen(), cast("Api", Forbidding(kind))
+    if kind == "workerpools":
+        asyncio.run(known.relist(api, ["gone", "ml"]))
+        assert known.complete
+        return
+    with pytest.raises(ApiError, match=f"{kind} is forbidden"):
+        asyncio.run(known.relist(api, ["gone", "ml"]))
+    assert not known.complete, "what it may not see would count as not there"

@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from workerpool_operator import main
-from workerpool_operator.kube.seen import worker_pool
+from workerpool_operator.kube.seen import PAGE, worker_pool
 from workerpool_operator.main import Operator
 from workerpool_operator.observation import Unavailable
 from workerpool_operator.ports import Pool
@@ -159,3 +159,7 @@ async def until(holds: Callable[[], object]) -> None:
 async def healthz(port: int) -> tuple[int, str]:
     async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/healthz") as answer:
         return answer.status, await answer.text()
+
+
+def test_kopf_lists_page_by_page() -> None:
+    assert main._settings().watching.chunk_size == PAGE, "thousands of pods in one answer would hold up the renewal of the lease"

@@ -402,3 +402,15 @@ def test_every_reason_is_spelt_as_its_name() -> None:
 
 def test_the_message_leaves_out_spills_that_do_not_exist() -> None:
     assert "spilled" not in decide(Policy(0, 8), Demand(waiting=2, in_flight=1, spilled=0, replicas=1), Memory(), 0.0).message
+
+
+@pytest.mark.parametrize("back", [60.0, 3_600.0])
+def test_a_clock_that_is_set_back_hides_nobody_who_comes_then(back: float) -> None:
+    policy, memory = Policy(0, 40), known(20.0)
+    for n in range(12):
+        memory = decide(policy, Demand(1, 2, 0, 3, ready=3, arrived=n), memory, 10_000.0 + 10 * n).memory
+    then = 10_120.0 - back
+    decision = decide(policy, Demand(1, 3, 0, 3, ready=3, arrived=12), memory, then)
+    for seconds in range(1, 61):
+        decision = decide(policy, Demand(101, 3, 0, 3, ready=3, arrived=112), decision.memory, then + seconds)
+    assert decision.replicas == 40

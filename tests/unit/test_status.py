@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from workerpool_operator.status import (
     COMES_AND_GOES,
     HELD_SECONDS,
+    LONGEST_MESSAGE,
     NUMBERS_EVERY_SECONDS,
     WARNS_WHEN,
     Condition,
@@ -27,6 +30,8 @@ from workerpool_operator.status import (
 )
 
 pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
 
 NOON, LATER = 1_767_268_800.0, 1_767_268_861.5
 
@@ -224,3 +229,11 @@ def test_a_sum_with_an_unknown_part_is_unknown() -> None:
 def test_replicas_are_summed_up_as_ready_of_desired_in_order_of_preference() -> None:
     assert summary([tier(), tier(name="cpu", ready=3)]) == "gpu 2/3, cpu 3/3"
     assert summary([]) == ""
+
+
+def test_a_message_that_the_api_server_would_refuse_is_cut() -> None:
+    (long,) = stamp([condition(message="x" * (LONGEST_MESSAGE + 1))], {}, NOON)
+    assert len(long.message) == LONGEST_MESSAGE
+    schema = yaml.safe_load((ROOT / "crds" / "workerpool.yaml").read_text())["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    message = schema["properties"]["status"]["properties"]["conditions"]["items"]["properties"]["message"]
+    assert message["maxLength"] == LONGEST_MESSAGE

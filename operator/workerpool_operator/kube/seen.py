@@ -206,9 +206,10 @@ class Seen:
         """List everything: a watch tells neither when its first listing is complete nor what was deleted while it was away."""
         for namespace in namespaces or (None,):
             try:
-                await self._relist(api, namespace)
+                await _list(api, self.pools, namespace, path_to(API_VERSION, namespace, PLURAL))
             except ApiError as error:
-                # A namespace that was deleted took the operator's rights in it along.
+                # A namespace that was deleted took the operator's rights in it along. Where only other kinds may not be seen,
+                # that is an error: they would count as not there.
                 if namespace is None or error.status != HTTPStatus.FORBIDDEN:
                     raise
                 if namespace not in self._forbidden:
@@ -216,10 +217,10 @@ class Seen:
                 self._forbidden.add(namespace)
             else:
                 self._forbidden.discard(namespace)
+                await self._relist_workers(api, namespace)
         self.complete = True
 
-    async def _relist(self, api: Api, namespace: str | None) -> None:
-        await _list(api, self.pools, namespace, path_to(API_VERSION, namespace, PLURAL))
+    async def _relist_workers(self, api: Api, namespace: str | None) -> None:
         await _list(api, self.deployments, namespace, path_to("apps/v1", namespace, "deployments"), labelSelector=SELECTOR)
         await _list(api, self.autoscalers, namespace, path_to("autoscaling/v2", namespace, AUTOSCALERS))
         await _list(api, self.pods, namespace, path_to("v1", namespace, "pods"), labelSelector=SELECTOR)
