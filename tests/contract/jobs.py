@@ -114,11 +114,27 @@ def hold_redis() -> None:
     threading.Thread(target=strike, daemon=True).start()
 
 
-@app.task  # type: ignore[untyped-decorator]
-def late(endings: dict[str, str]) -> str:
-    """Return the tier's name, to a ledger that keeps it waiting where there is an accelerator and the job says so."""
+def interrupt_its_answer(connection: Any) -> None:
+    """Let a soft time limit strike when the ledger has entered the end of the attempt, before this child hears so."""
+    run = connection.run
+
+    def unheard(name: str, call: Any) -> Any:
+        answer = run(name, call)
+        if name == "settle":
+            connection.run = run
+            signal.raise_signal(signal.SIGUSR1)
+        return answer
+
+    connection.run = unheard
+
+
+@app.task(bind=True)  # type: ignore[untyped-decorator]
+def late(self: Any, endings: dict[str, str]) -> str:
+    """Return the tier's name, to a ledger that keeps it waiting or is not heard where the job says so."""
     if endings.get(TIER) == "hold":
         hold_redis()
+    if endings.get(TIER) == "unheard":
+        interrupt_its_answer(self.life.connection)
     return TIER
 
 

@@ -59,6 +59,16 @@ def test_a_soft_time_limit_that_strikes_while_the_ledger_is_asked_costs_no_outco
     assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=60) == two_tiers.pool.job(decision.task_id).tier
 
 
+def test_a_soft_time_limit_that_strikes_before_the_end_on_the_ledger_is_heard_costs_neither_outcome_nor_callback(
+    two_tiers: ModuleType,
+) -> None:
+    callback = two_tiers.total.si([1], "unheard").set(queue="cpu-jobs")
+    decision = submit(two_tiers, two_tiers.late, {"gpu": "unheard"}, link=callback)
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=20) == "cpu"
+    until(lambda: int(two_tiers.app.backend.client.get("unheard") or 0) == 1, "the callback ran")
+
+
 def test_a_job_that_succeeds_runs_once_and_keeps_its_authors_hooks(two_tiers: ModuleType) -> None:
     decision = submit(two_tiers, two_tiers.based, {})
     assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=60) == "gpu"

@@ -344,6 +344,18 @@ class Fence(RuleBasedStateMachine):
             self._raise(delivery)
 
     @while_one_is("running")
+    @rule(n=st.integers(0, 3))
+    def a_soft_time_limit_strikes_before_an_attempt_hears_that_it_has_ended(self, n: int) -> None:
+        """So it is taken for one that has failed in time."""
+        delivery = self._pick(n, "running")
+        assert delivery
+        if self._returned(delivery.attempt):
+            self.world.interruptions += 1
+            if self.world.one_redis:
+                self.world.stored.append("result")
+        self._raise(delivery)
+
+    @while_one_is("running")
     @rule(stored=st.booleans())
     def a_child_is_killed_and_its_worker_sees_it(self, stored: bool) -> None:
         """Before or after it stored its result."""
@@ -501,11 +513,15 @@ def test_in_any_order_a_job_has_one_outcome_and_is_never_lost(
             lambda fence: fence.an_attempt_is_cut_off_and_delivered_again(times=1, finishing=True), 1,
             "interrupted", "ended done",
         ),
+        (
+            lambda fence: fence.a_soft_time_limit_strikes_before_an_attempt_hears_that_it_has_ended(0), 1,
+            "raised MOVED", "raised NOT_OURS",
+        ),
         (lambda fence: fence.an_attempt_returns_while_the_ledger_does_not_know_its_job(0), 1, "unknown", "unknown"),
     ],
     ids=[
         "raises twice", "zombie raises", "zombie returns", "child dies", "child dies after", "dies each time", "interrupted",
-        "unknown",
+        "unheard", "unknown",
     ],
 )  # fmt: skip
 def test_what_chance_reaches_too_seldom_holds_too(

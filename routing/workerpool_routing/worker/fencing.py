@@ -293,11 +293,15 @@ class FencedRequest:
         attempt = None if self._already_cancelled or self._already_revoked else self._attempt()
         if attempt and isinstance(error, TimeLimitExceeded):
             return None  # on_timeout has dealt with it
+        if isinstance(error, Dropped):
+            task_ready(self)
+            self._drop()
+            return None
         lost = isinstance(error, WorkerLostError | SystemExit) and not return_ok
         again = partial(self.on_failure, exc_info, send_failed_event, return_ok)
         if attempt and lost and self._dealt_with(attempt, ledger.after_loss, "lost", error, again):
             return None
-        if attempt and isinstance(error, Ignore) and not isinstance(error, Dropped):  # the child may not have reached the ledger
+        if attempt and isinstance(error, Ignore):  # the child may not have reached the ledger
             self.life.soon(partial(attempt.settle, State.CLAIMED, State.DONE, how="ignored"))
         self._outcome = State.FAILED
         return super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc]
@@ -386,8 +390,15 @@ class FencedRequest:
             return True
         if outcome is Outcome.FINAL:
             return False
-        super().acknowledge()  # type: ignore[misc]
+        self._drop()
         return True
+
+    def _drop(self) -> None:
+        """Acknowledge this delivery and leave the job's entry alone: even where it still names this attempt, as when the message
+        was put back, its outcome is up to another delivery.
+        """
+        super().acknowledge()  # type: ignore[misc]
+        self.life.look_for_work()
 
     def _attempt(self) -> Attempt | None:
         message = self._message
