@@ -162,8 +162,8 @@ class WorkerPool:
                 pool's ``acceleratedContentTypes``, the job goes to a plain tier.
             deadline: seconds from now by which it must have started; otherwise it expires.
             max_wait: the longest expected wait that is accepted, in seconds; None for the pool's ``maxWaitSeconds``.
-            idempotency_key: a second call with the same key within a day returns the first decision and queues nothing. An empty
-                key counts as none.
+            idempotency_key: a second call with the same key within a day, or until a day after the job's ETA, returns the first
+                decision and queues nothing. An empty key counts as none.
             options: further options of ``apply_async``.
 
         Raises:
