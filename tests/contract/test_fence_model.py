@@ -569,7 +569,7 @@ def test_an_attempt_leaves_the_state_that_is_named_and_no_other(url: str) -> Non
             assert fence.world.job().state is (after if moved else found)
         for found in (State.ADMITTED, State.FINISHING, *ends):
             fence.world.client.hset(entry, "state", found)
-            assert not delivery.attempt.retry("", "")
+            assert not delivery.attempt.retry("", "", 0)
             assert fence.world.job().state is found
 
 
@@ -618,7 +618,7 @@ def test_a_retry_of_a_job_that_the_ledger_does_not_know_goes_on_and_makes_no_ent
     with claimed(url) as (fence, delivery):
         keys = fence.world.pool.keys
         fence.world.client.delete(keys.job(JOB))
-        assert delivery.attempt.retry("", "gpu-tasks")
+        assert delivery.attempt.retry("", "gpu-tasks", 0)
         assert not fence.world.client.exists(keys.job(JOB), keys.held(delivery.life.owner))
 
 
@@ -684,7 +684,7 @@ def test_a_retry_may_go_to_a_tier_that_its_job_has_left(url: str) -> None:
     fence.an_operator_moves_it_to_another_tier_whose_worker_may_take_it(away=True, steps=2)
     (delivery,) = fence.world.deliveries
     assert (delivery.life.tier, delivery.step) == ("cpu", "running")
-    assert delivery.attempt.retry("", "gpu-tasks")
+    assert delivery.attempt.retry("", "gpu-tasks", 0)
     assert not fence.world.client.exists(fence.world.pool.keys.held(delivery.life.owner))
     fence.connection.run("hold", ledger.hold(fence.world.pool.keys, "gpu", tag="retry", value="[]"))
     accelerated = WorkerLife(delivery.life.pool, "gpu", "gpu.other", fence.connection)
