@@ -607,7 +607,7 @@ def test_a_copy_from_before_a_retry_does_not_run_and_does_not_replace_the_retry_
     with claimed(url) as (fence, delivery):
         keys = fence.world.pool.keys
         raw = fence.world.client.hget(keys.unacked("gpu"), delivery.tag)
-        assert delivery.attempt.retry("the retry", "gpu-tasks")
+        assert delivery.attempt.retry("the retry", "gpu-tasks", 0)
         assert delivery.attempt.claim(str) is Claim.STALE
         back = ledger.requeue(keys, "gpu", tag=delivery.tag, raw=raw, delivery_tag="fresh")
         assert fence.connection.run("requeue", back) == 1
