@@ -32,7 +32,7 @@ def test_an_accelerated_attempt_that_ends_badly_runs_once_more_on_the_plain_tier
     assert job.reason is (Reason.ATTEMPT_LOST if ending == "kill" else Reason.ATTEMPT_FAILED)
 
 
-@pytest.mark.parametrize("ending", ["cancel", "repr raises", "repr is no text"])
+@pytest.mark.parametrize("ending", ["memory", "cancel", "repr raises", "repr is no text"])
 def test_an_error_of_any_kind_is_a_failure(two_tiers: ModuleType, ending: str) -> None:
     decision = submit(two_tiers, two_tiers.work, {"gpu": ending})
     assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=60) == "cpu"

@@ -303,6 +303,11 @@ class FencedRequest:
         if attempt and isinstance(error, Ignore):  # the child may not have reached the ledger
             self._settle_soon(partial(attempt.settle, State.CLAIMED, State.DONE, how="ignored"))
         self._outcome = State.FAILED
+        if attempt and return_ok and isinstance(error, MemoryError):  # Celery would end the whole worker, and the jobs beside it
+            task_ready(self)
+            self.acknowledge()
+            self.send_event("task-failed", exception=safe_repr(error), traceback=exc_info.traceback)
+            return None
         return super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc]
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
@@ -440,6 +445,7 @@ class FencedRequest:
         expires: datetime
         worker_pid: int
         acknowledged: bool
+        send_event: Callable[..., None]
         _message: Any
         _already_cancelled: bool
         _already_revoked: bool
