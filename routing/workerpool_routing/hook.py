@@ -24,6 +24,7 @@ from workerpool_routing.admission import Admission, Entry, Question
 from workerpool_routing.content import main_type
 from workerpool_routing.decide import Candidates, Request
 from workerpool_routing.decision import decision, log
+from workerpool_routing.errors import NotConfigured
 from workerpool_routing.ledger import fenced
 from workerpool_routing.message import serialise
 from workerpool_routing.wire import HEADER, Policy, TierPolicy, Wish, carried
@@ -58,6 +59,7 @@ class RoutingHook:
         self._pool = pool
         self._app = app
         self._known: Policy | None = None
+        self._checked = False
 
     def install(self) -> None:
         """Put the router in front of the app's own routes, and connect the two signals."""
@@ -66,6 +68,10 @@ class RoutingHook:
         self._app.conf.task_routes = [self.route, *rest]
         signals.before_task_publish.connect(self._record, weak=False)
         signals.after_task_publish.connect(self._release, weak=False)
+
+    def is_in(self, task_routes: object) -> bool:
+        """Whether an app with these routes asks the router."""
+        return isinstance(task_routes, list | tuple) and self.route in task_routes
 
     def route(
         self, name: str, _args: Sequence[Any], _kwargs: Mapping[str, Any], options: dict[str, Any], **_: Any
@@ -106,6 +112,7 @@ class RoutingHook:
         return _Routed(self, request, admission, tier, wanted, encoding, lease, fenced(name, self._app.tasks.get(name)))
 
     def _record(self, sender: str, body: Any, headers: dict[str, Any], properties: dict[str, Any], **_: Any) -> None:
+        self._check_once()
         routed = self._mine(sender)
         if routed is None:
             return
@@ -121,6 +128,16 @@ class RoutingHook:
         if routed.fenced:
             headers[HEADER] = stamped[HEADER]
         log(self._pool.name, routed.request, replace(decision(routed.admission, routed.request), task_id=headers["id"]))
+
+    def _check_once(self) -> None:
+        """Tell a process that only calls ``delay()`` what the app has lost: nobody asks a router that is gone."""
+        if self._checked:
+            return
+        self._checked = True
+        try:
+            self._pool.check_configuration()
+        except NotConfigured as error:
+            logger.error("%s", error)  # noqa: TRY400 where from does not matter
 
     def _release(self, sender: str, **_: Any) -> None:
         routed = self._mine(sender)

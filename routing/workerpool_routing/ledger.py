@@ -70,6 +70,9 @@ millisecond between taking and recording it. More likely, workers without a fenc
 PLACES = 100
 """A job that moves to another queue finds its place, by age, among so many messages at the head of that queue."""
 
+PLACES_BYTES = 262_144
+"""Fewer, where they would be longer than this together: Redis serves nobody while it looks at them."""
+
 
 class State(StrEnum):
     """Where a job stands."""
@@ -422,7 +425,7 @@ def rebalance(keys: Keyspace, job: Job, source: TierPolicy, target: TierPolicy, 
         ],
         [
             job.task_id, job.attempt, source.name, raw, json.dumps(renewed), target.name, target.queue, Reason.REBALANCED,
-            JOB_LIFE_SECONDS, MESSAGE_LIMIT_BYTES, PLACES,
+            JOB_LIFE_SECONDS, MESSAGE_LIMIT_BYTES, PLACES, PLACES_BYTES,
         ],
     )  # fmt: skip
 

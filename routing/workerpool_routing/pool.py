@@ -28,7 +28,7 @@ from workerpool_routing.hook import RoutingHook
 from workerpool_routing.ledger import Job, fenced
 from workerpool_routing.message import prepare
 from workerpool_routing.store import RedisStore, Store, TierState
-from workerpool_routing.wire import ENV_POOL, ENV_TIER, Keyspace, Policy, Presence, TierPolicy, Wish
+from workerpool_routing.wire import ENV_POOL, ENV_TIER, Keyspace, Policy, Presence, TierPolicy, Wish, unacked_keys
 
 logger = logging.getLogger("workerpool_routing")
 
@@ -47,7 +47,7 @@ class WorkerPool:
 
     Args:
         name: ``namespace/name`` of the WorkerPool resource.
-        app: the Celery app; its broker must be Redis.
+        app: the Celery app, with its configuration; its broker must be Redis.
         tiers: the tiers in order of preference, for a pool without an operator; otherwise leave it out: the operator publishes
             them.
         timeout: seconds that a call waits for Redis before it raises :class:`PoolUnavailable`.
@@ -89,10 +89,13 @@ class WorkerPool:
             from workerpool_routing.worker import install
 
             install(self, app, os.environ)
+            self._options = frozenset(unacked_keys(name, os.environ[ENV_TIER]))
         else:
             timeouts = {"socket_timeout": PUBLISH_TIMEOUT_SECONDS, "socket_connect_timeout": PUBLISH_TIMEOUT_SECONDS}
             app.conf.broker_transport_options = {**timeouts, **(app.conf.broker_transport_options or {})}
-        RoutingHook(self, app).install()
+            self._options = frozenset(timeouts)
+        self._hook = RoutingHook(self, app)
+        self._hook.install()
 
     @property
     def keys(self) -> Keyspace:
@@ -114,6 +117,18 @@ class WorkerPool:
             yield
         finally:
             self._store = usual
+
+    def check_configuration(self) -> None:
+        """Raise :class:`NotConfigured` if the app has lost what the pool has put into its configuration."""
+        conf, lost = self._app.conf, []
+        if not self._hook.is_in(conf.task_routes):
+            lost.append("task_routes")
+        if not self._options <= set(conf.broker_transport_options or ()):
+            lost.append("broker_transport_options")
+        if lost:
+            raise NotConfigured(
+                f"{' and '.join(lost)}: replaced after WorkerPool({self.name!r}, app) was made; configure the app first"
+            )
 
     @property
     def policy(self) -> Policy | None:
@@ -152,6 +167,7 @@ class WorkerPool:
             Overloaded: no tier can start it within ``deadline`` and ``max_wait``; nothing was queued.
             PoolUnavailable: Redis did not answer in time. The job may be queued all the same, if only the answer was lost. With
                 an idempotency key it is safe to call again.
+            NotConfigured: the broker is not Redis, or the app's configuration was replaced after the WorkerPool was made.
             NoAcceleratedTier: the job requires an accelerator and the pool has no tier with one.
             TypeError: ``task`` is not a task, or ``options`` contain something that submit() chooses itself.
             ValueError: ``accelerated``, ``deadline``, ``max_wait`` or ``idempotency_key`` has an impossible value.
@@ -166,6 +182,7 @@ class WorkerPool:
         publish = partial(self._publish_undecided, task, args, kwargs, task_id, deadline, options)
         if self._app.conf.task_always_eager:
             return publish()
+        self.check_configuration()
         request, policy = _request(task, accelerated, content_type, deadline), self.store.policy()
         fail_open = self._fail_open and idempotency_key is None and accelerated != "required"
         if policy is None:

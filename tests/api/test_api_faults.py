@@ -16,7 +16,7 @@ from tests.api.proxy import Proxy, Request, proxy
 from workerpool_operator.local.guardian import Guardian
 from workerpool_operator.local.redis_server import RedisServer
 
-pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.api
 
 TROUBLE_SECONDS = 15
 MOST_A_SECOND = 5

@@ -18,7 +18,7 @@ from tests.api.operators import CONTROLLER_SECONDS, SAMPLE, Namespace, Object, o
 
 from workerpool_operator.main import RELIST_SECONDS
 
-pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.api
 
 TROUBLE_SECONDS = 15
 

@@ -16,7 +16,7 @@ from e2e.cluster.control_plane import ControlPlane, ControlPlaneFailed
 from tests.api.kubectl import Kubectl
 from tests.api.operators import PATIENCE_SECONDS
 
-pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.api
 
 ROOT = Path(__file__).parents[2]
 

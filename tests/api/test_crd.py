@@ -16,7 +16,7 @@ from tests.api.kubectl import Kubectl
 from workerpool_operator.model import API_VERSION, KIND, WorkerPoolSpec, parse_spec
 from workerpool_operator.status import Condition, ConditionType, Status, TierStatus, rfc3339, summary
 
-pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.api
 
 Spec = dict[str, Any]
 ROOT = Path(__file__).parents[2]

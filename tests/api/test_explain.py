@@ -11,7 +11,7 @@ import pytest
 from redis import Redis
 from tests.api.operators import Namespace
 
-pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.api
 
 WORKERPOOL = str(Path(sys.executable).with_name("workerpool"))
 

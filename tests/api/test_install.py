@@ -21,7 +21,7 @@ from helm_python import Chart, Config, HelmError
 from tests.api.conftest import started
 from tests.api.kubectl import CRD, kubectl_for
 
-pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.api
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "celery-workerpool"

@@ -23,7 +23,7 @@ from workerpool_operator.observation import Phase, TierReplicas, Unavailable
 from workerpool_operator.ports import Pool
 from workerpool_operator.status import rfc3339
 
-pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.api
 
 SAMPLE = Path(__file__).parents[2] / "manifests" / "samples" / "workerpool.yaml"
 Object = dict[str, Any]
@@ -208,6 +208,30 @@ def test_a_deployment_that_somebody_paused_goes_on(cluster: Cluster) -> None:
         [deployment] = cluster.objects("deployments")
         assert not deployment["spec"].get("paused")
         assert await process.scale(gpu=1) == 0
+
+    cluster.run(scenario)
+
+
+def test_a_count_that_another_has_changed_since_it_was_seen_is_not_written_over(cluster: Cluster) -> None:
+    """As a write that an operator began, and that lands when the next one has acted."""
+
+    def replicas() -> int:
+        [deployment] = cluster.objects("deployments")
+        return int(deployment["spec"]["replicas"])
+
+    async def scenario(process: Process) -> None:
+        await process.scale(gpu=3)
+        pool = await process.look()
+        cluster.kubectl("scale", "deployment/media-gpu", "--replicas=6")
+        await process.workers.scale(pool, {"gpu": 1}, frozenset())
+        assert replicas() == 6
+        process.now += 1
+        assert not (await process.observe("gpu")).count(Phase.FAILING), "it may well pass"
+        await process.scale(gpu=1)
+        assert replicas() == 1
+        for count in (0, 2):
+            await process.scale(gpu=count)
+            assert replicas() == count
 
     cluster.run(scenario)
 

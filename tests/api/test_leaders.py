@@ -28,7 +28,7 @@ from workerpool_operator.kube.lease import Candidate
 from workerpool_operator.local.guardian import Guardian
 from workerpool_operator.local.redis_server import private_redis
 
-pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.api
 
 TAKEOVER_SECONDS = 15.0
 WITHOUT_WAITING = timedelta(seconds=LEASE_SECONDS - RENEW_SECONDS)

@@ -34,7 +34,7 @@ from workerpool_operator.election import LEASE_SECONDS
 from workerpool_operator.local.guardian import Guardian
 from workerpool_operator.local.redis_server import private_redis
 
-pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.api
 
 CHART = Path(__file__).parents[2] / "charts" / "celery-workerpool"
 

@@ -17,7 +17,7 @@ from tests.api.proxy import Request, proxy
 from workerpool_operator.local.guardian import Guardian
 from workerpool_operator.local.redis_server import RedisServer
 
-pytestmark = [pytest.mark.api, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.api
 
 CHART = Path(__file__).parents[2] / "charts" / "celery-workerpool"
 NAME = "celery-workerpool"

@@ -14,6 +14,7 @@ from typing import Any
 
 from celery import Celery, signals
 from celery.exceptions import Ignore, Reject
+from kombu import Connection
 
 from workerpool_routing import Tier, WorkerPool
 
@@ -33,6 +34,8 @@ further = [
 ]
 given = None if os.environ.get("JOBS_WITHOUT_TIERS") else [*tiers, *further]
 pool = WorkerPool("test/jobs", app, tiers=given, timeout=5)
+if "JOBS_LATE_CONF" in os.environ:
+    app.config_from_object(json.loads(os.environ["JOBS_LATE_CONF"]))
 
 
 class Unprintable(Exception):
@@ -336,6 +339,16 @@ def acknowledged_early() -> str:
 def limited() -> str:
     """A task that a worker may run once."""
     return TIER
+
+
+@app.task  # type: ignore[untyped-decorator]
+def read_mail(letters: int) -> list[str]:
+    """Read some letters from a queue, by a connection of its own, and acknowledge all but the last."""
+    with Connection(URL) as connection, connection.SimpleQueue("mail") as mail:
+        read = [mail.get(timeout=30) for _ in range(letters)]
+        for letter in read[:-1]:
+            letter.ack()
+        return [letter.payload for letter in read]
 
 
 @app.task  # type: ignore[untyped-decorator]

@@ -15,7 +15,7 @@ from tests.watching import until
 from workerpool_routing import Reason
 from workerpool_routing.ledger import State
 
-pytestmark = [pytest.mark.contract, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.contract
 
 
 @pytest.mark.parametrize("ending", ["raise", "kill", "exit"])

@@ -42,7 +42,6 @@ def test_messages_with_a_future_eta_are_held_and_are_neither_in_flight_nor_busy(
     until(lambda: sum(json.loads(raw)["busy"] for raw in client.hvals(keys.presence("eta"))) == 1, "only the long job is busy")
 
 
-@pytest.mark.timeout(240)
 def test_what_takes_ten_times_the_visibility_timeout_or_starts_after_it_runs_once(far_off: ModuleType) -> None:
     client, keys = far_off.pool.connection.client, far_off.pool.keys
     until(lambda: int(client.get("eta-count") or 0) >= FAR_OFF, "all have run", 2 * TEN_TIMES_SECONDS)

@@ -7,6 +7,7 @@ import time
 from types import ModuleType
 
 import pytest
+from kombu import Connection
 from tests.contract.api_and_operator import claimed, outcome, submit, swept
 from tests.contract.workers import parked
 from tests.watching import until
@@ -61,6 +62,17 @@ def test_a_retry_that_is_lost_between_the_queue_and_a_worker_is_published_again(
         assert json.loads(client.lindex("gpu-jobs", -1))["body"] == json.loads(raw)["body"]
     assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=60) == ["gpu", 1]
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 2})
+
+
+def test_what_a_task_reads_by_a_connection_of_its_own_is_in_flight_nowhere_in_the_pool(two_tiers: ModuleType) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    with Connection(two_tiers.URL) as connection, connection.SimpleQueue("mail") as mail:
+        for letter in ("a", "b", "c"):
+            mail.put(letter)
+    assert two_tiers.read_mail.apply_async((3,), queue="cpu-jobs").get(timeout=60) == ["a", "b", "c"]
+    until(lambda: not client.hlen(keys.unacked("cpu")), "nothing is held but the job, until it is acknowledged")
+    assert (client.hlen(keys.plain_unacked), client.llen("mail")) == (0, 1), "Kombu puts back what was not acknowledged"
+    client.delete("mail")
 
 
 def test_workers_alone_deliver_again_what_nobody_renews(two_tiers: ModuleType) -> None:

@@ -17,7 +17,7 @@ from workerpool_operator import salvage
 from workerpool_routing import wire
 from workerpool_routing.ledger import State
 
-pytestmark = [pytest.mark.contract, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.contract
 
 
 def test_the_job_of_a_killed_worker_is_taken_over_once_and_runs_on_the_plain_tier(

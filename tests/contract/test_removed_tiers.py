@@ -19,6 +19,7 @@ from workerpool_operator import planning, salvage
 from workerpool_operator.model import Mode, Replicas
 from workerpool_operator.observation import Phase, Replica, TierReplicas
 from workerpool_operator.ports import Pool
+from workerpool_operator.reaper import SWEEP_SECONDS
 from workerpool_operator.status import ConditionType, TierStatus
 from workerpool_routing import Reason, ledger
 from workerpool_routing.ledger import State
@@ -28,6 +29,8 @@ pytestmark = pytest.mark.contract
 
 CPU = {"name": "cpu", "queue": "celery", "replicas": {"min": 0, "max": 4}, "template": seeds.TEMPLATE}
 ACCELERATED = {**CPU, "name": "a100", "queue": "gpu-tasks", "accelerator": {"resource": "nvidia.com/gpu"}}
+LONG_MS = 120_000
+"""For so long a report of a live worker holds here, however slow the machine is."""
 
 
 @pytest.fixture
@@ -130,6 +133,28 @@ def test_jobs_that_wait_on_a_removed_tier_without_workers_move_to_the_plain_one(
     asyncio.run(scenario())
 
 
+def test_a_job_whose_message_was_lost_on_the_way_is_found_before_its_removed_tier_goes(
+    redis_url: str, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "MISSING_MS", 0)
+    monkeypatch.setattr(salvage, "OVERTAKEN_MS", 0)
+    changed, task_id = without_gpu(pool), submit(pool)
+    with Redis.from_url(redis_url) as client:
+        client.delete("gpu-tasks")
+        client.zadd(pool.keys.waiting("gpu"), {task_id: 1})
+
+    async def scenario() -> None:
+        async with running(changed) as system:
+            await system.watch_for(PRESENCE_LIFE_MS / 1000)
+            assert "1 unclaimed" in status(system).message
+            await system.watch_for(3 * SWEEP_SECONDS)
+            assert job(redis_url, changed, task_id).tier == "cpu"
+            await system.watch_for(planning.REMOVED_SECONDS + 2)
+            assert counts(system)[-1] == 0
+
+    asyncio.run(scenario())
+
+
 def test_a_removed_tier_drains_as_any_other_and_no_busy_worker_goes(redis_url: str, pool: Pool) -> None:
     changed = without_gpu(pool)
     submit(pool)
@@ -146,7 +171,7 @@ def test_a_removed_tier_drains_as_any_other_and_no_busy_worker_goes(redis_url: s
             with Redis.from_url(redis_url, decode_responses=True) as client:
                 assert client.smembers(pool.keys.drain) == {"idle"}
                 assert set(counts(system)) == {2}, "it has not said that it takes nothing new"
-                report(redis_url, pool, "gpu", "idle.1")
+                report(redis_url, pool, "gpu", "idle.1", age_ms=-LONG_MS)
                 idles = json.loads(client.hget(pool.keys.presence("gpu"), "idle.1"))
                 client.hset(pool.keys.presence("gpu"), "idle.1", json.dumps({**idles, "draining": True, "slots": 0}))
             await system.after()
@@ -155,13 +180,13 @@ def test_a_removed_tier_drains_as_any_other_and_no_busy_worker_goes(redis_url: s
 
     with consumer(pool, "gpu") as connection:
         claim(redis_url, pool, connection, "gpu", "busy.1")
-        report(redis_url, pool, "gpu", "busy.1", busy=1)
-        report(redis_url, pool, "gpu", "idle.1")
+        report(redis_url, pool, "gpu", "busy.1", busy=1, age_ms=-LONG_MS)
+        report(redis_url, pool, "gpu", "idle.1", age_ms=-LONG_MS)
         asyncio.run(scenario())
 
 
 def test_a_message_of_a_later_time_keeps_a_worker_that_would_only_hand_it_back(redis_url: str, pool: Pool) -> None:
-    report(redis_url, pool, "gpu", "w.1")
+    report(redis_url, pool, "gpu", "w.1", age_ms=-LONG_MS)
     with Redis.from_url(redis_url, decode_responses=True) as client:
         presence = json.loads(client.hget(pool.keys.presence("gpu"), "w.1"))
         client.hset(pool.keys.presence("gpu"), "w.1", json.dumps({**presence, "scheduled": 1}))
@@ -213,6 +238,17 @@ def test_a_renamed_tier_has_the_queue_and_the_old_workers_leave_it(redis_url: st
             assert status(system).waiting == 0, "no message counts twice"
 
     asyncio.run(scenario())
+
+
+def test_what_a_worker_of_the_new_name_has_claimed_keeps_the_old_one_no_longer(redis_url: str, pool: Pool) -> None:
+    changed = without_gpu(pool, ACCELERATED)
+    task_id = submit(pool)
+    with Redis.from_url(redis_url, decode_responses=True) as client, consumer(changed, "a100") as connection:
+        client.zadd(pool.keys.waiting("gpu"), {task_id: 1})
+        claim(redis_url, changed, connection, "a100", "w.1")
+        assert ask(lambda broker: broker.sweep(redis_url, changed)) == []
+        assert client.zcard(pool.keys.waiting("gpu")) == 0
+        assert job(redis_url, changed, task_id).tier == "a100"
 
 
 @pytest.mark.parametrize("holder", ["gpu", "a100"])
@@ -269,3 +305,19 @@ def test_a_queue_that_another_pool_has_by_now_is_that_ones_at_once(
         assert asyncio.run(sweeps(replace(changed, ceded=frozenset({"gpu-tasks"})))) == []
         assert not client.llen("gpu-tasks"), "who has the queue has perhaps run it"
         assert len(asyncio.run(sweeps(changed))) == 1
+
+
+def test_what_a_deleted_pool_has_left_in_flight_is_taken_over_by_a_new_one_of_its_name(
+    redis_url: str, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its workers have their grace period; what outlasts it stays where they held it: nobody tells them a queue any more."""
+    monkeypatch.setattr(salvage, "UNRENEWED_SECONDS", -2)
+    task_id = submit(pool)
+    with consumer(pool, "gpu") as connection:
+        claim(redis_url, pool, connection, "gpu", "w.1")
+    ask(lambda broker: broker.forget(redis_url, pool))
+    anew = replace(pool, uid="another")
+    open_for_jobs(redis_url, anew, ROOM)
+    assert len(ask(lambda broker: broker.sweep(redis_url, anew))) == 1
+    moved = job(redis_url, anew, task_id)
+    assert (moved.tier, moved.attempt) == ("cpu", 2)

@@ -18,7 +18,7 @@ from tests.watching import until
 from workerpool_operator.local.redis_server import RedisServer
 from workerpool_routing.ledger import State
 
-pytestmark = [pytest.mark.contract, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.contract
 
 
 def test_a_result_that_nobody_wants_is_not_stored(two_tiers: ModuleType) -> None:

@@ -40,6 +40,13 @@ pytestmark = pytest.mark.contract
             {"JOBS_CONF": '{"worker_pool": "gevent"}'},
             "workerpool: worker_pool='gevent': a WorkerPool needs -P prefork, solo or threads",
         ),
+        (
+            {"JOBS_LATE_CONF": '{"task_track_started": true}'},
+            (
+                "workerpool: task_routes and broker_transport_options: replaced after WorkerPool('test/jobs', app) was made;"
+                " configure the app first"
+            ),
+        ),
     ],
 )
 def test_a_worker_that_cannot_keep_the_promise_is_refused_in_one_line(

@@ -37,6 +37,10 @@ class Kube:
     def helm(self, *arguments: str) -> str:
         return self._run([self._helm, *arguments], None, check=True)
 
+    def shell(self, command: str) -> str:
+        """Run what people type into a shell, with this kubectl; what it printed."""
+        return self._run(["sh", "-c", f'kubectl() {{ {kubectl_path()} "$@"; }}\n{command}'], None, check=True)
+
     def apply(self, namespace: str, *objects: Mapping[str, Any]) -> None:
         items = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)})
         self.kubectl("apply", "--server-side", "--force-conflicts", f"--namespace={namespace}", "-f", "-", stdin=items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -32,6 +33,28 @@ def test_a_pool_is_ready_soon_after_the_install_and_the_chart_tests_itself(site:
     took = time.monotonic() - began
     show(f"seconds from helm install to a ready pool, images present: {took:.0f}")
     assert "leads" in site.kube.helm("test", RELEASE, f"--namespace={SYSTEM}", "--logs", "--timeout=230s")
+    follow_the_runbook(site, *site.submit(1))
+
+
+def follow_the_runbook(site: Site, task: str) -> None:
+    """Its first commands tell of the pool, a job, the operators and the workers."""
+    block = re.search(r"## Look\n+```console\n(.*?)```", (images.ROOT / "docs" / "runbook.md").read_text(), re.DOTALL)
+    assert block is not None
+    here = {
+        "-n celery-workerpool": f"-n {SYSTEM}", "ml/media": f"{site.namespace}/media", "-n ml": f"-n {site.namespace}",
+        "TASK_ID": task, "redis.ml": site.kube.get(site.namespace, "service", "redis")["spec"]["clusterIP"],
+    }  # fmt: skip
+    script = block.group(1)
+    for example, real in here.items():
+        assert example in script
+        script = script.replace(example, real)
+    pools, explain, job, operators, workers = script.removeprefix("$ ").split("\n$ ")
+    assert site.namespace in site.kube.shell(pools)
+    assert f"{site.namespace}/media  Active" in site.kube.shell(explain)
+    assert f"{task}  jobs." in site.kube.shell(job)
+    assert "[pod/celery-workerpool-" in site.kube.shell(operators)
+    # A pod that is being created has no log yet.
+    eventually(lambda: site.kube.shell(workers), lambda said: "[pod/media-" in said)
 
 
 def test_operators_at_rest_write_nothing_but_the_lease_and_take_little(site: Site, nodes: Cluster, show: Show) -> None:

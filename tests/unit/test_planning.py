@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workerpool_operator import breaker, drain, planning, rebalancing, scaling
-from workerpool_operator.model import WorkerPoolSpec, parse_spec
+from workerpool_operator.model import Replicas, WorkerPoolSpec, parse_spec
 from workerpool_operator.observation import (
     NO_ATTEMPTS,
     Attempts,
@@ -194,10 +194,15 @@ def test_jobs_that_run_elsewhere_call_for_the_slots_that_would_do_their_work() -
 
 
 def test_until_both_lengths_are_known_one_worker_is_ordered_for_what_runs_elsewhere() -> None:
-    for here, there in ((0, 0), (0, 9), (9, 0)):
-        ended = [Served(jobs, 10.0 * jobs) for jobs in (here, there)]
-        seen = reading(gpu=QueueReading(0, 0, 3, served=ended[0]), cpu=QueueReading(0, 3, 0, served=ended[1]))
+    some, none, instant = Served(9, 90.0), Served(), Served(9, 0.0)
+    for here, there in ((none, none), (none, some), (some, none), (some, instant)):
+        seen = reading(gpu=QueueReading(0, 0, 3, served=here), cpu=QueueReading(0, 3, 0, served=there))
         assert plan(seen)["gpu"].decision.replicas == 1
+
+
+def test_a_tier_that_is_decided_first_settles_no_job_elsewhere() -> None:
+    message = plan(reading(gpu=QueueReading(5, 0, 0), cpu=QueueReading(0, 0, 2)))["cpu"].decision.message
+    assert message.startswith("0 waiting + 0 in flight + 2 spilled need 1 worker ")
 
 
 @st.composite
@@ -767,3 +772,46 @@ def test_a_worker_that_is_ejected_is_neither_ready_nor_on_its_way_is_replaced_an
     for phase in (Phase.STOPPING, Phase.FAILING):
         seen = plan(reading(gpu=QueueReading(0, 0, 0, ejected)), gpu=replicas(2, Phase.READY, phase))["gpu"]
         assert seen.workers.count(phase) == 1, "that says more"
+
+
+GONE = TIERS["gpu"].model_copy(update={"replicas": Replicas(max=0)})
+WITHOUT_GPU = replace(POOL, spec=spec(tiers=POOL_TIERS[1:]), removed=(GONE,))
+EMPTY, NOBODY = QueueReading(0, 0, 0), TierReplicas(0)
+
+
+def removed(queue: QueueReading, live: TierReplicas, now: float, before: TierPlan | None = None) -> TierPlan:
+    memory = {"gpu": before.memory} if before else {}
+    *_, gpu = planning.plan(WITHOUT_GPU, reading(gpu=queue), {"cpu": replicas(1), "gpu": live}, memory, now)
+    return gpu
+
+
+def test_a_removed_tier_goes_once_nothing_has_been_left_of_it_for_a_while() -> None:
+    first = removed(EMPTY, NOBODY, NOW)
+    just_before = removed(EMPTY, NOBODY, NOW + planning.REMOVED_SECONDS - 0.1, first)
+    assert (first.lingers, just_before.lingers) == (True, True)
+    assert not removed(EMPTY, NOBODY, NOW + planning.REMOVED_SECONDS, just_before).lingers
+
+
+@pytest.mark.parametrize(
+    ("queue", "live"),
+    [
+        (QueueReading(1, 0, 0), NOBODY),
+        (QueueReading(0, 1, 0), NOBODY),
+        (replace(EMPTY, unclaimed=1), NOBODY),
+        (replace(EMPTY, lost=("w.1",)), NOBODY),
+        (replace(EMPTY, workers=(replace(worker("w"), scheduled=1),)), NOBODY),
+        (EMPTY, replicas(1)),
+        (EMPTY, replicas(0, Phase.STOPPING)),
+    ],
+    ids=["waiting", "in flight", "unclaimed", "lost", "scheduled", "ordered", "stopping"],
+)
+def test_whatever_is_left_of_a_removed_tier_begins_the_while_anew(queue: QueueReading, live: TierReplicas) -> None:
+    late = NOW + planning.REMOVED_SECONDS
+    left = removed(queue, live, late, removed(EMPTY, NOBODY, NOW))
+    assert left.removal == planning.Removal()
+    assert removed(EMPTY, NOBODY, late + 1, left).lingers
+
+
+def test_a_removed_tier_orders_nothing_for_what_spilled_from_it_and_is_not_tried_again() -> None:
+    left = removed(QueueReading(0, 0, 7, served=Served(10, 10.0, 10.0)), NOBODY, NOW)
+    assert (left.decision.replicas, left.breaker) == (0, None)

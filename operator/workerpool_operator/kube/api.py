@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from http import HTTPStatus
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import quote
 
 import aiohttp
@@ -15,9 +15,12 @@ from kubernetes.aio.client import ApiClient, Configuration
 
 APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"
+STEPS = "application/json-patch+json"
 
 TIMEOUT_SECONDS = 5.0
 """No pass waits longer than this for one answer."""
+
+_Body: TypeAlias = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 
 USER_AGENT = f"celery-workerpool/{version('celery-workerpool')}"
 
@@ -88,6 +91,10 @@ class Api:
         """Change some fields of an object."""
         return await self._request("PATCH", path, query, body, MERGE)
 
+    async def step(self, path: str, steps: Sequence[Mapping[str, Any]], **query: str) -> dict[str, Any]:
+        """Change an object by a JSON patch, all of it or nothing; a ``test`` that fails is answered with 422."""
+        return await self._request("PATCH", path, query, steps, STEPS)
+
     async def apply(self, path: str, body: Mapping[str, Any], manager: str) -> dict[str, Any]:
         """Server-side apply: create it or make the fields in ``body`` as they say, and own them."""
         return await self._request("PATCH", path, {"fieldManager": manager, "force": "true"}, body, APPLY)
@@ -118,9 +125,7 @@ class Api:
         finally:
             response.response.close()
 
-    async def _request(
-        self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any] | None, content_type: str
-    ) -> dict[str, Any]:
+    async def _request(self, method: str, path: str, query: Mapping[str, str], body: _Body, content_type: str) -> dict[str, Any]:
         if method != "GET":
             self._fence()
         try:
@@ -135,7 +140,7 @@ class Api:
         return _parse(raw)
 
     async def _send(
-        self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any] | None, content_type: str, patience: float
+        self, method: str, path: str, query: Mapping[str, str], body: _Body, content_type: str, patience: float
     ) -> Any:
         verb, url, headers, content, _ = await self._client.param_serialize(
             method,

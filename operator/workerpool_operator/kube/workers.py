@@ -55,6 +55,12 @@ class _Hindered(Exception):
     retry_after = 0.0
 
 
+class _Overtaken(_Hindered):
+    """A count is not any more what the next one was decided on; a later pass decides anew."""
+
+    passing = True
+
+
 @dataclass(frozen=True, slots=True)
 class _Trouble:
     """Why a tier's last write failed, how often in a row, and when it may be tried again: at once when the pool has changed."""
@@ -255,8 +261,16 @@ class KubeWorkers:
         return deployment(answer)
 
     async def _write_scale(self, pool: Pool, name: str, live: LiveDeployment, wanted: int) -> None:
-        body = {"spec": {"replicas": wanted}}
-        answer = await self._api.merge(_path(pool, name, "scale"), body, fieldManager=SCALE_MANAGER)
+        count: dict[str, Any] = {"path": "/spec/replicas"}
+        steps = [{**count, "op": "add", "value": wanted}]
+        if live.replicas:  # a Scale of none lacks the field
+            steps.insert(0, {**count, "op": "test", "value": live.replicas})
+        try:
+            answer = await self._api.step(_path(pool, name, "scale"), steps, fieldManager=SCALE_MANAGER)
+        except ApiError as error:
+            if error.status != HTTPStatus.UNPROCESSABLE_ENTITY:
+                raise
+            raise _Overtaken(f"Deployment {name} has not {live.replicas} replicas any more: {error}") from error
         version = answer["metadata"]["resourceVersion"]
         self._seen.deployments.amend(pool.namespace, name, version, replace(live, replicas=wanted))
 

@@ -131,6 +131,10 @@ def _configure(app: Celery, pool: str, tier: str) -> None:
 def refuse_what_cannot_be_kept(life: WorkerLife, controller: Any) -> None:
     """Check how the worker was started: exit with one line if the fence could not work, and correct what can be corrected."""
     try:
+        life.pool.check_configuration()
+    except NotConfigured as lost:
+        _refuse(str(lost))
+    try:
         policy = life.policy
     except PoolUnavailable:
         policy = None  # Celery waits for its broker; the tier cannot be checked now

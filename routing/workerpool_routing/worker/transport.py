@@ -1,8 +1,10 @@
-"""Kombu's Redis transport, different in three things.
+"""Kombu's Redis transport, for the connections of the app to its broker different in three things.
 
 * A message enters the in-flight keys by a script, so that its time is Redis's and not the host's.
 * A message that is delivered again gets a fresh delivery tag, so that a late acknowledgement of the old delivery finds nothing.
 * A lost connection puts nothing back: running jobs go on and are renewed, other messages are found by their age.
+
+A connection that a task's author opens without the app is Kombu's own: it acknowledges under other keys than the tier's.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from redis import RedisError
 from workerpool_routing import ledger
 from workerpool_routing.connection import unavailable_when_down
 from workerpool_routing.errors import PoolUnavailable
-from workerpool_routing.wire import PRESENCE_LIFE_MS
+from workerpool_routing.wire import PRESENCE_LIFE_MS, unacked_keys
 
 if TYPE_CHECKING:
     from workerpool_routing.worker.attempt import WorkerLife
@@ -140,6 +142,11 @@ class Channel(_OfThisWorker, kombu_redis.Channel):  # type: ignore[misc,unused-i
             return True
 
 
+def uses_the_tiers_keys(life: WorkerLife, transport_options: Mapping[str, Any]) -> bool:
+    """Whether a connection with these options keeps in the in-flight keys of this worker's tier what it has received."""
+    return unacked_keys(life.pool.name, life.tier).items() <= transport_options.items()
+
+
 class Transport(_OfThisWorker, kombu_redis.Transport):  # type: ignore[misc,unused-ignore]
     """The transport of this worker."""
 
@@ -147,8 +154,17 @@ class Transport(_OfThisWorker, kombu_redis.Transport):  # type: ignore[misc,unus
     queue = ""
     """From which the message comes that is being delivered."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._ours = uses_the_tiers_keys(self.life, self.client.transport_options)
+        if not self._ours:
+            self.Channel = super().Channel
+
     def _deliver(self, message: Any, queue: str) -> None:
         """Start what has come. What cannot be started is set aside; Celery would end this worker, and then the next one."""
+        if not self._ours:
+            super()._deliver(message, queue)
+            return
         task_id, tag, self.queue = "", "", queue
         try:
             task_id, tag = _names_in(message)
