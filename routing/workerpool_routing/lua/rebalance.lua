@@ -39,7 +39,7 @@ end
 redis.call('HSET', job, 'tier', other_tier, 'queue', other_queue, 'reason', reason, 'left', table.concat(left, ' '))
 redis.call('HDEL', job, 'missing_at', 'message')
 if #renewed <= tonumber(limit) then redis.call('HSET', job, 'message', renewed) end
-redis.call('EXPIRE', job, life)
+if redis.call('TTL', job) < tonumber(life) then redis.call('EXPIRE', job, life) end -- it is longer for one with an ETA
 redis.call('ZREM', waiting, id)
 redis.call('ZADD', other_waiting, since, id)
 if wanted == other_tier then redis.call('ZREM', spilled, id) else redis.call('ZADD', spilled, since, id) end
