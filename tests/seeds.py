@@ -71,10 +71,10 @@ def take(connection: Any, queue: str) -> Any:
     return connection.default_channel.basic_get(queue)
 
 
-def report(url: str, pool: Pool, tier: str, owner: str, *, busy: int = 0, age_ms: int = 0) -> None:
+def report(url: str, pool: Pool, tier: str, owner: str, *, busy: int = 0, slots: int = 1, age_ms: int = 0) -> None:
     """A worker's presence as the worker itself writes it, that long ago."""
     entry: dict[str, str | int | bool] = {
-        "owner": owner, "worker": owner.partition(".")[0], "tier": tier, "queue": "q", "slots": 1,
+        "owner": owner, "worker": owner.partition(".")[0], "tier": tier, "queue": "q", "slots": slots,
         "busy": busy,
     }  # fmt: skip
     call, presence = ledger.report(pool.keys, entry, ()), pool.keys.presence(tier)

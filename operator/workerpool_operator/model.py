@@ -24,6 +24,8 @@ from pydantic import (
 )
 from pydantic.alias_generators import to_camel
 
+from workerpool_routing.wire import TIER_NAME, TIER_NAME_LENGTH
+
 GROUP = "workerpool.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
@@ -36,8 +38,6 @@ BROKER_SCHEMES = ("redis://", "rediss://", "sentinel://")
 # Strict, as the API server: "4" is not a number and "yes" is not a boolean.
 Int = Annotated[int, Strict()]
 Bool = Annotated[bool, Strict()]
-
-_DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 
 
 class _Model(BaseModel):
@@ -220,7 +220,7 @@ def _checked_template(raw: object) -> dict[str, Any]:
 class Tier(_Model):
     """One Deployment of the pool and the queue that it serves."""
 
-    name: Annotated[str, StringConstraints(min_length=1, max_length=30, pattern=_DNS_LABEL)]
+    name: Annotated[str, StringConstraints(min_length=1, max_length=TIER_NAME_LENGTH, pattern=TIER_NAME)]
     queue: Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f,]+$")]
     accelerator: Accelerator | None = None
     concurrency: Annotated[Int, Field(ge=1, le=256)] = 1

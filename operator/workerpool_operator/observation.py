@@ -207,10 +207,10 @@ class BrokerReading:
 
 
 class Phase(StrEnum):
-    """Where one worker stands in its life: as the place shows it where it runs, but for the last three.
+    """The state of one worker: as the place where it runs shows it, except for the last three, which ``planning.py`` decides.
 
-    ``LATE`` has not come up long after it should have, ``LOST`` has reported once and fell silent, though the place takes minutes
-    to see it, ``EJECTED`` takes no jobs because its attempts fail: planning tells these.
+    ``LATE``: it should have come up long ago. ``LOST``: it has reported once and is silent now, which its place may take minutes
+    to see. ``EJECTED``: it takes no jobs because its attempts fail.
     """
 
     STARTING = "Starting"

@@ -343,7 +343,7 @@ def _not_after(memory: Memory, now: float) -> Memory:
 
 
 def latest_start(memory: Memory, ordered_at: float) -> float:
-    """How many seconds after it could begin a start has taken so long that nobody should count on it any more."""
+    """After how many seconds a start is no longer counted on; ``ordered_at`` is when it could begin."""
     return max(_ceiling(memory, ordered_at), START_SECONDS_UNTIL_KNOWN)
 
 

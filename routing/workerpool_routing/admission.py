@@ -114,6 +114,7 @@ def call(keys: Keyspace, question: Question, *, until: Milliseconds | None = Non
         ask["idempotent"] = keys.idempotent(known_as) if known_as else None
         ask["wait"] = None if entry.wait is None else f"{entry.wait:.17g}"
         ask["step"] = 1 + keys.step(entry.message.priority) if entry.publish else None
+        ask["later"] = entry.message.later
         parts = [entry.message.head, entry.message.tail]
     given = json.dumps({key: value for key, value in ask.items() if value is not None})
     return Call([], [_of_the_pool(keys, question.candidates, question.wanted), given, *parts])

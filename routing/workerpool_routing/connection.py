@@ -26,11 +26,24 @@ REQUEST_TIMEOUT_SECONDS = 0.25
 
 WORKER_TIMEOUT_SECONDS = 5.0
 WORKER_RETRIES = 8
-"""A worker outlasts a restart of Redis, or a while in which it takes no writes: it tries again for about ten seconds."""
+"""A worker outlasts a restart of Redis: it tries again for about ten seconds."""
 
 _BACKOFF = ExponentialBackoff(cap=2, base=0.1)
 
-_REFUSALS = ("READONLY", "OOM", "MISCONF", "LOADING", "MASTERDOWN", "NOREPLICAS", "NOAUTH", "WRONGPASS", "NOPERM", "BUSY")
+_REFUSALS = {
+    "READONLY": "it is a replica, so broker_url has to lead to its master",
+    "UNBLOCKED": "it has become a replica, so broker_url has to lead to its master",
+    "OOM": "raise its maxmemory, or remove what fills it",
+    "MISCONF": "it cannot save to its disk: see its log",
+    "LOADING": "it reads its data, and will answer",
+    "MASTERDOWN": "it is a replica without a master",
+    "NOREPLICAS": "too few of its replicas are connected",
+    "NOAUTH": "broker_url has no password",
+    "WRONGPASS": "broker_url has another user or password",
+    "NOPERM": "the user in broker_url may not do this",
+    "BUSY": "somebody's script keeps it busy",
+}
+"""By the code with which Redis answers that it does not do something now: what that means, or what to do."""
 
 
 class Refused(PoolUnavailable):
@@ -41,7 +54,9 @@ class Connection:
     """Scripts and plain commands on the broker of one app; safe to share between threads and to use after a fork."""
 
     def __init__(self, app: Celery, *, patient: bool, timeout: float = REQUEST_TIMEOUT_SECONDS) -> None:
-        """``patient``: retry as a worker does, rather than answer within ``timeout`` seconds as an API must."""
+        """``patient``: retry as a worker does, and wait while Redis refuses, rather than answer within ``timeout`` seconds as an
+        API must.
+        """
         self._app = app
         self._patient = patient
         self.timeout = WORKER_TIMEOUT_SECONDS if patient else timeout
@@ -74,10 +89,12 @@ class Connection:
                 with unavailable_when_down():
                     return self._scripts[name](keys=call.keys, args=call.args)
             except Refused as refused:
-                failures += 1
-                if not self._patient or failures > WORKER_RETRIES:
+                self.client.connection_pool.disconnect(inuse_connections=False)  # after a failover, the address leads elsewhere
+                if not self._patient:
                     raise
-                logger.warning("%s: asked again", refused)
+                if not failures:
+                    logger.warning("%s; asked again until it does", refused)
+                failures += 1
                 time.sleep(_BACKOFF.compute(failures))
 
     def now(self) -> Milliseconds:
@@ -103,8 +120,8 @@ def unavailable_when_down() -> Iterator[None]:
         # If a command within a script is refused, Redis 6 quotes the refusal; Redis 7 answers with it, and redis-py then takes
         # the code out of the text.
         said = f"{error.status_code or ''} {error}".strip()
-        if any(refusal in said for refusal in _REFUSALS):
-            raise Refused(f"Redis refuses: {said}") from error
+        if advice := next((advice for code, advice in _REFUSALS.items() if code in said), None):
+            raise Refused(f"Redis refuses: {said.partition(' script: ')[0].rstrip('.')} ({advice})") from error
         raise
     except (redis.ConnectionError, redis.TimeoutError) as error:
         raise PoolUnavailable(f"Redis does not answer: {error}") from error

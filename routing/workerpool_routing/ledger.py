@@ -70,6 +70,9 @@ millisecond between taking and recording it. More likely, workers without a fenc
 PLACES = 100
 """A job that moves to another queue finds its place, by age, among so many messages at the head of that queue."""
 
+PLACES_BYTES = 262_144
+"""Fewer, where they would be longer than this together: Redis serves nobody while it looks at them."""
+
 
 class State(StrEnum):
     """Where a job stands."""
@@ -326,7 +329,7 @@ def settle(
 
 def readmit(
     keys: Keyspace, task_id: str, *, attempt: int, tag: str, owner: str, tier: str, how: str, retries: int | None = None,
-    message: str = "", queue: str = "",
+    message: str = "", queue: str = "", later: int = 0,
 ) -> Call:  # fmt: skip
     """Arguments of ``readmit.lua``: the task's code has asked for another run, by a retry or by rejecting the message.
 
@@ -341,10 +344,11 @@ def readmit(
         retries: the number of retries that the code has asked for by now; None if it has rejected the message.
         message: the retry's message as published, so that a sweep can publish it again if it gets lost; empty if it cannot.
         queue: the queue that the retry went to.
+        later: in how many seconds the retry is due.
     """
     return Call(
         [keys.job(task_id), keys.held(owner), keys.waiting(tier)],
-        [task_id, attempt, tag, owner, JOB_LIFE_SECONDS, how, "" if retries is None else retries, message, queue],
+        [task_id, attempt, tag, owner, JOB_LIFE_SECONDS, how, "" if retries is None else retries, message, queue, later],
     )
 
 
@@ -422,7 +426,7 @@ def rebalance(keys: Keyspace, job: Job, source: TierPolicy, target: TierPolicy, 
         ],
         [
             job.task_id, job.attempt, source.name, raw, json.dumps(renewed), target.name, target.queue, Reason.REBALANCED,
-            JOB_LIFE_SECONDS, MESSAGE_LIMIT_BYTES, PLACES,
+            JOB_LIFE_SECONDS, MESSAGE_LIMIT_BYTES, PLACES, PLACES_BYTES,
         ],
     )  # fmt: skip
 
@@ -438,7 +442,12 @@ def hold(keys: Keyspace, tier: str, *, tag: str, value: str) -> Call:
     return Call([keys.unacked(tier), keys.unacked_index(tier)], [tag, value])
 
 
-def requeue(keys: Keyspace, tier: str, *, tag: str, raw: str, delivery_tag: str) -> Call:
+def check(keys: Keyspace, tier: str) -> Call:
+    """Arguments of ``check.lua``: does Redis take writes."""
+    return Call([keys.unacked_index(tier)], [])
+
+
+def requeue(keys: Keyspace, tier: str, *, tag: str, raw: str, delivery_tag: str, unrecorded: bool = False) -> Call:
     """Arguments of ``requeue.lua``: a message that nobody has claimed, or that is finishing, is to be delivered again.
 
     Args:
@@ -447,6 +456,7 @@ def requeue(keys: Keyspace, tier: str, *, tag: str, raw: str, delivery_tag: str)
         tag: the delivery tag under which it is in flight.
         raw: the value under that tag, as ``hold.lua`` has kept it: the message, "", and the queue that it came from.
         delivery_tag: a fresh one.
+        unrecorded: whether it is put back even if it is not in flight: the worker that took it could not record it.
     """
     message, _, queue = json.loads(raw)
     properties = {**message["properties"], "delivery_tag": delivery_tag}
@@ -455,7 +465,7 @@ def requeue(keys: Keyspace, tier: str, *, tag: str, raw: str, delivery_tag: str)
     task_id, attempt = str(headers.get("id")), carried(headers).get("attempt", "")
     return Call(
         [keys.unacked(tier), keys.unacked_index(tier), list_name, keys.job(task_id), keys.waiting(tier)],
-        [tag, json.dumps(renewed), queue, task_id, attempt, tier, retries_of(headers.get("retries"))],
+        [tag, json.dumps(renewed), queue, task_id, attempt, tier, retries_of(headers.get("retries")), int(unrecorded)],
     )
 
 

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from inspect import signature
 from typing import Any
 from uuid import uuid4
 
 import redis
 from celery import Celery, Task
+from kombu import Producer
 from kombu.exceptions import OperationalError
 
 from workerpool_routing.admission import Entry, Question
@@ -40,6 +42,7 @@ could publish a second time what a busy Redis has accepted late.
 """
 
 _RESERVED = ("queue", "exchange", "routing_key", "expires", "task_id", "router", "producer", "retry")
+_OPTIONS = frozenset(name for function in (Celery.send_task, Producer.publish) for name in signature(function).parameters)
 
 
 class WorkerPool:
@@ -159,8 +162,8 @@ class WorkerPool:
                 pool's ``acceleratedContentTypes``, the job goes to a plain tier.
             deadline: seconds from now by which it must have started; otherwise it expires.
             max_wait: the longest expected wait that is accepted, in seconds; None for the pool's ``maxWaitSeconds``.
-            idempotency_key: a second call with the same key within a day returns the first decision and queues nothing. An empty
-                key counts as none.
+            idempotency_key: a second call with the same key within a day, or until a day after the job's ETA, returns the first
+                decision and queues nothing. An empty key counts as none.
             options: further options of ``apply_async``.
 
         Raises:
@@ -169,14 +172,14 @@ class WorkerPool:
                 an idempotency key it is safe to call again.
             NotConfigured: the broker is not Redis, or the app's configuration was replaced after the WorkerPool was made.
             NoAcceleratedTier: the job requires an accelerator and the pool has no tier with one.
-            TypeError: ``task`` is not a task, or ``options`` contain something that submit() chooses itself.
+            TypeError: ``task`` is not a task, or ``options`` contain something that submit() chooses itself, or that
+                ``apply_async`` does not know.
             ValueError: ``accelerated``, ``deadline``, ``max_wait`` or ``idempotency_key`` has an impossible value.
             kombu.exceptions.EncodeError: the arguments cannot be serialised.
         """
-        if taken := [name for name in _RESERVED if name in options]:
-            raise TypeError(f"submit() chooses {', '.join(taken)} itself; use apply_async() to choose them")
         if not isinstance(task, Task):
             raise TypeError(f"task is {task!r}; give the task itself, as the Celery app has registered it")
+        _check(task, options)
         idempotency_key = _key(idempotency_key)
         task_id = str(uuid4())
         publish = partial(self._publish_undecided, task, args, kwargs, task_id, deadline, options)
@@ -361,6 +364,14 @@ def _is_a_time(seconds: float) -> bool:
     except (OverflowError, ValueError):  # infinite or in another age; not a number
         return False
     return True
+
+
+def _check(task: Task, options: Mapping[str, Any]) -> None:
+    """Refuse options that submit() chooses itself, and slips: Celery would make properties of the message of these."""
+    if taken := [name for name in _RESERVED if name in options]:
+        raise TypeError(f"submit() chooses {', '.join(taken)} itself; use apply_async() to choose them")
+    for name in options.keys() - _OPTIONS - signature(task.apply_async).parameters.keys():
+        raise TypeError(f"submit() has no option {name!r}, and neither has apply_async()")
 
 
 def _key(given: str | None) -> str | None:

@@ -17,7 +17,7 @@ key                       type    meaning
 ``job:<task id>``         hash    the ledger entry, see :mod:`workerpool_routing.ledger`
 ``spilled:<tier>``        zset    task ids that wanted the tier and wait or run elsewhere → time of admission
 ``routes``                hash    ``<tier>:<reason>`` → decisions so far
-``waiting:<tier>``        zset    task ids that are on their way to a worker → time of admission; where the sweep looks
+``waiting:<tier>``        zset    task ids that are on their way to a worker → time of admission, or ETA; where the sweep looks
 ``scheduled:<tier>``      string  messages with a future ETA that workers hold, to be subtracted from what is in flight
 ``leases:<tier>``         zset    leases of jobs whose message is not yet in the queue → when each of them expires
 ``idempotent:<key>``      hash    the decision that the first caller with that key got
@@ -53,6 +53,7 @@ own format (:func:`unacked_keys`).
 from __future__ import annotations
 
 import json
+import re
 from bisect import bisect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -74,7 +75,7 @@ CAPACITY_LIFE_MS = 10_000
 """Capacity expires after this long; from then on no slot counts as on its way."""
 
 JOB_LIFE_SECONDS = 86_400
-"""How long the ledger keeps a job after its last transition."""
+"""How long the ledger keeps a job after its last transition, or after its ETA."""
 
 ENDED_JOB_LIFE_SECONDS = 3_600
 """How long the ledger keeps a job that has ended."""
@@ -83,7 +84,7 @@ LEASE_MS = 3_000
 """How long a job counts on the tier that was chosen for it before its message is in the queue, at most."""
 
 IDEMPOTENCY_LIFE_SECONDS = 86_400
-"""For how long a second call with the same idempotency key gets the decision of the first."""
+"""For how long a second call with the same idempotency key gets the decision of the first; with an ETA, from then on."""
 
 MESSAGE_LIMIT_BYTES = 65_536
 """Until a job is claimed, the ledger keeps its message, to publish it again if it gets lost; but it keeps no longer one."""
@@ -111,6 +112,10 @@ ENV_GRACE = "WORKERPOOL_GRACE_SECONDS"
 
 ENV_PROBES = "WORKERPOOL_PROBES"
 """A directory for the files that probes look at: ``alive`` and ``ready``. Unset: none are written."""
+
+TIER_NAME = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+TIER_NAME_LENGTH = 30
+"""What may be the name of a tier: it is a part of the names of keys, and of its Deployment."""
 
 Milliseconds = NewType("Milliseconds", int)
 Wish = Literal[True, False, "required"]
@@ -258,7 +263,8 @@ class TierPolicy:
     """What the library must know of a tier.
 
     Attributes:
-        name: as in the WorkerPool resource; a worker is told it as ``WORKERPOOL_TIER``.
+        name: as in the WorkerPool resource; a worker is told it as ``WORKERPOOL_TIER``. Any other than :data:`TIER_NAME` is a
+            ValueError.
         queue: the Celery queue that its workers, and nobody else, consume.
         accelerated: whether its workers have an accelerator.
         concurrency: jobs that one of its workers runs at a time.
@@ -268,6 +274,13 @@ class TierPolicy:
     queue: str
     accelerated: bool
     concurrency: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.name) > TIER_NAME_LENGTH or not re.fullmatch(TIER_NAME, self.name):
+            raise ValueError(
+                f"the name of a tier is {self.name!r}; give lower-case letters, digits and dashes, no dash first or last, and at "
+                f"most {TIER_NAME_LENGTH} of them"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 from celery import Celery, signals
@@ -72,6 +73,14 @@ def work(endings: dict[str, str], seconds: float = 0) -> str:
     """Run for some seconds, end as told for this tier, else return the tier's name."""
     time.sleep(seconds)
     end(endings.get(TIER, "return"))
+    return TIER
+
+
+@app.task  # type: ignore[untyped-decorator]
+def held(path: str) -> str:
+    """Run as long as a file exists, whatever Redis does meanwhile."""
+    while Path(path).exists():
+        time.sleep(0.05)
     return TIER
 
 
@@ -142,11 +151,11 @@ def retried(self: Any, times: int, seconds: float = 0) -> tuple[str, int]:
 
 
 @app.task(bind=True)  # type: ignore[untyped-decorator]
-def retried_late(self: Any) -> None:
+def retried_late(self: Any, countdown: float = 0) -> None:
     """Ask for a retry when the gate is open, on an accelerator; fail elsewhere."""
     if TIER == "gpu":
         end("gate")
-        raise self.retry(countdown=0)
+        raise self.retry(countdown=countdown)
     raise ValueError("asked to fail")
 
 

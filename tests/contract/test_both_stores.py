@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from redis import Redis
 from workerpool_routing import Overloaded, PoolUnavailable, Reason, Tier, WorkerPool
 from workerpool_routing.decide import START_SECONDS
 from workerpool_routing.ledger import State
+from workerpool_routing.store import RedisStore
 from workerpool_routing.testing import Double, in_memory, workerpool_in_memory
 from workerpool_routing.wire import Capacity, TierCapacity
 
@@ -78,7 +80,7 @@ def app_of(url: str) -> Celery:
 def pool_and_seeds(request: pytest.FixtureRequest) -> Iterator[tuple[WorkerPool, Seeds]]:
     if request.param == "redis":
         url = request.getfixturevalue("redis_url")
-        pool = WorkerPool("ml/media", app_of(url), tiers=TIERS)
+        pool = WorkerPool("ml/media", app_of(url), tiers=TIERS, timeout=5)
         with Redis.from_url(url, decode_responses=True) as client:
             yield pool, RedisSeeds(client, pool)
     else:
@@ -279,6 +281,7 @@ def test_the_async_form_is_the_same_call(pool: WorkerPool, seeds: Seeds) -> None
         ({"idempotency_key": "\ud800"}, ValueError, "idempotency_key is .*not text"),
         ({"accelerated": "yes"}, ValueError, 'True, False or "required"'),
         ({"queue": "q"}, TypeError, "queue"),
+        ({"acelerated": True}, TypeError, "no option 'acelerated'"),
     ],
 )
 def test_a_bad_argument_is_named_and_nothing_is_queued(pool: WorkerPool, options: Any, error: Any, words: str) -> None:
@@ -335,3 +338,33 @@ def test_a_plain_delay_is_routed_by_the_double_too(workerpool_in_memory: Any) ->
     result = task.apply_async(("a",), headers={"workerpool": {"accelerated": "required"}})
     assert double.assert_routed(TASK, tier="gpu").task_id == result.id
     assert double.queue_length("gpu-jobs") == 1
+
+
+def let_pass(pool: WorkerPool, seconds: int) -> None:
+    """Take so much from the life of everything that is kept; the double keeps all of it for ever."""
+    if isinstance(pool.store, RedisStore):
+        client = pool.connection.client
+        for key in client.scan_iter():
+            if (left := client.ttl(key)) > 0:
+                client.expire(key, max(0, left - seconds))
+
+
+A_DAY = 86_400
+
+
+@pytest.mark.parametrize(
+    "ahead", [{"countdown": 3 * A_DAY}, {"eta": datetime.now(UTC) + timedelta(days=3)}], ids=["countdown", "eta"]
+)
+def test_a_job_that_is_to_start_in_days_is_on_the_ledger_until_a_day_later(pool: WorkerPool, ahead: dict[str, Any]) -> None:
+    first = submit(pool, idempotency_key="upload-7", **ahead)
+    routed = pool._app.tasks[TASK].apply_async(("a.wav",), headers={"workerpool": {"accelerated": True}}, **ahead).id
+    let_pass(pool, 3 * A_DAY + A_DAY // 2)
+    assert [getattr(pool.job(task_id), "state", None) for task_id in (first.task_id, routed)] == [State.ADMITTED] * 2
+    assert submit(pool, idempotency_key="upload-7", **ahead).task_id == first.task_id
+
+
+def test_a_job_without_an_eta_is_forgotten_a_day_after_it_was_heard_of_last(redis_url: str) -> None:
+    pool = WorkerPool("ml/media", app_of(redis_url), tiers=TIERS, timeout=5)
+    jobs = [submit(pool, **ahead).task_id for ahead in ({}, {"countdown": -3 * A_DAY})]
+    let_pass(pool, A_DAY + A_DAY // 2)
+    assert [pool.job(task_id) for task_id in jobs] == [None, None]

@@ -28,7 +28,7 @@ from workerpool_operator.ports import Pool
 from workerpool_operator.rebalancing import Transfer
 from workerpool_routing import WorkerPool, ledger
 from workerpool_routing.ledger import State
-from workerpool_routing.wire import CAPACITY_LIFE_MS, PRESENCE_LIFE_MS, Capacity, Policy, wake_channel
+from workerpool_routing.wire import CAPACITY_LIFE_MS, JOB_LIFE_SECONDS, PRESENCE_LIFE_MS, Capacity, Policy, wake_channel
 
 pytestmark = pytest.mark.contract
 
@@ -134,6 +134,20 @@ def test_presence_lives_by_the_clock_of_redis(redis_url: str, pool: Pool, monkey
     gpu = read(redis_url, pool).tiers["gpu"]
     assert {worker.owner: worker.busy for worker in gpu.workers} == {"here.1": 1, "late.2": 0}
     assert gpu.lost == ("lost.3",)
+
+
+def test_the_lost_of_long_ago_are_forgotten_when_a_worker_begins_with_slots_or_without(redis_url: str, pool: Pool) -> None:
+    a_day = 1000 * JOB_LIFE_SECONDS
+    workers = [("here.1", 1, 0), ("lately.1", 0, a_day - 600_000), ("drained.1", 0, a_day + 1), ("lost.1", 1, a_day + 1)]
+    for owner, slots, _ in workers:
+        report(redis_url, pool, "gpu", owner, slots=slots)
+    for owner, slots, age in reversed(workers):
+        report(redis_url, pool, "gpu", owner, slots=slots, age_ms=age)
+    with Redis.from_url(redis_url, decode_responses=True) as client:
+        assert client.hlen(pool.keys.presence("gpu")) == 4, "a report that is not the first costs no more with many lost"
+        report(redis_url, pool, "gpu", "new.1")
+        assert set(client.hkeys(pool.keys.presence("gpu"))) == {"here.1", "lately.1", "new.1"}
+        assert set(client.zrange(pool.keys.slots("gpu"), 0, -1)) == {"here.1/0", "new.1/0"}
 
 
 def test_a_restarted_redis_is_told_from_the_old_one(redis_url: str, pool: Pool) -> None:

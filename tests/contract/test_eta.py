@@ -1,4 +1,4 @@
-"""Messages with an ETA that is further away than the visibility time-out."""
+"""Messages with an ETA that is further away than the visibility time-out, or than the life of a ledger entry."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from contextlib import ExitStack
 from types import ModuleType
 
 import pytest
-from tests.contract.workers import worker
+from tests.contract.api_and_operator import claimed, submit
+from tests.contract.workers import parked, worker
 from tests.watching import until
+
+from workerpool_routing.ledger import State
 
 pytestmark = pytest.mark.contract
 
@@ -50,3 +53,16 @@ def test_what_takes_ten_times_the_visibility_timeout_or_starts_after_it_runs_onc
     assert int(client.get("eta-count")) == FAR_OFF
     assert int(client.get("eta-long")) == 1
     assert int(client.get(keys.scheduled("eta"))) == 0
+
+
+def test_a_retry_that_is_due_in_days_is_on_the_ledger_until_a_day_later_and_not_looked_for_before(two_tiers: ModuleType) -> None:
+    client, keys, days = two_tiers.pool.connection.client, two_tiers.pool.keys, 3 * 86_400
+    decision = submit(two_tiers, two_tiers.retried_late, days)
+    claimed(two_tiers, decision.task_id)
+    with parked(two_tiers):
+        client.set("gate", "open")
+        until(lambda: client.rpop("gpu-jobs"), "the retry is in the queue")
+        until(lambda: two_tiers.pool.job(decision.task_id).state is State.ADMITTED, "its author waits for it")
+        now = client.time()[0]
+        assert client.ttl(keys.job(decision.task_id)) > days + 3_600
+        assert client.zscore(keys.waiting("gpu"), decision.task_id) / 1000 > now + days - 3_600

@@ -569,7 +569,7 @@ def test_an_attempt_leaves_the_state_that_is_named_and_no_other(url: str) -> Non
             assert fence.world.job().state is (after if moved else found)
         for found in (State.ADMITTED, State.FINISHING, *ends):
             fence.world.client.hset(entry, "state", found)
-            assert not delivery.attempt.retry("", "")
+            assert not delivery.attempt.retry("", "", 0)
             assert fence.world.job().state is found
 
 
@@ -588,11 +588,37 @@ def test_how_long_a_task_takes_is_told_by_jobs_that_have_ended_and_not_by_revoke
         assert fence.world.client.hexists(fence.world.pool.keys.service("gpu"), "t") is (after in (State.DONE, State.FAILED))
 
 
+def test_a_claim_whose_answer_was_lost_is_answered_again_and_is_one_start(url: str) -> None:
+    Fence.url = url
+    fence = Fence()
+    fence.a_worker_takes_a_message(1)
+    (delivery,) = fence.world.deliveries
+    call = ledger.claim(
+        fence.world.pool.keys, JOB, attempt=1, tag=delivery.tag, owner=delivery.life.owner, tier="gpu", retries=0, moves_on=True,
+        no_result=False, name="this request",
+    )  # fmt: skip
+    assert [fence.connection.run("claim", call) for _ in range(2)] == [Claim.RUN, Claim.RUN]
+    assert fence.world.job().starts == {"gpu": 1}
+    fence.connection.client.close()
+    fence.world.client.close()
+
+
+def test_a_copy_from_before_a_retry_does_not_run_and_does_not_replace_the_retry_on_the_ledger(url: str) -> None:
+    with claimed(url) as (fence, delivery):
+        keys = fence.world.pool.keys
+        raw = fence.world.client.hget(keys.unacked("gpu"), delivery.tag)
+        assert delivery.attempt.retry("the retry", "gpu-tasks", 0)
+        assert delivery.attempt.claim(str) is Claim.STALE
+        back = ledger.requeue(keys, "gpu", tag=delivery.tag, raw=raw, delivery_tag="fresh")
+        assert fence.connection.run("requeue", back) == 1
+        assert fence.world.job().message == "the retry"
+
+
 def test_a_retry_of_a_job_that_the_ledger_does_not_know_goes_on_and_makes_no_entry(url: str) -> None:
     with claimed(url) as (fence, delivery):
         keys = fence.world.pool.keys
         fence.world.client.delete(keys.job(JOB))
-        assert delivery.attempt.retry("", "gpu-tasks")
+        assert delivery.attempt.retry("", "gpu-tasks", 0)
         assert not fence.world.client.exists(keys.job(JOB), keys.held(delivery.life.owner))
 
 
@@ -658,7 +684,7 @@ def test_a_retry_may_go_to_a_tier_that_its_job_has_left(url: str) -> None:
     fence.an_operator_moves_it_to_another_tier_whose_worker_may_take_it(away=True, steps=2)
     (delivery,) = fence.world.deliveries
     assert (delivery.life.tier, delivery.step) == ("cpu", "running")
-    assert delivery.attempt.retry("", "gpu-tasks")
+    assert delivery.attempt.retry("", "gpu-tasks", 0)
     assert not fence.world.client.exists(fence.world.pool.keys.held(delivery.life.owner))
     fence.connection.run("hold", ledger.hold(fence.world.pool.keys, "gpu", tag="retry", value="[]"))
     accelerated = WorkerLife(delivery.life.pool, "gpu", "gpu.other", fence.connection)

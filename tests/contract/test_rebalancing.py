@@ -112,8 +112,12 @@ def test_what_moves_overtakes_no_job_that_was_started_before_and_is_to_run_again
         assert line(client, pool.keys.queue_list("celery", 0)) == [failing, *waiting, there]
 
 
-def test_the_place_is_looked_for_near_the_head_alone(redis_url: str, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "PLACES", 2)
+@pytest.mark.parametrize(("limit", "to"), [("PLACES", 2), ("PLACES_BYTES", 1_500)])
+def test_the_place_is_looked_for_near_the_head_alone(
+    redis_url: str, pool: Pool, monkeypatch: pytest.MonkeyPatch, limit: str, to: int
+) -> None:
+    """A message is some 900 bytes long, so that 1,500 are two."""
+    monkeypatch.setattr(ledger, limit, to)
     publish(pool, "celery", 0, 0, 0)
     task_id = submit(pool)
     with Redis.from_url(redis_url, decode_responses=True) as client:

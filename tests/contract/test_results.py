@@ -122,27 +122,6 @@ def test_a_user_who_may_not_change_the_database_stores_results_all_the_same(
         assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=60) == "gpu"
 
 
-def test_a_result_waits_while_redis_takes_no_writes(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
-    client = two_tiers.app.backend.client
-    with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-full", tmp_path) as full:
-        decision = submit(two_tiers, two_tiers.work, {"gpu": "gate"})
-        claimed(two_tiers, decision.task_id)
-        try:
-            with client.pipeline() as at_once:
-                at_once.set("gate", "open")
-                at_once.config_set("maxmemory", 1)
-                at_once.execute()
-            until(lambda: ": asked again" in (tmp_path / "gpu-full.log").read_text(), "the end of the attempt is refused")
-            assert two_tiers.pool.job(decision.task_id).state is State.CLAIMED
-        finally:
-            client.config_set("maxmemory", 0)
-            client.delete("gate")
-        assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=60) == "gpu"
-        job = until(lambda: (seen := two_tiers.pool.job(decision.task_id)).state.ended and seen, "it has ended")
-        assert (job.state, job.starts) == (State.DONE, {"gpu": 1})
-        assert full.poll() is None
-
-
 def test_an_ignore_whose_end_does_not_get_through_is_entered_as_soon_as_redis_takes_it(
     url: str, two_tiers: ModuleType, tmp_path: Path
 ) -> None:

@@ -73,6 +73,31 @@ def test_the_job_of_a_lost_plain_worker_is_delivered_there_again(redis_url: str,
         assert again.headers["id"] == held.task_id
 
 
+def test_a_worker_that_leaves_takes_its_slots_and_what_it_scheduled_and_nothing_of_the_others(redis_url: str, pool: Pool) -> None:
+    with Redis.from_url(redis_url, decode_responses=True) as client:
+
+        def run(name: str, call: ledger.Call) -> None:
+            client.register_script(ledger.script(name))(keys=call.keys, args=call.args)
+
+        def seen() -> tuple[list[str], list[str], int]:
+            slots = sorted(client.zrange(pool.keys.slots("gpu"), 0, -1))
+            return sorted(client.hkeys(pool.keys.presence("gpu"))), slots, int(client.get(pool.keys.scheduled("gpu")))
+
+        def reports(owner: str, slots: int, scheduled: int) -> None:
+            entry: dict[str, str | int | bool] = {
+                "owner": owner, "worker": owner, "tier": "gpu", "slots": slots, "scheduled": scheduled,
+            }  # fmt: skip
+            run("presence", ledger.report(pool.keys, entry, ()))
+
+        reports("a.1", 3, 1)
+        reports("b.1", 2, 2)
+        reports("a.1", 2, 4)
+        assert seen() == (["a.1", "b.1"], ["a.1/0", "a.1/1", "b.1/0", "b.1/1"], 6)
+        for _ in range(2):
+            run("leave", ledger.leave(pool.keys, "gpu", "a.1"))
+            assert seen() == (["b.1"], ["b.1/0", "b.1/1"], 2)
+
+
 def test_a_job_that_is_acknowledged_already_is_left_alone(redis_url: str, pool: Pool) -> None:
     open_for_jobs(redis_url, pool)
     submit(pool)

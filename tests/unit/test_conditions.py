@@ -357,6 +357,12 @@ def test_an_advisory_pool_drains_nobody_and_says_so() -> None:
     assert "leave" not in advised.tiers[0].message
 
 
+def test_a_worker_that_was_marked_and_stops_by_now_is_counted_once_as_leaving() -> None:
+    gpu, cpu = plans({**IDLE, "gpu": workers(1, Phase.STOPPING, Phase.READY)})
+    status, _ = told([replace(gpu, drain=Drain(1, marks=frozenset({"w0", "w1"}))), cpu])
+    assert status.tiers[0].draining == 2
+
+
 def test_jobs_that_moved_are_told_for_a_minute_with_the_sentence_of_their_transfer() -> None:
     moved = [Moved(Transfer("gpu", "cpu", 4, "from gpu to cpu: no slot"), 7, NOON - TOLD_SECONDS + 1)]
     first, events = told(plans(IDLE), moved=moved)
@@ -436,6 +442,7 @@ def test_another_autoscaler_is_named_and_its_count_is_what_the_status_shows() ->
         (Served(20, 20 * 900.0, 20 * 900.0**2), "True"),
         (Served(20, 20 * 590.0, 20 * 590.0**2), "False"),
         (Served(20, 20 * 500.0, 20 * (500.0**2 + 60.0**2)), "True"),  # the mean ends in time, many do not
+        (Served(28, 2.800000000000001, 0.2800000000000002), "False"),  # all alike: rounding makes their variance negative
     ],
     ids=str,
 )
@@ -457,6 +464,7 @@ def test_a_tier_that_is_taken_out_of_routing_is_told_once_and_so_is_its_return()
         condition, previous = conditions(outcome)["TierBroken"], outcome[0].dump()
         told_so_far.append((condition.status, condition.reason, [(event.warning, event.reason) for event in outcome[1]]))
         assert condition.message.removeprefix("gpu: ") in outcome[0].tiers[0].message
+    assert conditions(told(plans(IDLE)))["TierBroken"].message == "every accelerated tier takes part in routing"
     assert told_so_far == [
         ("True", "AttemptsFail", [(True, "AttemptsFail")]),
         ("True", "AttemptsFail", []),

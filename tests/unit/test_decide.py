@@ -509,7 +509,7 @@ def test_the_script_is_asked_with_the_keys_of_every_candidate() -> None:
     }  # fmt: skip
     assert ask == {
         "id": "t1", "job": KEYS.job("t1"), "idempotent": KEYS.idempotent("upload-7"), "step": 3, "task": "media.t", "required": 0,
-        "refuses": True, "limit": 9.5,
+        "refuses": True, "limit": 9.5, "later": 0,
     }  # fmt: skip
     assert message == ["head", "tail"]
     assert (pool["capacity"], pool["routes"], pool["wake"]) == (KEYS.capacity, KEYS.routes, "prod-workerpool:wake")

@@ -265,16 +265,16 @@ def test_a_message_whose_headers_hold_words_is_put_back_all_the_same() -> None:
     worded = {**message, "headers": {**message["headers"], "workerpool": "required", "retries": "x"}}
     call = ledger.requeue(KEYS, "gpu", tag="a", raw=json.dumps([worded, *rest]), delivery_tag="fresh")
     assert json.loads(str(call.args[1]))["headers"]["workerpool"] == "required"
-    assert call.args[4:] == ["", "gpu", 0]
+    assert call.args[4:] == ["", "gpu", 0, 0]
 
 
 def test_what_the_code_has_asked_for_is_told_from_what_it_has_rejected() -> None:
     asked: dict[str, Any] = {"attempt": 2, "tag": "tag", "owner": "w.1", "tier": "gpu"}
-    retry = ledger.readmit(KEYS, "t1", **asked, how="retry", retries=1, message="m", queue="gpu-tasks")
+    retry = ledger.readmit(KEYS, "t1", **asked, how="retry", retries=1, message="m", queue="gpu-tasks", later=9)
     rejected = ledger.readmit(KEYS, "t1", **asked, how="rejected")
     assert retry.keys == rejected.keys == [KEYS.job("t1"), KEYS.held("w.1"), KEYS.waiting("gpu")]
-    assert retry.args == ["t1", 2, "tag", "w.1", JOB_LIFE_SECONDS, "retry", 1, "m", "gpu-tasks"]
-    assert rejected.args == ["t1", 2, "tag", "w.1", JOB_LIFE_SECONDS, "rejected", "", "", ""]
+    assert retry.args == ["t1", 2, "tag", "w.1", JOB_LIFE_SECONDS, "retry", 1, "m", "gpu-tasks", 9]
+    assert rejected.args == ["t1", 2, "tag", "w.1", JOB_LIFE_SECONDS, "rejected", "", "", "", 0]
 
 
 def test_the_claim_script_answers_in_the_words_of_the_library() -> None:

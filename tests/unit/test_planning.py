@@ -194,10 +194,15 @@ def test_jobs_that_run_elsewhere_call_for_the_slots_that_would_do_their_work() -
 
 
 def test_until_both_lengths_are_known_one_worker_is_ordered_for_what_runs_elsewhere() -> None:
-    for here, there in ((0, 0), (0, 9), (9, 0)):
-        ended = [Served(jobs, 10.0 * jobs) for jobs in (here, there)]
-        seen = reading(gpu=QueueReading(0, 0, 3, served=ended[0]), cpu=QueueReading(0, 3, 0, served=ended[1]))
+    some, none, instant = Served(9, 90.0), Served(), Served(9, 0.0)
+    for here, there in ((none, none), (none, some), (some, none), (some, instant)):
+        seen = reading(gpu=QueueReading(0, 0, 3, served=here), cpu=QueueReading(0, 3, 0, served=there))
         assert plan(seen)["gpu"].decision.replicas == 1
+
+
+def test_a_tier_that_is_decided_first_settles_no_job_elsewhere() -> None:
+    message = plan(reading(gpu=QueueReading(5, 0, 0), cpu=QueueReading(0, 0, 2)))["cpu"].decision.message
+    assert message.startswith("0 waiting + 0 in flight + 2 spilled need 1 worker ")
 
 
 @st.composite

@@ -82,6 +82,19 @@ def test_jobs_come_home_to_slots_that_start_them_sooner(
     assert moves(gpu, cpu, spilled) == moved
 
 
+def test_one_transfer_goes_to_one_tier_though_the_next_job_would_go_to_another() -> None:
+    policy = Policy((*POLICY.tiers, TierPolicy("big", "b", accelerated=False)))
+    (away,) = transfers(policy, {"gpu": load(9), "cpu": load(ready=1), "big": load(ready=1)}, {})
+    assert (away.target, away.jobs) == ("cpu", 1)
+
+
+def test_jobs_come_home_from_the_tier_where_they_wait_though_a_busy_one_would_take_longer() -> None:
+    policy = Policy((*POLICY.tiers, TierPolicy("big", "b", accelerated=False)))
+    loads = {"gpu": load(ready=8, service=5), "cpu": load(3, 4, 4, service=30), "big": load(0, 1, 1, service=900)}
+    (home,) = transfers(policy, loads, {"gpu": 9})
+    assert (home.source, home.target, home.jobs) == ("cpu", "gpu", 3)
+
+
 def test_the_transfer_says_why() -> None:
     (away,) = transfers(POLICY, {"gpu": load(2), "cpu": load(ready=1)}, {})
     assert away == Transfer(

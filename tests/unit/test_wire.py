@@ -170,7 +170,9 @@ slots = st.integers(0, 1000)
 wishes = st.sampled_from([True, False, "required"])
 policies = st.builds(
     Policy,
-    tiers=st.lists(st.builds(TierPolicy, names, names, st.booleans(), slots), max_size=4).map(tuple),
+    tiers=st.lists(st.builds(TierPolicy, st.text("az09", min_size=1, max_size=8), names, st.booleans(), slots), max_size=4).map(
+        tuple
+    ),
     accelerated_content_types=st.lists(names, max_size=3).map(tuple),
     tasks=st.lists(st.builds(TaskPolicy, names, wishes), max_size=3).map(tuple),
     fallback_on_failure=st.booleans(),
@@ -323,3 +325,9 @@ def test_a_message_without_the_header_gets_one(headers: Any) -> None:
     renewed = rewrite({"headers": headers, "properties": {}}, queue="celery", attempt=2, delivery_tag="new")
     assert renewed["headers"] == {wire.HEADER: {"attempt": 2}}
     assert renewed["properties"] == {"delivery_tag": "new", "delivery_info": {"exchange": "", "routing_key": "celery"}}
+
+
+@pytest.mark.parametrize("name", ["", "gpu:a", "GPU", "-gpu", "gpu-", "gpu\n", "g" * 31])
+def test_a_name_that_no_tier_of_a_resource_could_have_is_refused_in_code_too(name: str) -> None:
+    with pytest.raises(ValueError, match=r"the name of a tier is .* at most 30"):
+        TierPolicy(name, "jobs", accelerated=False)

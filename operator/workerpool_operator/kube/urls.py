@@ -80,7 +80,7 @@ class KubeUrls:
         return broker.address(url)
 
     def mark(self, pool: Pool) -> str:
-        """What tells this value of the Secret's key from another and gives nothing of it away; empty while none is known."""
+        """A fingerprint of the Secret's value, which does not reveal it; empty while the value is not known."""
         broker = pool.spec.broker
         if broker.url_from is None:
             return ""

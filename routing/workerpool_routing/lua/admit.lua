@@ -155,13 +155,13 @@ if ask.job then
     'tier', tier.name, 'queue', tier.queue, 'wanted', wanted.name, 'required', ask.required, 'reason', reason, 'wait', seconds,
     'admitted_at', now)
   if #message <= pool.message_limit then redis.call('HSET', ask.job, 'message', message) end
-  redis.call('EXPIRE', ask.job, pool.job_life)
-  redis.call('ZADD', tier.waiting, now, ask.id)
+  redis.call('EXPIRE', ask.job, pool.job_life + ask.later)
+  redis.call('ZADD', tier.waiting, now + ask.later * 1000, ask.id)
   redis.call('ZREMRANGEBYSCORE', tier.waiting, '-inf', now - pool.job_life * 1000)
 end
 if ask.idempotent then
   redis.call('HSET', ask.idempotent, 'id', ask.id, 'tier', tier.name, 'queue', tier.queue, 'reason', reason, 'wait', seconds)
-  redis.call('EXPIRE', ask.idempotent, pool.idempotency_life)
+  redis.call('EXPIRE', ask.idempotent, pool.idempotency_life + ask.later)
 end
 if ask.job and tier.name ~= wanted.name then
   redis.call('ZADD', wanted.spilled, now, ask.id)

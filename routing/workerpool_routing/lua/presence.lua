@@ -12,6 +12,9 @@ local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 
 local before = redis.call('HGET', presence, report.owner)
+-- Out of memory, Redis refuses a script's first write if it may need some, and no later one: this report takes the last one's place.
+redis.call('HDEL', presence, report.owner)
+local begins = not before
 before = before and cjson.decode(before) or {slots = 0, since = now}
 report.since, report.at = before.since, now
 local row, beside, till, again = unpack(redis.call('HMGET', outlier, 'row', 'beside', 'till', 'again'))
@@ -31,14 +34,13 @@ for n = 0, report.slots - 1 do redis.call('ZADD', slots, now, report.owner .. '/
 for n = report.slots, before.slots - 1 do redis.call('ZREM', slots, report.owner .. '/' .. n) end
 for i = 6, #ARGV do redis.call('ZADD', index, 'XX', clock[1] .. '.' .. string.format('%06d', clock[2]), ARGV[i]) end
 
--- Without an operator nobody takes over from the lost: forget them after a while.
-for _, slot in ipairs(redis.call('ZRANGEBYSCORE', slots, '-inf', now - life * 1000)) do
-  redis.call('ZREM', slots, slot)
-  local owner = string.match(slot, '^(.*)/%d+$')
-  local gone = redis.call('HGET', presence, owner)
-  if gone then
-    redis.call('DECRBY', scheduled, cjson.decode(gone).scheduled or 0)
-    redis.call('HDEL', presence, owner)
+-- Without an operator nobody takes over from the lost: a worker that begins forgets those of long ago.
+for _, other in ipairs(begins and redis.call('HVALS', presence) or {}) do
+  local gone = cjson.decode(other)
+  if gone.at < now - life * 1000 then
+    for n = 0, gone.slots - 1 do redis.call('ZREM', slots, gone.owner .. '/' .. n) end
+    redis.call('DECRBY', scheduled, gone.scheduled or 0)
+    redis.call('HDEL', presence, gone.owner)
   end
 end
 for _, key in ipairs({presence, slots, scheduled}) do redis.call('EXPIRE', key, life) end

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from uuid import uuid4
@@ -76,7 +77,8 @@ def install(pool: WorkerPool, app: Celery, environ: Mapping[str, str]) -> None:
     def rejected(message: Any, exc: Exception | None, **_: Any) -> None:
         task_id = str((message.headers or {}).get("id") or uuid4())
         raw = str(getattr(message, "_raw", ""))
-        life.set_aside(task_id, reason=f"not a task message: {exc!r}", message=raw, tag=message.delivery_tag)
+        reason = f"not a task message: {exc!r}"
+        life.soon(partial(life.set_aside, task_id, reason=reason, message=raw, tag=message.delivery_tag))
 
     app.on_after_finalize.connect(start_fencing, weak=False)  # a child that starts as a fresh interpreter gets no worker_init
     signals.worker_init.connect(start_main, weak=False)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from redis import RedisError
+
 from workerpool_routing import ledger
 from workerpool_routing.connection import Connection, unavailable_when_down
+from workerpool_routing.errors import PoolUnavailable
 from workerpool_routing.ledger import Claim, Job, Move, Result, State
 from workerpool_routing.policy import PolicySource
 from workerpool_routing.wire import MESSAGE_LIMIT_BYTES, Keyspace, Policy, carried, retries_of
@@ -58,6 +62,7 @@ class WorkerLife:
         owner: its name on the ledger.
         connection: to the ledger. A child process waits for Redis; the main process must not, to go on consuming and reporting.
         consumer: Celery's, once the worker is ready: its loop is where the main process asks again, and looks for work.
+        owed: what Redis did not take, see :meth:`soon`.
     """
 
     pool: WorkerPool
@@ -65,6 +70,7 @@ class WorkerLife:
     owner: str
     connection: Connection
     consumer: Any = None
+    owed: deque[Callable[[], object]] = field(default_factory=deque)
 
     @cached_property
     def keys(self) -> Keyspace:
@@ -106,6 +112,27 @@ class WorkerLife:
         """Run something in the main process after so many seconds."""
         self.consumer.timer.call_after(seconds, function)
 
+    def soon(self, do: Callable[[], object]) -> None:
+        """Do something now, or else as soon as Redis takes it: the presence thread tries again."""
+        try:
+            do()
+        except (PoolUnavailable, RedisError) as unavailable:
+            logger.warning("put off: %s", unavailable)
+            self.owed.append(do)
+
+    def catch_up(self) -> None:
+        """Try again what was put off."""
+        for _ in range(len(self.owed)):
+            do = self.owed.popleft()
+            try:
+                do()
+            except (PoolUnavailable, RedisError):
+                self.owed.append(do)
+
+    def check_writes(self) -> None:
+        """Raise PoolUnavailable if Redis takes no writes."""
+        self.connection.run("check", ledger.check(self.keys, self.tier))
+
     def look_for_work(self) -> None:
         """Wake the main process's loop because a slot is free; after a thread of the pool has freed one it would look a second
         later.
@@ -114,8 +141,8 @@ class WorkerLife:
 
     def set_aside(self, task_id: str, *, reason: str, message: str, tag: str = "") -> None:
         """Move a message that cannot be read to a key of its own, with the reason, and count it."""
-        logger.error("set aside task_id=%s in key %s: %s", task_id, self.keys.aside, reason)
         self.connection.run("aside", ledger.aside(self.keys, self.tier, task_id, tag=tag, reason=reason, message=message))
+        logger.error("set aside task_id=%s in key %s: %s", task_id, self.keys.aside, reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,15 +213,15 @@ class Attempt:
         answer = self._answer(State.CLAIMED, after, self.tag, self.life.owner, how="done", result=result)
         return None if answer == UNKNOWN_JOB else bool(answer)
 
-    def retry(self, message: str, queue: str) -> bool:
+    def retry(self, message: str, queue: str, later: int) -> bool:
         """Return to ``admitted``, to wait for the retry that the task's code has asked for.
 
-        Its message is kept for the sweep if it went to the tier's queue. False if another attempt counts by now; it may be the
-        retry itself, if a worker has claimed it already.
+        It is due in ``later`` seconds. Its message is kept for the sweep if it went to the tier's queue. False if another attempt
+        counts by now; it may be the retry itself, if a worker has claimed it already.
         """
         tier = self.life.policy.tier(self.life.tier)
         kept = bool(tier and tier.queue == queue and len(message) <= MESSAGE_LIMIT_BYTES)
-        return self._readmit("retry", retries=self.retries + 1, message=message if kept else "", queue=queue)
+        return self._readmit("retry", retries=self.retries + 1, message=message if kept else "", queue=queue, later=later)
 
     def reject(self) -> bool:
         """Return to ``admitted``, to be delivered again: the task's code has rejected the message and wants it back."""

@@ -45,7 +45,8 @@ RETRY_SECONDS = 2.0
 """How soon the main process asks again if the ledger did not answer; the worker goes on meanwhile."""
 
 _RETRIES = "workerpool_retries"
-"""Attribute of a request whose attempt has been claimed: the retries that the task's code has asked for, as (message, queue)."""
+"""Attribute of a request whose attempt has been claimed: the retries that the task's code has asked for, as (message, queue,
+seconds until it is due)."""
 
 
 def fence(task: Task, child: WorkerLife, main: WorkerLife) -> None:
@@ -85,7 +86,8 @@ def note_retry(body: Any, headers: dict[str, Any], properties: Mapping[str, Any]
             headers[HEADER] = {**header, ASKED_BY: (task.request.properties or {}).get("delivery_tag", "")}
         compression = getattr(task, "compression", None) or task.app.conf.task_compression
         encoding = {"serializer": task.serializer, "compression": compression}
-        retries.append((serialise(body, headers, properties, encoding=encoding).to(routing_key), routing_key))
+        retry = serialise(body, headers, properties, encoding=encoding)
+        retries.append((retry.to(routing_key), routing_key, retry.later))
 
 
 def settle_unknown(life: WorkerLife, message: Any, task: str) -> None:
@@ -150,7 +152,7 @@ class FencedTask(Task):
         try:
             result = self._start(*args, **kwargs)
         except Retry as asked:
-            if self._close(attempt, partial(attempt.retry, *(getattr(self.request, _RETRIES) or [("", "")])[-1])) is False:
+            if self._close(attempt, partial(attempt.retry, *(getattr(self.request, _RETRIES) or [("", "", 0)])[-1])) is False:
                 raise self._dropped(attempt, "it was taken over") from asked
             raise
         except Reject as rejected:
@@ -300,7 +302,7 @@ class FencedRequest:
         if attempt and lost and self._dealt_with(attempt, ledger.after_loss, "lost", error, again):
             return None
         if attempt and isinstance(error, Ignore):  # the child may not have reached the ledger
-            self._settle_soon(partial(attempt.settle, State.CLAIMED, State.DONE, how="ignored"))
+            self.life.soon(partial(attempt.settle, State.CLAIMED, State.DONE, how="ignored"))
         self._outcome = State.FAILED
         return super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc]
 
@@ -325,7 +327,7 @@ class FencedRequest:
             return
         self.acknowledged = True
         settled(self._message)
-        self._settle_soon(partial(attempt.acknowledge, self._outcome))
+        self.life.soon(partial(attempt.acknowledge, self._outcome))
         self.life.look_for_work()
 
     def reject(self, requeue: bool = False) -> None:
@@ -339,7 +341,7 @@ class FencedRequest:
         self._outcome = State.EXPIRED
         super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
         if attempt := self._attempt():
-            self._settle_soon(
+            self.life.soon(
                 lambda: attempt.settle_unclaimed(State.EXPIRED) or attempt.settle(State.CLAIMED, State.EXPIRED, how=reason)
             )
 
@@ -397,14 +399,6 @@ class FencedRequest:
         """
         super().acknowledge()  # type: ignore[misc]
         self.life.look_for_work()
-
-    def _settle_soon(self, settle: Callable[[], object]) -> None:
-        """Call ``settle``, now or as soon as Redis answers."""
-        try:
-            settle()
-        except (PoolUnavailable, RedisError) as unavailable:
-            logger.warning("not closed task_id=%s, asked again in %.0f s: %s", self.id, RETRY_SECONDS, unavailable)
-            self.life.call_later(RETRY_SECONDS, partial(self._settle_soon, settle))
 
     def _attempt(self) -> Attempt | None:
         message = self._message

@@ -37,6 +37,7 @@ class PresenceReporter:
         self._retiring = False
         self._marked = self._ejected = False
         self._draining = False
+        self._said = ""
         self._stopped = Event()
         self._thread: Thread | None = None
 
@@ -61,6 +62,11 @@ class PresenceReporter:
         self._probes.gone()
         self._thread.join(timeout=PRESENCE_PERIOD_SECONDS)
         life = self._life
+        life.catch_up()
+        if life.owed:
+            logger.warning(
+                "%d messages or ends of jobs could not be recorded: what is on the ledger is run again", len(life.owed)
+            )
         try:
             for tag in self._held_tags():
                 give_back(life, tag)
@@ -74,6 +80,8 @@ class PresenceReporter:
             try:
                 if due <= 0:
                     self._report()
+                    self._life.catch_up()
+                    self._said = ""
                     due = PRESENCE_PERIOD_SECONDS
                 else:
                     with unavailable_when_down():
@@ -84,7 +92,9 @@ class PresenceReporter:
                     self._consumer.call_soon(self._apply_mark)
                     due = 0.0
             except PoolUnavailable as unavailable:
-                logger.warning("presence: %s", unavailable)
+                if str(unavailable) != self._said:
+                    logger.warning("presence: %s; asked again until it does", unavailable)
+                self._said = str(unavailable)
             except Exception:
                 logger.exception("presence could not be reported")
             self._probes.touch(ready=not (self._draining or self._retiring))

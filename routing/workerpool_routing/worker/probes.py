@@ -58,4 +58,4 @@ class Probes:
             return True
         pool = self._consumer.pool
         runs_itself = pool.body_can_be_buffer and bool(state.active_requests)  # solo: the loop is busy with the task
-        return runs_itself or self._consumer.task_consumer is None
+        return runs_itself or self._consumer.connection is None

@@ -1,8 +1,10 @@
-"""Kombu's Redis transport, for the connections of the app to its broker different in three things.
+"""Kombu's Redis transport, for the connections of the app to its broker different in four things.
 
 * A message enters the in-flight keys by a script, so that its time is Redis's and not the host's.
 * A message that is delivered again gets a fresh delivery tag, so that a late acknowledgement of the old delivery finds nothing.
 * A lost connection puts nothing back: running jobs go on and are renewed, other messages are found by their age.
+* A Redis that refuses writes counts as a lost connection, and Celery connects again when it takes them. What the worker has
+  received and could not record, or could not put back, is kept until then.
 
 A connection that a task's author opens without the app is Kombu's own: it acknowledges under other keys than the tier's.
 """
@@ -11,8 +13,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from json import JSONDecodeError
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -22,6 +25,7 @@ from celery.worker import state
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from kombu.utils.json import dumps
+from redis import ConnectionError as RedisConnectionError
 from redis import RedisError
 
 from workerpool_routing import ledger
@@ -66,29 +70,30 @@ class QoS(_OfThisWorker, kombu_redis.QoS):  # type: ignore[misc,unused-ignore]
         # Kombu would note its exchange and routing key: only a connection that knows the binding can tell the queue from them.
         value = dumps([message._raw, "", self.channel.connection.queue])  # noqa: SLF001 as Kombu stores it
         call = ledger.hold(self.life.keys, self.life.tier, tag=delivery_tag, value=value)
-        with self.channel.conn_or_acquire() as client:  # the channel's own connection: Celery handles it when that breaks
-            client.eval(ledger.script("hold"), len(call.keys), *call.keys, *call.args)
+        try:
+            with self.channel.conn_or_acquire() as client:  # the channel's own connection: Celery handles it when that breaks
+                client.eval(ledger.script("hold"), len(call.keys), *call.keys, *call.args)
+        except RedisError:
+            self.life.owed.append(partial(put_back, self.life, delivery_tag, value))
+            raise
         virtual.QoS.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
         """Forget a message, even if it came over a connection that is closed by now: there Kombu would end the worker."""
-        if not self.channel.closed:
-            super().ack(delivery_tag)
-            return
-        life = self.life
-        with suppress(PoolUnavailable), unavailable_when_down():
-            life.connection.client.hdel(life.keys.unacked(life.tier), delivery_tag)
-            life.connection.client.zrem(life.keys.unacked_index(life.tier), delivery_tag)
+        virtual.QoS.ack(self, delivery_tag)
+        self.life.soon(partial(forget, self.life, delivery_tag))
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Put a message back, or forget it, even if its connection is closed by now."""
-        if not self.channel.closed:
-            super().reject(delivery_tag, requeue)
-        elif requeue:
-            with suppress(PoolUnavailable):  # then nobody renews the message, and it is found by its age
-                give_back(self.life, delivery_tag)
-        else:
+        if not requeue:
             self.ack(delivery_tag)
+            return
+        if not self.channel.closed:
+            with suppress(RedisError):
+                super().reject(delivery_tag, requeue=True)
+                return
+        virtual.QoS.ack(self, delivery_tag)
+        self.life.soon(partial(give_back, self.life, delivery_tag))
 
     def restore_visible(self, *_: Any, **__: Any) -> None:
         """Put back messages that nobody has renewed for the visibility time-out and then a presence life: the last resort if no
@@ -96,6 +101,11 @@ class QoS(_OfThisWorker, kombu_redis.QoS):  # type: ignore[misc,unused-ignore]
         """
         life = self.life
         client, index = life.connection.client, life.keys.unacked_index(life.tier)
+        try:
+            life.check_writes()
+        except PoolUnavailable:
+            self._overdue = {}  # nobody can renew anything now
+            return
         with suppress(PoolUnavailable), unavailable_when_down():
             seconds, _ = client.time()
             end = seconds - self.visibility_timeout
@@ -118,6 +128,20 @@ def settled(message: Any) -> None:
     virtual.QoS.ack(message.channel.qos, message.delivery_tag)
 
 
+def forget(life: WorkerLife, tag: str) -> None:
+    """Take a message out of the in-flight keys; raises PoolUnavailable."""
+    with unavailable_when_down(), life.connection.client.pipeline() as pipe:
+        pipe.hdel(life.keys.unacked(life.tier), tag)
+        pipe.zrem(life.keys.unacked_index(life.tier), tag)
+        pipe.execute()
+
+
+def put_back(life: WorkerLife, tag: str, value: str) -> None:
+    """Put a message back at the head of its queue that may not have been recorded as in flight; raises PoolUnavailable."""
+    call = ledger.requeue(life.keys, life.tier, tag=tag, raw=value, delivery_tag=str(uuid4()), unrecorded=True)
+    life.connection.run("requeue", call)
+
+
 def give_back(life: WorkerLife, tag: str) -> None:
     """Put an in-flight message back at the head of its queue, unless it is gone by now; raises PoolUnavailable."""
     with unavailable_when_down():
@@ -128,6 +152,16 @@ def give_back(life: WorkerLife, tag: str) -> None:
     life.connection.run("requeue", ledger.requeue(life.keys, life.tier, tag=tag, raw=raw, delivery_tag=str(uuid4())))
 
 
+@contextmanager
+def lost_when_refused() -> Iterator[None]:
+    """Let a refusal be for Celery what a lost connection is: it connects again, at growing intervals, until it can."""
+    try:
+        with unavailable_when_down():
+            yield
+    except PoolUnavailable as unavailable:
+        raise RedisConnectionError(str(unavailable)) from unavailable
+
+
 class Channel(_OfThisWorker, kombu_redis.Channel):  # type: ignore[misc,unused-ignore]
     """A channel of this worker."""
 
@@ -136,10 +170,22 @@ class Channel(_OfThisWorker, kombu_redis.Channel):  # type: ignore[misc,unused-i
     def _brpop_read(self, **options: Any) -> Any:
         """Read one message; text that is not JSON is set aside, where Kombu would end the worker."""
         try:
-            return super()._brpop_read(**options)
+            with lost_when_refused():
+                return super()._brpop_read(**options)
         except JSONDecodeError as error:
-            self.life.set_aside(str(uuid4()), reason=f"not a Celery message: {error}", message=error.doc)
+            reason = f"not a Celery message: {error}"
+            self.life.soon(partial(self.life.set_aside, str(uuid4()), reason=reason, message=error.doc))
             return True
+
+    def _receive(self) -> Any:
+        """Read what was published, and act on it."""
+        with lost_when_refused():
+            return super()._receive()
+
+    def maybe_refresh_binding_expiry(self) -> None:
+        """As Kombu does it; a refusal, on which it would log a traceback each second, is presence's to tell."""
+        with suppress(PoolUnavailable), unavailable_when_down():
+            super().maybe_refresh_binding_expiry()
 
 
 def uses_the_tiers_keys(life: WorkerLife, transport_options: Mapping[str, Any]) -> bool:
@@ -160,6 +206,13 @@ class Transport(_OfThisWorker, kombu_redis.Transport):  # type: ignore[misc,unus
         if not self._ours:
             self.Channel = super().Channel
 
+    def establish_connection(self) -> Any:
+        """Connect, if Redis takes writes: Kombu's first use of a connection is one, and Celery does not try that again."""
+        if self._ours:
+            with lost_when_refused():
+                self.life.check_writes()
+        return super().establish_connection()
+
     def _deliver(self, message: Any, queue: str) -> None:
         """Start what has come. What cannot be started is set aside; Celery would end this worker, and then the next one."""
         if not self._ours:
@@ -173,7 +226,8 @@ class Transport(_OfThisWorker, kombu_redis.Transport):  # type: ignore[misc,unus
             raise
         except Exception as error:  # noqa: BLE001 whatever else is wrong with it
             reason = f"not a Celery message: {error!r}"
-            self.life.set_aside(task_id or str(uuid4()), reason=reason, message=json.dumps(message), tag=tag)
+            text = json.dumps(message)
+            self.life.soon(partial(self.life.set_aside, task_id or str(uuid4()), reason=reason, message=text, tag=tag))
             self._forget(tag)
 
     def _forget(self, tag: str) -> None:
