@@ -197,7 +197,9 @@ class Operator:
         self._workers = KubeWorkers(api, self._seen, self._urls.mark)
         self._reporter = KubeReporter(api)
         self._reconciler = Reconciler(urls=self._urls, broker=self._broker, workers=self._workers, reporter=self, wake=self._wake)
-        self._metrics = Metrics(lambda: candidate.leads, lambda: self._reconciler.passes, lambda: self._reconciler.pools)
+        self._metrics = Metrics(
+            lambda: candidate.leads, lambda: self._reconciler.passes, lambda: self._reconciler.pools, self._refused
+        )
         self.endpoints = Endpoints(self._metrics, self.unhealthy, self.unready)
         self._tasks: list[asyncio.Task[None]] = []
         self._watched: dict[str, float] = {}
@@ -242,6 +244,9 @@ class Operator:
         if self._began is None:
             return "" if self._candidate.follows else "the Lease is not known yet"
         return "" if self._seen.complete else "the first listing is not complete"
+
+    def _refused(self) -> list[str]:
+        return [f"{namespace}/{name}" for (namespace, name), stored in self._seen.pools.items() if isinstance(stored, Refused)]
 
     def _registry(self) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()

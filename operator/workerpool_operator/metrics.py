@@ -6,7 +6,7 @@ is left out, never shown as zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from workerpool_operator.observation import BrokerReading, Unavailable
 from workerpool_operator.ports import Pool, Report
 from workerpool_operator.reconcile import Passes
+from workerpool_operator.status import ConditionType
 
 Family: TypeAlias = GaugeMetricFamily | CounterMetricFamily | SummaryMetricFamily
 
@@ -95,10 +96,17 @@ class Metrics(Collector):
         leads: whether this process acts now.
         passes: what the passes took so far.
         pools: the pools that there are now, by id.
+        refused: the ids of those that no pass takes up, because they are not valid.
     """
 
-    def __init__(self, leads: Callable[[], bool], passes: Callable[[], Passes], pools: Callable[[], Mapping[str, Pool]]) -> None:
-        self._leads, self._passes, self._pools = leads, passes, pools
+    def __init__(
+        self,
+        leads: Callable[[], bool],
+        passes: Callable[[], Passes],
+        pools: Callable[[], Mapping[str, Pool]],
+        refused: Callable[[], Collection[str]],
+    ) -> None:
+        self._leads, self._passes, self._pools, self._refused = leads, passes, pools, refused
         self._reports: dict[str, Report] = {}
 
     def saw(self, report: Report) -> None:
@@ -107,7 +115,8 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Family]:
         """Every metric, with a line for each pool, tier and so on that it is known of."""
-        self._reports = {name: report for name, report in self._reports.items() if name in self._pools()}
+        shown = self._pools().keys() - set(self._refused())
+        self._reports = {name: report for name, report in self._reports.items() if name in shown}
         families: dict[str, Any] = {metric.name: metric.family() for metric in ALL}
         for metric, labels, *numbers in self._samples():
             families[metric.name].add_metric(labels, *numbers)
@@ -118,6 +127,8 @@ class Metrics(Collector):
         yield LEADER, [], float(self._leads())
         yield PASSES, [], passes.ended, passes.seconds
         yield FAILURES, [], passes.errors
+        for name in self._refused():
+            yield CONDITION, [name, ConditionType.READY, "False"], 1.0
         for name, report in self._reports.items():
             reading = report.reading
             yield REACHABLE, [name], float(not isinstance(reading, Unavailable))

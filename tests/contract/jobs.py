@@ -56,6 +56,8 @@ def end(how: str) -> None:
         raise ValueError("asked to fail")
     if how == "cancel":
         raise asyncio.CancelledError
+    if how == "memory":
+        raise MemoryError("7.28 TiB")
     if how.startswith("repr"):
         raise Unprintable(how)
     if how == "kill":

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 from celery.exceptions import WorkerLostError
-from tests.contract.api_and_operator import claimed, outcome, submit
+from tests.contract.api_and_operator import admit, claimed, outcome, submit
 from tests.contract.workers import connections, cut_off_what_came_after, parked, worker
 from tests.watching import until
 
@@ -32,7 +32,7 @@ def test_an_accelerated_attempt_that_ends_badly_runs_once_more_on_the_plain_tier
     assert job.reason is (Reason.ATTEMPT_LOST if ending == "kill" else Reason.ATTEMPT_FAILED)
 
 
-@pytest.mark.parametrize("ending", ["cancel", "repr raises", "repr is no text"])
+@pytest.mark.parametrize("ending", ["memory", "cancel", "repr raises", "repr is no text"])
 def test_an_error_of_any_kind_is_a_failure(two_tiers: ModuleType, ending: str) -> None:
     decision = submit(two_tiers, two_tiers.work, {"gpu": ending})
     assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=60) == "cpu"
@@ -117,6 +117,59 @@ def test_a_job_that_began_before_its_deadline_falls_back_after_it(two_tiers: Mod
     client.set("gate", "open")
     assert outcome(two_tiers, decision.task_id) == (State.DONE, {"gpu": 1, "cpu": 1})
     client.delete("gate")
+
+
+def expired(raw: str) -> str:
+    """The same message when its deadline has passed, as another delivery."""
+    message = json.loads(raw)
+    message["headers"]["expires"] = "2001-01-01T00:00:00+00:00"
+    message["properties"]["delivery_tag"] = "late"
+    return json.dumps(message)
+
+
+def test_a_copy_that_comes_up_after_the_deadline_of_a_job_that_runs_stores_nothing(
+    url: str, two_tiers: ModuleType, tmp_path: Path
+) -> None:
+    client, keys, log = two_tiers.pool.connection.client, two_tiers.pool.keys, tmp_path / "cpu-two.log"
+    with parked(two_tiers, "cpu-a"), worker(url, "cpu", "cpu-jobs", "cpu-two", tmp_path, "-c", "2"):
+        decision = two_tiers.pool.submit(two_tiers.work, ({"cpu": "gate"},))
+        running = claimed(two_tiers, decision.task_id)
+        copy = expired(json.dumps(json.loads(client.hget(keys.unacked("cpu"), running.tag))[0]))
+        client.lpush("cpu-jobs", copy)
+        until(lambda: any(said in log.read_text() for said in ("its delivery is stale", "Discarding revoked")), "it came up")
+        assert two_tiers.app.AsyncResult(decision.task_id).state == "PENDING"
+        client.set("gate", "open")
+        assert outcome(two_tiers, decision.task_id) == (State.DONE, {"cpu": 1})
+        client.delete("gate")
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=60) == "cpu"
+
+
+def test_a_job_that_began_in_time_and_was_cut_off_runs_again_after_its_deadline(two_tiers: ModuleType) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    with parked(two_tiers, "cpu-a"):
+        decision = two_tiers.pool.submit(two_tiers.work, ({},))
+        message = expired(until(lambda: client.rpop("cpu-jobs"), "it waits"))
+        client.hset(keys.job(decision.task_id), mapping={"state": "claimed", "tag": "gone", "owner": "cpu-gone.1"})
+        client.lpush("cpu-jobs", message)
+    assert outcome(two_tiers, decision.task_id) == (State.DONE, {"cpu": 1})
+    assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=60) == "cpu"
+
+
+def test_whether_a_job_expires_is_asked_again_when_redis_takes_the_answer(
+    url: str, two_tiers: ModuleType, tmp_path: Path
+) -> None:
+    client, keys, log = two_tiers.pool.connection.client, two_tiers.pool.keys, tmp_path / "gpu-late.log"
+    with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-late", tmp_path):
+        signature = admit(two_tiers, two_tiers.add.s(1))
+        signature.apply_async(countdown=6, expires=6)
+        until(lambda: client.hlen(keys.unacked("gpu")), "it waits for its time in the worker")
+        client.config_set("maxmemory", 1)
+        try:
+            until(lambda: "undecided" in log.read_text(), "Redis takes nothing")
+        finally:
+            client.config_set("maxmemory", 0)
+        assert outcome(two_tiers, signature.options["task_id"]) == (State.EXPIRED, {})
+    assert two_tiers.app.AsyncResult(signature.options["task_id"]).state == "REVOKED"
 
 
 def test_a_child_that_dies_before_it_claims_has_started_the_job_too(two_tiers: ModuleType) -> None:

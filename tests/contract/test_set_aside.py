@@ -90,8 +90,10 @@ def test_what_is_no_text_is_set_aside_too(two_tiers: ModuleType) -> None:
     assert two_tiers.add.apply_async((1,), queue="cpu-jobs").get(timeout=60) == 2
 
 
-@pytest.mark.parametrize("corruption", ["state", "attempt", "kind"])
-def test_a_corrupted_ledger_entry_is_set_aside_with_its_message(two_tiers: ModuleType, corruption: str) -> None:
+@pytest.mark.parametrize(("corruption", "deadline"), [("state", None), ("attempt", None), ("kind", None), ("kind", 0.001)])
+def test_a_corrupted_ledger_entry_is_set_aside_with_its_message(
+    two_tiers: ModuleType, corruption: str, deadline: float | None
+) -> None:
     client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
     signature = admit(two_tiers, two_tiers.add.s(1))
     task_id = signature.options["task_id"]
@@ -100,7 +102,7 @@ def test_a_corrupted_ledger_entry_is_set_aside_with_its_message(two_tiers: Modul
         client.set(keys.job(task_id), "a string")
     else:
         client.hset(keys.job(task_id), corruption, "nonsense")
-    signature.apply_async()
+    signature.apply_async(expires=deadline)
     kept = json.loads(until(lambda: client.hget(keys.aside, task_id), "it is set aside"))
     assert kept["reason"] == "its ledger entry cannot be read"
     assert json.loads(json.loads(kept["message"])[0]["headers"]["id"] and kept["message"])[0]["headers"]["id"] == task_id

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
+from itertools import count
 from typing import Any
 from unittest.mock import AsyncMock
 
@@ -15,9 +17,10 @@ from tests.unit.pods import Object, container, raw_pod
 
 from workerpool_operator import planning
 from workerpool_operator.deployment import build
-from workerpool_operator.kube.api import Api
+from workerpool_operator.kube.api import Api, ApiError
 from workerpool_operator.kube.seen import Seen
 from workerpool_operator.kube.workers import TURNED_AWAY_SECONDS, KubeWorkers
+from workerpool_operator.model import Replicas
 from workerpool_operator.observation import BrokerReading, Phase, QueueReading, TierReplicas
 from workerpool_routing.wire import Milliseconds
 
@@ -59,6 +62,44 @@ def test_a_removed_tier_is_one_whose_deployment_the_pool_controls_and_names_no_m
     assert [(tier.name, tier.queue, tier.accelerated) for tier in workers.removed(without)] == [("gpu", GPU.queue, True)]
     assert workers.removed(replace(without, uid="another")) == ()
     assert workers.removed(replace(without, namespace="elsewhere")) == ()
+
+
+def test_another_autoscaler_has_the_count_once_there_is_a_deployment_to_scale() -> None:
+    """One that was there first would find 0 replicas, which it takes for switched off."""
+    gpu = GPU.model_copy(update={"replicas": Replicas(min=3, max=4)})
+    pool = replace(POOL, spec=POOL.spec.model_copy(update={"tiers": (gpu,)}))
+    seen, api = Seen(), AsyncMock(Api)
+    hpa = {"metadata": {"namespace": "ml", "name": "hpa", "resourceVersion": "1"}}
+    seen.autoscalers.put({**hpa, "spec": {"scaleTargetRef": {"kind": "Deployment", "name": "media-gpu"}}})
+    seen.complete = True
+    api.get.side_effect = ApiError(HTTPStatus.NOT_FOUND, "no such Deployment")
+    api.apply.side_effect = Stored()
+
+    async def one_pass() -> tuple[int, str]:
+        workers = KubeWorkers(api, seen, lambda _: "")
+        live = await workers.observe(pool)
+        assert isinstance(live, Mapping)
+        (plan,) = planning.plan(pool, BrokerReading({"gpu": QueueReading(0, 0, 0)}, "r1", Milliseconds(0)), live, {}, 0.0)
+        await workers.scale(pool, {"gpu": plan.drain.replicas}, frozenset())
+        return plan.decision.replicas, plan.workers.rival
+
+    assert asyncio.run(one_pass()) == (3, "")
+    deployment = seen.deployments.get("ml", "media-gpu")
+    assert deployment is not None
+    assert deployment.replicas == 3
+    assert asyncio.run(one_pass()) == (3, "HorizontalPodAutoscaler hpa")
+
+
+class Stored:
+    """Deployments as the API server answers after an apply."""
+
+    def __init__(self) -> None:
+        self._versions, self._replicas = count(1), 1
+
+    def __call__(self, _: str, manifest: Object, __: str) -> Object:
+        self._replicas = manifest["spec"].get("replicas", self._replicas)
+        metadata = {**manifest["metadata"], "resourceVersion": str(next(self._versions))}
+        return {**manifest, "metadata": metadata, "spec": {**manifest["spec"], "replicas": self._replicas}}
 
 
 def starting(live: TierReplicas) -> int:

@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 
 from workerpool_operator import main
+from workerpool_operator.kube.api import Api
 from workerpool_operator.kube.seen import PAGE, worker_pool
 from workerpool_operator.main import Operator
 from workerpool_operator.observation import Unavailable
@@ -145,6 +146,24 @@ def test_a_watch_that_does_nothing_makes_the_process_ask_for_its_restart() -> No
         assert operator.unhealthy() == ""
         operator._watched["pods"] -= main.SILENT_SECONDS + 1
         assert operator.unhealthy().startswith("the watch of pods has done nothing for ")
+
+    asyncio.run(scenario())
+
+
+def test_a_stored_pool_that_is_not_valid_is_in_the_metrics_until_it_is_gone() -> None:
+    async def scenario() -> None:
+        operator = Operator(AsyncMock(Api), [], Mock(leads=True))
+        wrong = {**stored("a"), "spec": {"app": "media.tasks"}}
+
+        def not_ready() -> list[str]:
+            samples = [sample for family in operator._metrics.collect() for sample in family.samples]
+            return [s.labels["pool"] for s in samples if s.labels.get("type") == "Ready" and s.labels["status"] == "False"]
+
+        for raw in (wrong, stored("b")):
+            await operator._on_pool({"type": "ADDED", "object": raw})  # type: ignore[typeddict-item]
+        assert not_ready() == ["ml/a"]
+        await operator._on_pool({"type": "DELETED", "object": wrong})  # type: ignore[typeddict-item]
+        assert not_ready() == []
 
     asyncio.run(scenario())
 

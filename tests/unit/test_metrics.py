@@ -39,11 +39,12 @@ READING = BrokerReading({"cpu": QUEUE}, "r1", Milliseconds(0), {"cpu:NoAccelerat
 OUTAGE = Unavailable("connection refused")
 
 
-def shown(reading: BrokerReading | Unavailable, *, gone: bool = False, pool: Pool = POOL) -> list[str]:
+def shown(reading: BrokerReading | Unavailable, *, gone: bool = False, refused: bool = False, pool: Pool = POOL) -> list[str]:
     known = None if isinstance(reading, Unavailable) else 12
     tier = TierStatus("cpu", 3, 1, 1, 1, 0, known, known and 2, known and 0, "BacklogExceedsCapacity", "12 waiting; wanted: 3")
     ready = Condition(ConditionType.READY, "True", "Working", "", 1)
-    exposed = Metrics(lambda: True, lambda: Passes(ended=4, seconds=0.5, errors=1), lambda: {} if gone else {POOL.id: POOL})
+    passes = Passes(ended=4, seconds=0.5, errors=1)
+    exposed = Metrics(lambda: True, lambda: passes, lambda: {} if gone else {POOL.id: POOL}, lambda: [POOL.id] if refused else [])
     exposed.saw(Report(pool, Status(1, (ready,), (tier,), known, known and 2, ""), reading))
     registry = CollectorRegistry()
     registry.register(exposed)
@@ -100,6 +101,12 @@ def test_what_is_not_known_is_left_out() -> None:
 
 def test_a_pool_that_is_gone_leaves_nothing_behind() -> None:
     assert not [line for line in shown(READING, gone=True) if "ml/media" in line]
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["just refused", "refused for long"])
+def test_a_pool_that_is_not_valid_is_shown_as_not_ready(gone: bool) -> None:
+    lines = [line for line in shown(READING, gone=gone, refused=True) if "ml/media" in line]
+    assert lines == ['workerpool_condition{pool="ml/media",status="False",type="Ready"} 1.0']
 
 
 def test_the_documentation_lists_every_metric_as_it_is() -> None:

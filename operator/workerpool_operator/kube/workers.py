@@ -138,9 +138,11 @@ class KubeWorkers:
     def _tier(self, pool: Pool, tier: Tier) -> TierReplicas:
         name = name_of(pool, tier)
         live = self._seen.deployments.get(pool.namespace, name)
-        desired, failure, rolling, pods = 0, "", False, self._replicas(pool, tier)
+        desired, failure, rolling, rival, pods = 0, "", False, "", self._replicas(pool, tier)
         if live is not None and _owned(live, pool, tier):
             desired, failure, rolling = live.replicas, live.failure, live.rolling
+            # Before there is a Deployment there is no count to leave to it: an autoscaler takes one of none for switched off.
+            rival = self._rival(pool, name)
         missing = desired - sum(replica.phase is not Phase.STOPPING for replica in pods)
         trouble = self._troubles.get((pool.uid, tier.name))
         if trouble is not None and trouble.shown:
@@ -148,7 +150,7 @@ class KubeWorkers:
         if failure:
             since = trouble.since if trouble else self._clock()
             pods += [Replica(name, Phase.FAILING, since, detail=failure)] * max(1, missing)
-        return TierReplicas(desired, tuple(pods), rolling, self._rival(pool, name))
+        return TierReplicas(desired, tuple(pods), rolling, rival)
 
     def _rival(self, pool: Pool, name: str) -> str:
         return next((other.words for other in self._seen.autoscalers.within(pool.namespace) if other.target == name), "")

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import partial
 from signal import SIGTERM
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from celery.utils.imports import symbol_by_name
 from celery.worker.state import task_ready
 from kombu.exceptions import EncodeError
 from kombu.utils.encoding import safe_repr
-from redis import RedisError
+from redis import RedisError, ResponseError
 
 from workerpool_routing import ledger
 from workerpool_routing.errors import JobLost, PoolUnavailable, TaskExited
@@ -298,12 +299,19 @@ class FencedRequest:
             self._drop()
             return None
         lost = isinstance(error, WorkerLostError | SystemExit) and not return_ok
+        if lost and self._already_cancelled and self._attempt():
+            return None  # this worker has stopped the child: another delivery runs the job
         again = partial(self.on_failure, exc_info, send_failed_event, return_ok)
         if attempt and lost and self._dealt_with(attempt, ledger.after_loss, "lost", error, again):
             return None
         if attempt and isinstance(error, Ignore):  # the child may not have reached the ledger
             self.life.soon(partial(attempt.settle, State.CLAIMED, State.DONE, how="ignored"))
         self._outcome = State.FAILED
+        if attempt and return_ok and isinstance(error, MemoryError):  # Celery would end the whole worker, and the jobs beside it
+            task_ready(self)
+            self.acknowledge()
+            self.send_event("task-failed", exception=safe_repr(error), traceback=exc_info.traceback)
+            return None
         return super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc]
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
@@ -336,6 +344,26 @@ class FencedRequest:
             self.acknowledge()
         super().reject(requeue)  # type: ignore[misc]
 
+    def revoked(self) -> bool:
+        """Whether the job is not to start, because it was revoked or expires; if that cannot be said, it is asked again later."""
+        try:
+            return bool(super().revoked())  # type: ignore[misc]
+        except PoolUnavailable as unavailable:
+            logger.warning("undecided task_id=%s, asked again in %.0f s: %s", self.id, RETRY_SECONDS, unavailable)
+            task_ready(self)
+            self.life.call_later(RETRY_SECONDS, partial(self.reject, requeue=True))
+            return True
+
+    def maybe_expire(self) -> bool:
+        """Whether its deadline passed before it began. Of one that began in time, the claim decides on what comes up later."""
+        attempt = self._attempt()
+        if attempt is None:
+            return bool(super().maybe_expire())  # type: ignore[misc]
+        try:
+            return datetime.now(self.expires.tzinfo) > self.expires and attempt.settle_unclaimed(State.EXPIRED)
+        except ResponseError:  # its entry cannot be read: the claim sets it aside
+            return False
+
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         """End a job that expired, was revoked before it started, or was terminated while it ran."""
         self._outcome = State.EXPIRED
@@ -351,19 +379,28 @@ class FencedRequest:
             super().cancel(pool, signal, emit_retry)  # type: ignore[misc]
             return
         with suppress(PoolUnavailable):  # then the worker's presence expires, and the job is taken over as a lost one
-            self.give_back()
-        task_ready(self)
-        self._already_cancelled = True
-        with suppress(NotImplementedError):  # solo and threads: the running task cannot be stopped, but no longer counts
-            pool.terminate_job(self.worker_pid, signal or SIGTERM)
+            self._release()
+        self._stop(pool, signal)
 
     def give_back(self) -> bool:
-        """Put the job back at the head of its queue, uncounted; False if it does not run here, or no longer does."""
+        """Put the job back at the head of its queue, uncounted, and stop it; False if it does not run here, or no longer does."""
+        if not self._release():
+            return False
+        self._stop(self.life.consumer.pool)
+        return True
+
+    def _release(self) -> bool:
         attempt = self._attempt()
         if attempt is None or not attempt.release():
             return False
         self.acknowledged = True  # the delivery is no longer this worker's
         return True
+
+    def _stop(self, pool: Any, signal: Any = None) -> None:
+        task_ready(self)
+        self._already_cancelled = True
+        with suppress(NotImplementedError):  # solo and threads: the running task cannot be stopped, but no longer counts
+            pool.terminate_job(self.worker_pid, signal or SIGTERM)
 
     def _dealt_with(
         self,
@@ -410,8 +447,10 @@ class FencedRequest:
     if TYPE_CHECKING:  # what Celery's Request brings
         id: str
         task: Any
+        expires: datetime
         worker_pid: int
         acknowledged: bool
+        send_event: Callable[..., None]
         _message: Any
         _already_cancelled: bool
         _already_revoked: bool
