@@ -13,9 +13,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from celery import Celery, signals
+from celery import Celery, bootsteps, signals
 from celery.exceptions import Ignore, Reject
-from kombu import Connection
+from kombu import Connection, Consumer, Queue
 
 from workerpool_routing import Tier, WorkerPool
 
@@ -37,6 +37,18 @@ given = None if os.environ.get("JOBS_WITHOUT_TIERS") else [*tiers, *further]
 pool = WorkerPool("test/jobs", app, tiers=given, timeout=5)
 if "JOBS_LATE_CONF" in os.environ:
     app.config_from_object(json.loads(os.environ["JOBS_LATE_CONF"]))
+
+
+class Letters(bootsteps.ConsumerStep):  # type: ignore[misc]
+    """A consumer of its author's, which keeps what it has received."""
+
+    def get_consumers(self, channel: Any) -> list[Consumer]:
+        """One consumer of the letters."""
+        return [Consumer(channel, queues=[Queue("letters")], on_message=lambda _: None)]
+
+
+if "JOBS_LETTERS" in os.environ:
+    app.steps["consumer"].add(Letters)
 
 
 class Unprintable(Exception):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 from kombu import Connection
 from tests.contract.api_and_operator import claimed, outcome, submit, swept
-from tests.contract.workers import parked
+from tests.contract.workers import parked, worker
 from tests.watching import until
 
 from workerpool_operator import salvage
@@ -73,6 +74,17 @@ def test_what_a_task_reads_by_a_connection_of_its_own_is_in_flight_nowhere_in_th
     until(lambda: not client.hlen(keys.unacked("cpu")), "nothing is held but the job, until it is acknowledged")
     assert (client.hlen(keys.plain_unacked), client.llen("mail")) == (0, 1), "Kombu puts back what was not acknowledged"
     client.delete("mail")
+
+
+def test_what_a_consumer_of_its_authors_holds_is_renewed(url: str, two_tiers: ModuleType, tmp_path: Path) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    with worker(url, "lone", "lone-jobs", "lone", tmp_path, env={"JOBS_LETTERS": "1"}):
+        with Connection(url) as connection, connection.SimpleQueue("letters") as letters:
+            letters.put("a")
+        (tag,) = until(lambda: client.hkeys(keys.unacked("lone")), "it is held")
+        received = client.zscore(keys.unacked_index("lone"), tag)
+        until(lambda: client.zscore(keys.unacked_index("lone"), tag) > received + 2, "it is renewed")
+    client.delete(keys.unacked("lone"), keys.unacked_index("lone"))
 
 
 def test_workers_alone_deliver_again_what_nobody_renews(two_tiers: ModuleType) -> None:

@@ -33,7 +33,7 @@ class PresenceReporter:
     def __init__(self, life: WorkerLife, *, worker: str, queue: str, probes: Probes) -> None:
         self._life, self._worker, self._queue, self._probes = life, worker, queue, probes
         self._consumer: Any = None
-        self._qos: Any = None
+        self._received: list[Any] = []
         self._retiring = False
         self._marked = self._ejected = False
         self._draining = False
@@ -148,14 +148,16 @@ class PresenceReporter:
         request.reject(requeue=True)
 
     def _held_tags(self) -> list[str]:
-        """The tags of all deliveries that this worker has not acknowledged: those of its channel, with a future ETA or not, and
-        those of jobs that have been running since before a reconnect.
+        """The tags of all deliveries that this worker has not acknowledged: those of its channels, of tasks with a future ETA or
+        not and of an author's own consumers, and those of jobs that have been running since before a reconnect.
         """
         task_consumer = self._consumer.task_consumer
         if task_consumer is not None:
-            self._qos = task_consumer.channel.qos
+            transport = task_consumer.channel.connection  # none if the channel is closed
+            channels = {task_consumer.channel, *(transport.channels if transport else ())}
+            self._received = [qos for channel in channels if (qos := channel._qos)]  # noqa: SLF001 to look is not to make one
         # At the end of a warm shutdown the consumer is gone, and not what it held; between two connections that is for others.
-        qos = self._qos if task_consumer is not None or self._stopped.is_set() else None
-        held = set(qos._delivered) - qos._dirty if qos else set()  # noqa: SLF001 kombu has no public name for it
+        received = self._received if task_consumer is not None or self._stopped.is_set() else []
+        held = {tag for qos in received for tag in set(qos._delivered) - qos._dirty}  # noqa: SLF001 kombu has no public name for it
         running = {request.message.delivery_tag for request in tuple(state.reserved_requests) if not request.acknowledged}
         return [*held | running]
