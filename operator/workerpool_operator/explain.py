@@ -12,7 +12,7 @@ from kubernetes.aio.config import ConfigException
 from workerpool_operator.broker import RedisBroker
 from workerpool_operator.explain_view import Explanation
 from workerpool_operator.kube.api import Api, ApiError, path_to
-from workerpool_operator.kube.seen import Refused, worker_pool
+from workerpool_operator.kube.seen import Leaving, Refused, worker_pool
 from workerpool_operator.kube.urls import KubeUrls
 from workerpool_operator.model import API_VERSION, PLURAL
 from workerpool_operator.observation import Unavailable
@@ -57,6 +57,8 @@ async def look_up(name: str) -> tuple[Pool, str | Unavailable]:
         (pool,) = pools
         if isinstance(pool, Refused):
             raise CannotExplain("\n".join([f"{namespace}/{own} is not a valid WorkerPool:", *map(str, pool.problems)]))
+        if isinstance(pool, Leaving):
+            raise CannotExplain(f"{namespace}/{own} is being deleted; its finalizers hold it: {', '.join(pool.finalizers)}")
         return pool, await _url(api, pool)
     except ApiError as error:
         raise CannotExplain(f"{api.host} did not return {namespace}/{own}: {error}") from error

@@ -26,7 +26,7 @@ from workerpool_operator.endpoints import Endpoints
 from workerpool_operator.kube.api import USER_AGENT, Api, ApiError
 from workerpool_operator.kube.lease import Candidate
 from workerpool_operator.kube.reporter import KubeReporter
-from workerpool_operator.kube.seen import AUTOSCALERS, PAGE, SELECTOR, Cache, Refused, Seen
+from workerpool_operator.kube.seen import AUTOSCALERS, PAGE, SELECTOR, Cache, Leaving, Refused, Seen
 from workerpool_operator.kube.urls import KubeUrls
 from workerpool_operator.kube.workers import KubeWorkers
 from workerpool_operator.metrics import Metrics
@@ -198,7 +198,7 @@ class Operator:
         self._reporter = KubeReporter(api)
         self._reconciler = Reconciler(urls=self._urls, broker=self._broker, workers=self._workers, reporter=self, wake=self._wake)
         self._metrics = Metrics(
-            lambda: candidate.leads, lambda: self._reconciler.passes, lambda: self._reconciler.pools, self._refused
+            lambda: candidate.leads, lambda: self._reconciler.passes, lambda: self._reconciler.pools, self._unserved
         )
         self.endpoints = Endpoints(self._metrics, self.unhealthy, self.unready)
         self._tasks: list[asyncio.Task[None]] = []
@@ -245,8 +245,8 @@ class Operator:
             return "" if self._candidate.follows else "the Lease is not known yet"
         return "" if self._seen.complete else "the first listing is not complete"
 
-    def _refused(self) -> list[str]:
-        return [f"{namespace}/{name}" for (namespace, name), stored in self._seen.pools.items() if isinstance(stored, Refused)]
+    def _unserved(self) -> list[str]:
+        return [f"{namespace}/{name}" for (namespace, name), stored in self._seen.pools.items() if not isinstance(stored, Pool)]
 
     def _registry(self) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()
@@ -337,7 +337,7 @@ class Operator:
         """Tell the pass about a WorkerPool as it is stored now."""
         stored = self._seen.pools.get(namespace, name)
         known = self._reconciler.pools.pop(f"{namespace}/{name}", None)
-        if known is not None and (stored is None or stored.uid != known.uid):
+        if known is not None and (stored is None or isinstance(stored, Leaving) or stored.uid != known.uid):
             await self._forget(known)
         if isinstance(stored, Pool):
             self._reconciler.pools[stored.id] = replace(stored, removed=self._workers.removed(stored))
@@ -345,6 +345,8 @@ class Operator:
                 self._wake.set()
         elif isinstance(stored, Refused):
             await self._reporter.refuse(stored)
+        elif isinstance(stored, Leaving):
+            await self._reporter.take_leave(stored)
 
     async def _forget(self, pool: Pool) -> None:
         """Clean up after a deleted WorkerPool; its Deployments are deleted by their owner references."""

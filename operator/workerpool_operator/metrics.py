@@ -96,7 +96,7 @@ class Metrics(Collector):
         leads: whether this process acts now.
         passes: what the passes took so far.
         pools: the pools that there are now, by id.
-        refused: the ids of those that no pass takes up, because they are not valid.
+        unserved: the ids of those that no pass takes up: they are not valid, or are being deleted.
     """
 
     def __init__(
@@ -104,9 +104,9 @@ class Metrics(Collector):
         leads: Callable[[], bool],
         passes: Callable[[], Passes],
         pools: Callable[[], Mapping[str, Pool]],
-        refused: Callable[[], Collection[str]],
+        unserved: Callable[[], Collection[str]],
     ) -> None:
-        self._leads, self._passes, self._pools, self._refused = leads, passes, pools, refused
+        self._leads, self._passes, self._pools, self._unserved = leads, passes, pools, unserved
         self._reports: dict[str, Report] = {}
 
     def saw(self, report: Report) -> None:
@@ -115,7 +115,7 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Family]:
         """Every metric, with a line for each pool, tier and so on that it is known of."""
-        shown = self._pools().keys() - set(self._refused())
+        shown = self._pools().keys() - set(self._unserved())
         self._reports = {name: report for name, report in self._reports.items() if name in shown}
         families: dict[str, Any] = {metric.name: metric.family() for metric in ALL}
         for metric, labels, *numbers in self._samples():
@@ -127,7 +127,7 @@ class Metrics(Collector):
         yield LEADER, [], float(self._leads())
         yield PASSES, [], passes.ended, passes.seconds
         yield FAILURES, [], passes.errors
-        for name in self._refused():
+        for name in self._unserved():
             yield CONDITION, [name, ConditionType.READY, "False"], 1.0
         for name, report in self._reports.items():
             reading = report.reading

@@ -13,6 +13,7 @@ from workerpool_operator.kube import seen
 from workerpool_operator.kube.api import Api, ApiError
 from workerpool_operator.kube.seen import (
     Cache,
+    Leaving,
     LiveAutoscaler,
     LivePod,
     Refused,
@@ -234,7 +235,12 @@ def test_a_stored_pool_that_is_not_valid_is_told_apart_from_one_that_is_going() 
     refused = worker_pool({"metadata": metadata, "spec": {"app": "media.tasks"}})
     assert isinstance(refused, Refused)
     assert {problem.field for problem in refused.problems} >= {"spec.broker", "spec.tiers"}
-    assert worker_pool({"metadata": {**metadata, "deletionTimestamp": "2026-01-01T00:00:00Z"}, "spec": {}}) is None
+    going = {**metadata, "deletionTimestamp": "2026-01-01T00:00:00Z"}
+    assert worker_pool({"metadata": going, "spec": {}}) is None
+    held = worker_pool(
+        {"metadata": {**going, "finalizers": ["backup.example/hold"]}, "spec": {}, "status": {"replicas": "gpu 1/1"}}
+    )
+    assert held == Leaving("ml", "media", "u", 2, {"replicas": "gpu 1/1"}, ["backup.example/hold"])
 
 
 def test_a_pool_that_makes_the_parser_fail_is_refused_with_what_went_wrong(
@@ -245,7 +251,7 @@ def test_a_pool_that_makes_the_parser_fail_is_refused_with_what_went_wrong(
 
     monkeypatch.setattr(seen, "parse_spec", fail)
     metadata = {"namespace": "ml", "name": "media", "uid": "u", "generation": 2, "resourceVersion": "1"}
-    pools: Cache[Pool | Refused] = Cache(worker_pool)
+    pools: Cache[Pool | Refused | Leaving] = Cache(worker_pool)
     for _ in range(2):
         pools.put({"metadata": metadata, "spec": {"app": "media.tasks"}})
     refused = pools.get("ml", "media")

@@ -168,6 +168,34 @@ def test_a_stored_pool_that_is_not_valid_is_in_the_metrics_until_it_is_gone() ->
     asyncio.run(scenario())
 
 
+def test_a_pool_that_is_deleted_and_held_by_a_finalizer_says_that_nothing_is_done_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "LAST_PASS_SECONDS", 0.0)
+
+    async def scenario() -> None:
+        api = AsyncMock(Api)
+        operator = Operator(api, [], Mock())
+        operator._seen.complete = True
+        published = AsyncMock()
+        monkeypatch.setattr(operator._broker, "forget", published)
+        pool, metadata = stored("a"), stored("a")["metadata"]
+        await operator._on_pool({"type": "ADDED", "object": pool})  # type: ignore[typeddict-item]
+        assert list(operator._reconciler.pools) == ["ml/a"]
+        held = {"deletionTimestamp": "2026-01-02T00:00:00Z", "finalizers": ["backup.example/hold"], "resourceVersion": "2"}
+        event = {"type": "MODIFIED", "object": {**pool, "metadata": {**metadata, **held}}}
+        for _ in range(2):
+            await operator._on_pool(event)  # type: ignore[arg-type]
+        assert not operator._reconciler.pools
+        published.assert_awaited_once()
+        api.merge.assert_awaited_once()
+        path, body = api.merge.await_args.args
+        assert path.endswith("/workerpools/a/status")
+        (ready,) = body["status"]["conditions"]
+        assert (ready["type"], ready["status"], ready["reason"]) == ("Ready", "False", "Deleting")
+        assert "backup.example/hold" in ready["message"]
+
+    asyncio.run(scenario())
+
+
 async def until(holds: Callable[[], object]) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not holds():

@@ -21,7 +21,7 @@ def test_the_runbook_has_every_condition_and_every_reason_by_its_name() -> None:
     literals = set(re.findall(r'"([A-Z][a-z]+(?:[A-Z][a-z]+)*)"', Path(conditions.__file__).read_text()))
     verdicts = literals - {"True", "False", "Unknown"}
     assert {"BrokerUnreadable", "WorkersEjected", "InTime"} <= verdicts
-    shown = {"InvalidSpec", *verdicts, *ConditionType, *scaling.Reason, *Reason, *Mode}
+    shown = {"InvalidSpec", "Deleting", *verdicts, *ConditionType, *scaling.Reason, *Reason, *Mode}
     assert sorted(name for name in shown if f"`{name}`" not in RUNBOOK) == []
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from workerpool_operator.deployment import MANAGER
 from workerpool_operator.kube.api import Api, ApiError, path_to
-from workerpool_operator.kube.seen import Refused
+from workerpool_operator.kube.seen import Leaving, Refused
 from workerpool_operator.model import API_VERSION, KIND, PLURAL
 from workerpool_operator.ports import Pool, Report
 from workerpool_operator.status import Condition, ConditionType, Event, Status, flips, stamp, worth_writing
@@ -53,29 +53,37 @@ class KubeReporter:
 
     async def refuse(self, refused: Refused) -> None:
         """Say that a stored resource is not valid; its workers are left as they are."""
-        sentence = "; ".join(str(problem) for problem in refused.problems)
-        ready = Condition(ConditionType.READY, "False", "InvalidSpec", sentence, refused.generation)
-        previous = self._previous(refused)
-        status = Status(
-            observed_generation=refused.generation,
-            conditions=stamp((ready,), previous, self._clock()),
-            tiers=(),
-            waiting=None,
-            in_flight=None,
-            replicas="",
-        )
-        await self._write(refused, status, flips(status, previous))
+        await self._set_aside(refused, "InvalidSpec", "; ".join(str(problem) for problem in refused.problems))
+
+    async def take_leave(self, leaving: Leaving) -> None:
+        """Say that a resource is being deleted, and whose finalizers hold it meanwhile."""
+        message = "it is being deleted, so that nothing is scaled or taken over any more; its workers go with it"
+        await self._set_aside(leaving, "Deleting", f"{message}, once these finalizers let it go: {', '.join(leaving.finalizers)}")
 
     def forget(self, uid: str) -> None:
         """Drop what is remembered of a resource that is gone."""
         self._written.pop(uid, None)
         self._troubles.pop(uid, None)
 
-    def _previous(self, subject: Pool | Refused) -> Mapping[str, Any]:
+    async def _set_aside(self, subject: Refused | Leaving, reason: str, message: str) -> None:
+        """Write the status of a resource that no pass takes up."""
+        ready = Condition(ConditionType.READY, "False", reason, message, subject.generation)
+        previous = self._previous(subject)
+        status = Status(
+            observed_generation=subject.generation,
+            conditions=stamp((ready,), previous, self._clock()),
+            tiers=(),
+            waiting=None,
+            in_flight=None,
+            replicas="",
+        )
+        await self._write(subject, status, flips(status, previous))
+
+    def _previous(self, subject: Pool | Refused | Leaving) -> Mapping[str, Any]:
         written = self._written.get(subject.uid)
         return written.status if written else subject.status
 
-    async def _write(self, subject: Pool | Refused, status: Status, events: Sequence[Event]) -> None:
+    async def _write(self, subject: Pool | Refused | Leaving, status: Status, events: Sequence[Event]) -> None:
         previous, now = self._previous(subject), self._clock()
         written, trouble = self._written.get(subject.uid), self._troubles.get(subject.uid)
         waits = trouble is not None and now < trouble.retry_at
@@ -84,7 +92,9 @@ class KubeReporter:
         for event in events:
             await self._write_event(subject, event, now)
 
-    async def _write_status(self, subject: Pool | Refused, status: Status, previous: Mapping[str, Any], now: float) -> None:
+    async def _write_status(
+        self, subject: Pool | Refused | Leaving, status: Status, previous: Mapping[str, Any], now: float
+    ) -> None:
         new = status.dump()
         # In a merge patch a field goes away by null only: an unknown number must not leave the old one standing.
         body = {"metadata": {"uid": subject.uid}, "status": dict.fromkeys(previous) | new}
@@ -102,7 +112,7 @@ class KubeReporter:
         self._troubles.pop(subject.uid, None)
         self._written[subject.uid] = _Written(new, now)
 
-    async def _write_event(self, subject: Pool | Refused, event: Event, now: float) -> None:
+    async def _write_event(self, subject: Pool | Refused | Leaving, event: Event, now: float) -> None:
         level = logging.WARNING if event.warning else logging.INFO
         _LOG.log(level, "%s/%s: %s: %s", subject.namespace, subject.name, event.reason, event.message)
         body = {

@@ -190,11 +190,23 @@ class Refused:
     problems: Sequence[Problem]
 
 
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """A WorkerPool that is deleted as soon as its finalizers let it go."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    status: Mapping[str, Any]
+    finalizers: Sequence[str]
+
+
 class Seen:
     """Every WorkerPool, and the Deployments and pods that carry the operator's label."""
 
     def __init__(self) -> None:
-        self.pools: Cache[Pool | Refused] = Cache(worker_pool)
+        self.pools: Cache[Pool | Refused | Leaving] = Cache(worker_pool)
         self.deployments: Cache[LiveDeployment] = Cache(deployment)
         self.pods: Cache[LivePod | TurnedAway] = Cache(pod)
         self.autoscalers: Cache[LiveAutoscaler] = Cache(autoscaler)
@@ -248,12 +260,13 @@ def autoscaler(raw: Mapping[str, Any], _before: LiveAutoscaler | None = None) ->
     return LiveAutoscaler(target["name"], f"HorizontalPodAutoscaler {metadata['name']}{made}")
 
 
-def worker_pool(raw: Mapping[str, Any], before: Pool | Refused | None = None) -> Pool | Refused | None:
-    """Parse a WorkerPool; None for one that is being deleted. One that makes the parser fail is refused, and harms no other."""
+def worker_pool(raw: Mapping[str, Any], before: Pool | Refused | Leaving | None = None) -> Pool | Refused | Leaving | None:
+    """Parse a WorkerPool; None for one that is as good as gone. One that makes the parser fail is refused, and harms no other."""
     metadata, status = raw["metadata"], raw.get("status") or {}
-    if "deletionTimestamp" in metadata:
-        return None
     namespace, name, uid, generation = (metadata[field] for field in ("namespace", "name", "uid", "generation"))
+    if "deletionTimestamp" in metadata:
+        held_by = metadata.get("finalizers")
+        return Leaving(namespace, name, uid, generation, status, held_by) if held_by else None
     try:
         spec = parse_spec(raw.get("spec"))
         unknown = () if isinstance(spec, list) else unknown_to_the_api_server(raw["spec"], spec)
