@@ -59,7 +59,7 @@ def _ours(raw: str) -> str | None:
     try:
         headers = json.loads(raw)["headers"]
         return str(headers["id"]) if headers[HEADER]["attempt"] == 1 else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

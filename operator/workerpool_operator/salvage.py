@@ -81,7 +81,7 @@ async def _unrenewed(client: Any, pool: Pool, tier: TierPolicy) -> list[str]:
         try:
             task_id = str(json.loads(raw)[0]["headers"]["id"])
             requeue = ledger.requeue(pool.keys, tier.name, tag=tag, raw=raw, delivery_tag=str(uuid4()))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             sentences.append(await _aside(client, pool, tier.name, tag, tag=tag, reason=f"no Celery message: {error!r}", raw=raw))
             continue
         try:
@@ -171,7 +171,7 @@ def _readable(messages: Iterable[str]) -> Iterable[Any]:
         try:
             message = json.loads(text)
             message["headers"]["id"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
         yield message
 

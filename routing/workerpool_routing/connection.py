@@ -73,6 +73,7 @@ class Connection:
             self._client = connect(
                 self._app,
                 decode_responses=True,
+                encoding_errors="surrogateescape",  # what is no text in a queue comes back as it went in, and ends no call
                 socket_timeout=self.timeout,
                 socket_connect_timeout=self.timeout,
                 retry=Retry(_BACKOFF, WORKER_RETRIES) if self._patient else impatient,

@@ -168,5 +168,5 @@ def _task_id(raw: str) -> str:
     """The id of a message's task; empty for text that is no message of Celery's."""
     try:
         return str(json.loads(raw)["headers"]["id"])
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return ""

@@ -490,6 +490,13 @@ def test_scheduled_messages_that_ran_since_the_last_report_make_no_slot_free(poo
     assert pool.status()["tiers"]["gpu"]["in_flight"] == 0
 
 
+@pytest.mark.parametrize("garbage", [b"\xff\xfe is no UTF-8", pytest.param(b"[" * 5000 + b"]" * 5000, id="deep")])
+def test_what_cannot_be_read_in_a_queue_counts_as_waiting_and_has_no_age(pool: WorkerPool, client: Any, garbage: bytes) -> None:
+    client.rpush("test-cpu-jobs", garbage)
+    cpu = pool.status()["tiers"]["cpu"]
+    assert (cpu["waiting"], cpu["oldest_wait"]) == (1, None)
+
+
 def test_workers_and_status_count_the_living(pool: WorkerPool, client: Any) -> None:
     seconds, _ = client.time()
     for tier, owner, busy, age in (("gpu", "g.1", 1, 0), ("gpu", "g.2", 0, 9), ("cpu", "c.1", 0, 0)):

@@ -389,8 +389,9 @@ def test_the_mean_length_of_a_tiers_jobs_is_plain_at_first_and_then_follows_the_
             client.hset(pool.keys.served("gpu"), "mean", mean)
 
 
-def test_what_is_no_text_ends_no_pass_and_is_kept_as_it_was(redis_url: str) -> None:
-    pool, garbage = make_pool(redis_url), b"\xff\xfe is no UTF-8"
+@pytest.mark.parametrize("garbage", [b"\xff\xfe is no UTF-8", pytest.param(b"[" * 5000 + b"]" * 5000, id="deep")])
+def test_what_cannot_be_read_ends_no_pass_and_is_kept_as_it_was(redis_url: str, garbage: bytes) -> None:
+    pool = make_pool(redis_url)
     open_for_jobs(redis_url, pool)
     with Redis.from_url(redis_url) as client:
         client.rpush("gpu-tasks", garbage)

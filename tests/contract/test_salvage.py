@@ -151,6 +151,26 @@ def test_a_job_that_vanishes_and_is_never_claimed_is_not_published_for_ever(redi
         assert not client.llen("gpu-tasks")
 
 
+def test_jobs_that_are_due_later_hide_none_that_is_lost(redis_url: str, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(salvage, "AT_ONCE", 2)
+    with celery_app(pool) as app, Redis.from_url(redis_url, decode_responses=True) as there:
+        router = WorkerPool(pool.id, app)
+        there.set(pool.keys.policy, planning.policy(pool.spec).dump())
+        task = app.tasks["tasks.work"]
+        *_, lost = [router.submit(task, accelerated="required", countdown=later).task_id for later in (3600, 3600, 3600, None)]
+        there.zincrby(pool.keys.waiting("gpu"), -2_000, str(lost))  # two seconds ago
+        there.delete("gpu-tasks")  # as if a worker held those of later, and one had died before it recorded the last
+
+    async def sentences() -> list[str]:
+        client = aioredis.Redis.from_url(redis_url, decode_responses=True)
+        said = await salvaged(client, pool)
+        await client.aclose()
+        return said
+
+    said = asyncio.run(sentences())
+    assert [str(lost) in sentence for sentence in said if "published again" in sentence] == [True]
+
+
 def test_the_last_of_what_is_set_aside_are_kept_and_all_are_counted(
     redis_url: str, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,18 @@ from workerpool_routing.ledger import State
 pytestmark = pytest.mark.contract
 
 
-@pytest.mark.parametrize("garbage", ["no json", '{"no": "message"}', "[]", '"text"'])
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        "no json",
+        '{"no": "message"}',
+        "[]",
+        '"text"',
+        pytest.param("[" * 5000 + "]" * 5000, id="deep"),
+        pytest.param("9" * 5000, id="a long number"),
+        '{"__type__": "datetime", "__value__": 5}',
+    ],
+)
 def test_what_is_no_message_is_set_aside_and_the_worker_goes_on(url: str, two_tiers: ModuleType, garbage: str) -> None:
     client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
     before = int(client.get(keys.aside_count) or 0)

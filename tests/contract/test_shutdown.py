@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tests.contract.api_and_operator import claimed, outcome, submit
-from tests.contract.workers import connections, cut_off_what_came_after, parked, worker
+from tests.contract.workers import connections, cut_off_what_came_after, group_lives, parked, worker
 from tests.seeds import now_of
 from tests.watching import until
 
@@ -138,6 +138,10 @@ def test_what_cannot_finish_within_the_grace_period_goes_back_uncounted(
         told = now_of(two_tiers.pool.connection.client)
         leaving.send_signal(signal.SIGTERM)
         until(lambda: two_tiers.pool.job(decision.task_id).owner != owner, "it was given back")
+        if pool == "prefork":  # what runs in a thread of the worker cannot be stopped
+            assert leaving.wait(60) is not None, "it has stopped the job, which waits for its gate"
+            until(lambda: not group_lives(leaving.pid), "its child is gone")
+            assert two_tiers.app.AsyncResult(decision.task_id).state == "PENDING"
     job = two_tiers.pool.job(decision.task_id)
     assert 5_000 < job.runs[0].ended - told < 8_000, "a quarter of the grace period is left for it"
     assert (job.attempt, job.losses, job.runs[0].how) == (1, 0, "given back")

@@ -299,6 +299,8 @@ class FencedRequest:
             self._drop()
             return None
         lost = isinstance(error, WorkerLostError | SystemExit) and not return_ok
+        if lost and self._already_cancelled and self._attempt():
+            return None  # this worker has stopped the child: another delivery runs the job
         again = partial(self.on_failure, exc_info, send_failed_event, return_ok)
         if attempt and lost and self._dealt_with(attempt, ledger.after_loss, "lost", error, again):
             return None
@@ -377,19 +379,28 @@ class FencedRequest:
             super().cancel(pool, signal, emit_retry)  # type: ignore[misc]
             return
         with suppress(PoolUnavailable):  # then the worker's presence expires, and the job is taken over as a lost one
-            self.give_back()
-        task_ready(self)
-        self._already_cancelled = True
-        with suppress(NotImplementedError):  # solo and threads: the running task cannot be stopped, but no longer counts
-            pool.terminate_job(self.worker_pid, signal or SIGTERM)
+            self._release()
+        self._stop(pool, signal)
 
     def give_back(self) -> bool:
-        """Put the job back at the head of its queue, uncounted; False if it does not run here, or no longer does."""
+        """Put the job back at the head of its queue, uncounted, and stop it; False if it does not run here, or no longer does."""
+        if not self._release():
+            return False
+        self._stop(self.life.consumer.pool)
+        return True
+
+    def _release(self) -> bool:
         attempt = self._attempt()
         if attempt is None or not attempt.release():
             return False
         self.acknowledged = True  # the delivery is no longer this worker's
         return True
+
+    def _stop(self, pool: Any, signal: Any = None) -> None:
+        task_ready(self)
+        self._already_cancelled = True
+        with suppress(NotImplementedError):  # solo and threads: the running task cannot be stopped, but no longer counts
+            pool.terminate_job(self.worker_pid, signal or SIGTERM)
 
     def _dealt_with(
         self,

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from json import JSONDecodeError
+from queue import Empty
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -24,7 +24,8 @@ import kombu.transport
 from celery.worker import state
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
-from kombu.utils.json import dumps
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import dumps, loads
 from redis import ConnectionError as RedisConnectionError
 from redis import RedisError
 
@@ -168,14 +169,35 @@ class Channel(_OfThisWorker, kombu_redis.Channel):  # type: ignore[misc,unused-i
     QoS = QoS
 
     def _brpop_read(self, **options: Any) -> Any:
-        """Read one message; text that is not JSON is set aside, where Kombu would end the worker."""
+        """Read one message as Kombu does; a text that cannot be read is set aside, where Kombu would end the worker."""
         try:
             with lost_when_refused():
-                return super()._brpop_read(**options)
-        except JSONDecodeError as error:
-            reason = f"not a Celery message: {error}"
-            self.life.soon(partial(self.life.set_aside, str(uuid4()), reason=reason, message=error.doc))
-            return True
+                item, queue = self._pop(**options)
+                try:
+                    message = loads(bytes_to_str(item))
+                except Exception as error:  # noqa: BLE001 bad syntax, too deep, too long a number, no value of its "__type__"
+                    reason, text = f"not a Celery message: {error!r}", item.decode(errors="surrogateescape")
+                    self.life.soon(partial(self.life.set_aside, str(uuid4()), reason=reason, message=text))
+                else:
+                    self.connection._deliver(message, queue)  # noqa: SLF001 as Kombu calls it
+        finally:
+            self._in_poll = None
+        return True
+
+    def _pop(self, **options: Any) -> tuple[bytes, str]:
+        """The next message, and its queue; raises Empty if none has come in time."""
+        client = self.client
+        try:
+            found = client.parse_response(client.connection, "BRPOP", **options)
+        except self.connection_errors:
+            client.connection.disconnect()
+            raise
+        if not found:
+            raise Empty
+        line, item = found
+        queue: str = bytes_to_str(line).rsplit(self.sep, 1)[0]
+        self._queue_cycle.rotate(queue)
+        return item, queue
 
     def _receive(self) -> Any:
         """Read what was published, and act on it."""
