@@ -231,6 +231,11 @@ def _rivals(found: Findings) -> _Verdict:
     if rivals := [f"{plan.tier.name}: {plan.workers.rival} scales it too" for plan in found.plans if plan.workers.rival]:
         message = f"{'; '.join(rivals)}; its count is left alone until that is deleted"
         return "True", "AnotherAutoscaler", message
+    if edited := [
+        f"{plan.tier.name}: {plan.workers.editor} changes its Deployment" for plan in found.plans if plan.workers.editor
+    ]:
+        message = f"{'; '.join(edited)} back after each repair; it is repaired less and less often until that leaves it alone"
+        return "True", "AnotherEditor", message
     return "False", "NoOtherAutoscaler", "no other autoscaler scales a tier"
 
 

@@ -253,6 +253,7 @@ class TierReplicas:
         replicas: those that exist.
         rolling: whether they are being replaced by workers of another template.
         rival: who else scales them, in words for the user; empty if nobody does.
+        editor: who changes what they are made from back after each repair, in words for the user; empty if nobody does.
         first_start: how many seconds a start is expected to take before one of the tier has been seen; None if the place where
             they run cannot tell.
     """
@@ -262,6 +263,7 @@ class TierReplicas:
     rolling: bool = False
     rival: str = ""
     first_start: float | None = None
+    editor: str = ""
 
     def count(self, phase: Phase) -> int:
         """How many are in that phase."""

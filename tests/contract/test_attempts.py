@@ -161,7 +161,7 @@ def test_whether_a_job_expires_is_asked_again_when_redis_takes_the_answer(
     client, keys, log = two_tiers.pool.connection.client, two_tiers.pool.keys, tmp_path / "gpu-late.log"
     with parked(two_tiers), worker(url, "gpu", "gpu-jobs", "gpu-late", tmp_path):
         signature = admit(two_tiers, two_tiers.add.s(1))
-        signature.apply_async(countdown=6, expires=6)
+        signature.apply_async(countdown=12, expires=12)
         until(lambda: client.hlen(keys.unacked("gpu")), "it waits for its time in the worker")
         client.config_set("maxmemory", 1)
         try:

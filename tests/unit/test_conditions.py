@@ -434,6 +434,14 @@ def test_another_autoscaler_is_named_and_its_count_is_what_the_status_shows() ->
     assert [event.reason for event in outcome[1] if event.warning] == ["AnotherAutoscaler"]
 
 
+def test_whoever_changes_a_deployment_back_after_each_repair_is_named() -> None:
+    outcome = told(plans({**IDLE, "cpu": replace(workers(3, Phase.READY), editor="image-updater")}))
+    condition = conditions(outcome)["AutoscalerConflict"]
+    assert (condition.status, condition.reason) == ("True", "AnotherEditor")
+    assert condition.message.startswith("cpu: image-updater changes its Deployment back after each repair")
+    assert [event.reason for event in outcome[1] if event.warning] == ["AnotherEditor"]
+
+
 @pytest.mark.parametrize(
     ("served", "status"),
     [

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
-from itertools import count
+from itertools import count, pairwise
 from typing import Any
 from unittest.mock import AsyncMock
 
@@ -19,7 +19,7 @@ from workerpool_operator import planning
 from workerpool_operator.deployment import build
 from workerpool_operator.kube.api import Api, ApiError
 from workerpool_operator.kube.seen import Seen
-from workerpool_operator.kube.workers import TURNED_AWAY_SECONDS, KubeWorkers
+from workerpool_operator.kube.workers import CALM_SECONDS, REPAIRS_AT_ONCE, TURNED_AWAY_SECONDS, KubeWorkers
 from workerpool_operator.model import Replicas
 from workerpool_operator.observation import BrokerReading, Phase, QueueReading, TierReplicas
 from workerpool_routing.wire import Milliseconds
@@ -90,15 +90,57 @@ def test_another_autoscaler_has_the_count_once_there_is_a_deployment_to_scale() 
     assert asyncio.run(one_pass()) == (3, "HorizontalPodAutoscaler hpa")
 
 
+def test_a_rival_that_changes_a_deployment_back_is_repaired_less_and_less_often_and_named() -> None:
+    seen, api, stored, now = Seen(), AsyncMock(Api), Stored(), CREATED.timestamp()
+    seen.complete = True
+    api.get.side_effect = ApiError(HTTPStatus.NOT_FOUND, "no such Deployment")
+    api.apply.side_effect = stored
+    api.step.side_effect = lambda *_, **__: {"metadata": {"resourceVersion": str(next(stored.versions))}}
+    workers = KubeWorkers(api, seen, lambda _: "", lambda: now)
+    pool = replace(POOL, spec=POOL.spec.model_copy(update={"tiers": (GPU,)}))
+
+    def one_pass(replicas: int = 1) -> int:
+        applied = api.apply.await_count
+        asyncio.run(workers.scale(pool, {"gpu": replicas}, frozenset()))
+        return int(api.apply.await_count - applied)
+
+    def editor() -> str:
+        tiers = asyncio.run(workers.observe(pool))
+        assert isinstance(tiers, Mapping)
+        return tiers["gpu"].editor
+
+    def edit() -> None:
+        seen.deployments.put(stored("", {**build(pool, GPU, ""), "spec": {"template": {}}}, "", by="image-updater"))
+
+    while one_pass():
+        pass
+    repaired_at: list[float] = []
+    while len(repaired_at) < 10:
+        edit()
+        if one_pass():
+            repaired_at.append(now)
+            assert editor() == ("image-updater" if len(repaired_at) >= REPAIRS_AT_ONCE else "")
+        now += 0.5
+    pauses = [after - before for before, after in pairwise(repaired_at)]
+    assert pauses == [0.5, 0.5, 1, 2, 4, 8, 16, 30, 30]
+    edit()
+    assert one_pass(replicas=3) == 0
+    api.step.assert_awaited_once()
+    assert editor() == "image-updater"
+    now += CALM_SECONDS
+    assert editor() == "", "it has left it alone"
+
+
 class Stored:
     """Deployments as the API server answers after an apply."""
 
     def __init__(self) -> None:
-        self._versions, self._replicas = count(1), 1
+        self.versions, self._replicas = count(1), 1
 
-    def __call__(self, _: str, manifest: Object, __: str) -> Object:
+    def __call__(self, _: str, manifest: Object, __: str, by: str = "") -> Object:
         self._replicas = manifest["spec"].get("replicas", self._replicas)
-        metadata = {**manifest["metadata"], "resourceVersion": str(next(self._versions))}
+        entries = [{"manager": by, "operation": "Update", "time": "2026-01-01T00:00:00Z"}] if by else []
+        metadata = {**manifest["metadata"], "resourceVersion": str(next(self.versions)), "managedFields": entries}
         return {**manifest, "metadata": metadata, "spec": {**manifest["spec"], "replicas": self._replicas}}
 
 

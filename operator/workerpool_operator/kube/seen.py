@@ -50,6 +50,7 @@ class LiveDeployment:
         tier: the tier that it was built for; None where that cannot be told.
         rolling: pods are being replaced by those of another template.
         broker_mark: what its pods are annotated with.
+        editor: the field manager of whoever else wrote to it last; empty if nobody has.
     """
 
     uid: str
@@ -63,6 +64,7 @@ class LiveDeployment:
     tier: Tier | None
     rolling: bool
     broker_mark: str
+    editor: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +298,7 @@ def deployment(raw: Mapping[str, Any], _before: LiveDeployment | None = None) ->
         tier=tier_of(raw),
         rolling=_rolling(raw.get("status") or {}),
         broker_mark=_annotations(spec.get("template", {})).get(BROKER_MARK, ""),
+        editor=_editor(metadata),
     )
 
 
@@ -412,6 +415,12 @@ def _owns_replicas(metadata: Mapping[str, Any], manager: str) -> bool:
         and "f:replicas" in (entry.get("fieldsV1") or {}).get("f:spec", {})
         for entry in metadata.get("managedFields") or ()
     )
+
+
+def _editor(metadata: Mapping[str, Any]) -> str:
+    ours = (TEMPLATE_MANAGER, SCALE_MANAGER)
+    others = [e for e in metadata.get("managedFields") or () if e.get("manager") not in ours and not e.get("subresource")]
+    return max(others, key=lambda entry: entry.get("time", ""))["manager"] if others else ""
 
 
 def _fingerprint(metadata: Mapping[str, Any], spec: Mapping[str, Any]) -> str:

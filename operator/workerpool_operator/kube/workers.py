@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -41,6 +42,12 @@ PASSING_TRIES = 3
 
 TURNED_AWAY_SECONDS = 30.0
 """How long it counts against the pods that no node has taken in yet when one was turned away; the next is made at once."""
+
+REPAIRS_AT_ONCE = 3
+"""So often in a row a Deployment is repaired at once; after that pauses grow, because each repair replaces pods."""
+
+CALM_SECONDS = 60.0
+"""Repairs are in a row if no more than this lies between two of them."""
 
 LEAVING_COST = str(-(2**31))
 """The deletion cost of a pod that is drained: the least that there is, because a template may give its pods one of its own."""
@@ -73,6 +80,26 @@ class _Trouble:
     retry_at: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Repairs:
+    """How often in a row a Deployment was repaired, when the last time was, and who had edited it."""
+
+    times: int = 0
+    at: float = -math.inf
+    editor: str = ""
+
+    def again(self, editor: str, now: float) -> _Repairs:
+        return _Repairs(self.times + 1 if now - self.at <= CALM_SECONDS else 1, now, editor)
+
+    @property
+    def next_at(self) -> float:
+        pause = min(2.0 ** (self.times - REPAIRS_AT_ONCE), LONGEST_PAUSE_SECONDS)
+        return self.at + (pause if self.times >= REPAIRS_AT_ONCE else 0.0)
+
+    def fought(self, now: float) -> bool:
+        return self.times >= REPAIRS_AT_ONCE and now - self.at <= CALM_SECONDS
+
+
 _Part: TypeAlias = tuple[str, str]
 """The uid of a pool, and the name of a tier."""
 
@@ -101,6 +128,7 @@ class KubeWorkers:
         # What was applied, and what the API server made of it: as long as both stand there is nothing to repair.
         self._settled: dict[_Part, tuple[str, str]] = {}
         self._troubles: dict[_Part, _Trouble] = {}
+        self._repairs: dict[_Part, _Repairs] = {}
 
     def removed(self, pool: Pool) -> tuple[Tier, ...]:
         """The tiers of Deployments that the pool has made and names no more."""
@@ -131,7 +159,7 @@ class KubeWorkers:
 
     def forget(self, pool: Pool) -> None:
         """Drop what is remembered of a pool that is gone."""
-        for kept in (self._settled, self._troubles):
+        for kept in (self._settled, self._troubles, self._repairs):
             for part in [part for part in kept if part[0] == pool.uid]:
                 del kept[part]
 
@@ -150,10 +178,14 @@ class KubeWorkers:
         if failure:
             since = trouble.since if trouble else self._clock()
             pods += [Replica(name, Phase.FAILING, since, detail=failure)] * max(1, missing)
-        return TierReplicas(desired, tuple(pods), rolling, rival)
+        return TierReplicas(desired, tuple(pods), rolling, rival, editor=self._editor(pool, tier))
 
     def _rival(self, pool: Pool, name: str) -> str:
         return next((other.words for other in self._seen.autoscalers.within(pool.namespace) if other.target == name), "")
+
+    def _editor(self, pool: Pool, tier: Tier) -> str:
+        repairs = self._repairs.get((pool.uid, tier.name), _Repairs())
+        return (repairs.editor or "somebody") if repairs.fought(self._clock()) else ""
 
     def _replicas(self, pool: Pool, tier: Tier) -> list[Replica]:
         """The tier's workers; a pod that no node has taken in fails where the one before it was turned away."""
@@ -241,6 +273,8 @@ class KubeWorkers:
         # While the Secret cannot be read the pods keep the mark that they have: another one would replace them all.
         manifest = build(pool, tier, self._broker_mark(pool) or (live.broker_mark if live else ""))
         part, name, digest = (pool.uid, tier.name), name_of(pool, tier), _digest(manifest)
+        settled, repairs, now = self._settled.get(part), self._repairs.get(part, _Repairs()), self._clock()
+        edited = settled is not None and settled[0] == digest
         if live is None:
             created = {**manifest, "spec": {**manifest["spec"], "replicas": wanted}}
             live = await self._apply(pool, created, TEMPLATE_MANAGER)
@@ -249,11 +283,13 @@ class KubeWorkers:
             # Left out by its only owner the field would fall back to 1.
             count = {"metadata": {"name": name}, "spec": {"replicas": live.replicas}}
             await self._apply(pool, {"apiVersion": "apps/v1", "kind": "Deployment", **count}, SCALE_MANAGER)
-        elif self._settled.get(part) == (digest, live.fingerprint):
+        elif settled == (digest, live.fingerprint) or (edited and now < repairs.next_at):
             return live
         applied = await self._apply(pool, manifest, TEMPLATE_MANAGER)
         if applied.fingerprint != live.fingerprint:
             _LOG.info("%s %s: Deployment %s differed from its WorkerPool, repaired", pool.id, tier.name, name)
+            if edited:
+                self._repairs[part] = repairs.again(live.editor, now)
         self._settled[part] = (digest, applied.fingerprint)
         return applied
 
