@@ -168,9 +168,9 @@ def _out(found: Findings) -> tuple[str, str] | None:
 
 
 def _silent(plan: TierPlan, now: float) -> bool:
-    """Whether workers have been ready for a while without a report: then the library is not in their app."""
+    """Whether workers have been ready for a while and none ever reported: then the library is not in their app."""
     since = min((r.ready_at for r in plan.workers.replicas if r.phase is Phase.READY and r.ready_at is not None), default=now)
-    return plan.queue is not None and not plan.queue.workers and now - since > PRESENCE_LIFE_MS / 1000
+    return plan.queue is not None and not plan.queue.workers and not plan.reported and now - since > PRESENCE_LIFE_MS / 1000
 
 
 def _details(plan: TierPlan, phase: Phase) -> str:

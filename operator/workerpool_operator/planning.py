@@ -114,6 +114,10 @@ class Memory:
     reported: Mapping[str, float] = field(default_factory=dict)
     removal: Removal | None = None
 
+    def heard(self, now: float) -> Memory:
+        """The same where nobody could report, or could be heard: no worker is silent for that."""
+        return replace(self, reported=dict.fromkeys(self.reported, now))
+
 
 def plan(
     pool: Pool,
@@ -154,10 +158,9 @@ def _hold(pool: Pool, tier: Tier, reading: Unavailable, live: TierReplicas, befo
     unread = scaling.Unread(max(live.desired, tier.replicas.min), reading)
     decision = _overruled(scaling.decide(_limits(pool, tier), unread, known.scaling, now), pool, live)
     leaves = drain.held(live, decision.replicas, known.drain)
-    # A worker whose report could not be read is not silent.
-    heard = dict.fromkeys(before.reported, now)
+    stuck, reported = _stuck(live, before.stuck, now, unread=True), before.heard(now).reported
     removal = Removal() if tier in pool.removed else None
-    return TierPlan(tier, None, live, decision, leaves, None, _stuck(live, before.stuck, now, unread=True), heard, removal)
+    return TierPlan(tier, None, live, decision, leaves, None, stuck, reported, removal)
 
 
 def _depart(pool: Pool, tier: Tier, reading: BrokerReading, live: TierReplicas, before: Memory, now: float) -> TierPlan:

@@ -278,6 +278,9 @@ class Reconciler:
         refused = await self._broker.publish(url, pool, policy, capacity, marks, checkpoints)
         # A Redis that takes no write takes no presence either: workers that live fall silent there.
         self._reaper.saw(pool, refused or reading)
+        if refused:
+            known = self._memory.get(pool.uid, {})
+            self._memory[pool.uid] = {tier: memory.heard(self._clock()) for tier, memory in known.items()}
         await self._reaper.reap(pool, url, reading)
         if pool.spec.routing.rebalance and capacity and not refused:
             await self._rebalance(pool, url, plans, planning.loads(plans, capacity, reading.time))

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 from workerpool_operator.broker import RedisBroker
-from workerpool_operator.observation import TierReplicas, Unavailable
+from workerpool_operator.observation import Replica, TierReplicas, Unavailable
 from workerpool_operator.ports import Pool, Report
 from workerpool_operator.reconcile import Reconciler
 from workerpool_operator.status import ConditionType
@@ -22,10 +22,14 @@ class Place:
         self.broken: set[str] = set()
         self.hanging: set[str] = set()
         self.first_start: float | None = None
+        self.workers: dict[str, tuple[Replica, ...]] = {}
 
     async def observe(self, pool: Pool) -> Mapping[str, TierReplicas]:
         ordered = self.ordered.get(pool.id, {})
-        return {tier.name: TierReplicas(ordered.get(tier.name, 0), first_start=self.first_start) for tier in pool.tiers}
+        return {
+            tier.name: TierReplicas(ordered.get(tier.name, 0), self.workers.get(tier.name, ()), first_start=self.first_start)
+            for tier in pool.tiers
+        }
 
     async def scale(self, pool: Pool, replicas: Mapping[str, int], leaving: frozenset[str]) -> None:  # noqa: ARG002 nobody runs here
         if pool.id in self.broken:

@@ -21,6 +21,7 @@ from tests.watching import until_then
 from workerpool_operator import planning, witness
 from workerpool_operator.local import redis_server
 from workerpool_operator.local.redis_server import private_redis
+from workerpool_operator.observation import Phase, Replica
 from workerpool_operator.ports import Pool
 from workerpool_operator.reconcile import SHORTEST_PAUSE_SECONDS
 from workerpool_operator.status import ConditionType
@@ -214,6 +215,26 @@ def test_a_worker_whose_presence_redis_refuses_keeps_its_job(redis_url: str, poo
                 assert seeds.job(redis_url, pool, held.task_id).owner == "w.1"
                 await system.after(1)
                 assert seeds.job(redis_url, pool, held.task_id).attempt == 2
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_whose_presence_redis_refuses_is_still_counted_on(redis_url: str, pool: Pool) -> None:
+    async def scenario() -> None:
+        async with running(pool) as system:
+            system.place.workers["cpu"] = (Replica("w", Phase.READY, 0.0, 1.0),)
+            report(redis_url, pool, "cpu", "w.1")
+            await system.after()
+            report(redis_url, pool, "cpu", "w.1", age_ms=PRESENCE_LIFE_MS)
+            with Redis.from_url(redis_url) as client:
+                client.config_set("min-replicas-to-write", "1")
+                try:
+                    await system.watch_for(3 * PRESENCE_LIFE_MS / 1000)
+                finally:
+                    client.config_set("min-replicas-to-write", "0")
+            assert system.condition(pool, ConditionType.CAPACITY_AVAILABLE) == "True"
+            await system.watch_for(PRESENCE_LIFE_MS / 1000 + 1)
+            assert system.condition(pool, ConditionType.CAPACITY_AVAILABLE) == "False"
 
     asyncio.run(scenario())
 
