@@ -155,6 +155,18 @@ def test_a_job_that_began_in_time_and_was_cut_off_runs_again_after_its_deadline(
     assert two_tiers.app.AsyncResult(decision.task_id).get(timeout=60) == "cpu"
 
 
+def test_a_worker_that_dies_between_the_two_steps_of_expiring_a_job_leaves_the_second_to_the_next(two_tiers: ModuleType) -> None:
+    client, keys = two_tiers.pool.connection.client, two_tiers.pool.keys
+    with parked(two_tiers, "cpu-a"):
+        decision = two_tiers.pool.submit(two_tiers.work, ({},))
+        message = expired(until(lambda: client.rpop("cpu-jobs"), "it waits"))
+        client.hset(keys.job(decision.task_id), "state", "expired")
+        client.lpush("cpu-jobs", message)
+    result = two_tiers.app.AsyncResult(decision.task_id)
+    until(lambda: result.state == "REVOKED", "Celery has stored it")
+    assert outcome(two_tiers, decision.task_id) == (State.EXPIRED, {})
+
+
 def test_whether_a_job_expires_is_asked_again_when_redis_takes_the_answer(
     url: str, two_tiers: ModuleType, tmp_path: Path
 ) -> None:
