@@ -256,6 +256,7 @@ def _network(node: Node, directory: Path) -> dict[str, object]:
 
 def _containerd(directory: Path) -> str:
     # restrict_oom_score_adj: without the capability SYS_RESOURCE, as in most containers, runc cannot lower a score.
+    # nri: both nodes would listen on one socket, and one of them ends where they begin at the same moment.
     return f"""
 version = 3
 root = "{directory}/containerd"
@@ -273,6 +274,8 @@ state = "/run/{directory.name}"
   conf_dir = "{directory}/cni"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
   runtime_type = "io.containerd.runc.v2"
+[plugins."io.containerd.nri.v1.nri"]
+  disable = true
 """
 
 
