@@ -64,10 +64,20 @@ class Cluster:
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
         self._binaries = binaries.ensure(say)
         self._images = images.ensure(say)
 
     def __enter__(self) -> Self:
+        try:
+            self._start()
+        except ControlPlaneFailed as error:
+            # A dozen servers begin at once on a machine that may be busy: a second failure is one of the cluster.
+            self._say(f"the cluster did not start, and is started once more: {error}")
+            self._start()
+        return self
+
+    def _start(self) -> None:
         directory = Path(tempfile.mkdtemp(prefix="celery-workerpool-nodes-"))
         cgroup = directory.name
         watchdog = [sys.executable, "-IS", str(Path(__file__).with_name("watchdog.py")), str(directory), cgroup]
@@ -89,7 +99,6 @@ class Cluster:
         except BaseException:
             self.__exit__()
             raise
-        return self
 
     def __exit__(self, *_: object) -> None:
         # One clean-up for every end: the watchdog's. It holds its standard output open until all is gone.

@@ -7,7 +7,8 @@ import socket
 from pathlib import Path
 
 import pytest
-from e2e.cluster import cluster, images
+from e2e.cluster import binaries, cluster, images
+from e2e.cluster.control_plane import ControlPlaneFailed
 from e2e.cluster.ports import reserve_port
 
 pytestmark = pytest.mark.unit
@@ -57,3 +58,25 @@ def test_a_reserved_port_is_there_for_one_server_after_the_other_and_for_nobody_
             socket.create_server(("127.0.0.1", port))
         with socket.socket() as other, pytest.raises(OSError, match="in use"):
             other.bind(("127.0.0.1", port))
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_a_cluster_that_does_not_start_is_started_once_more_and_the_first_reason_is_told(
+    failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons, said = [f"reason {n}" for n in range(failures)], list[str]()
+
+    def start(_: object) -> None:
+        if reasons:
+            raise ControlPlaneFailed(reasons.pop(0))
+
+    for builder in (binaries, images):
+        monkeypatch.setattr(builder, "ensure", lambda _: ())
+    monkeypatch.setattr(cluster.Cluster, "_start", start)
+    nodes = cluster.Cluster(said.append)
+    if failures < 2:
+        assert nodes.__enter__() is nodes
+    else:
+        with pytest.raises(ControlPlaneFailed, match="reason 1"):
+            nodes.__enter__()
+    assert ["reason 0" in sentence for sentence in said] == [True] * min(failures, 1)
