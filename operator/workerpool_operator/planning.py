@@ -45,14 +45,14 @@ _NEWS = 0.1
 """A start time is stored again once it differs from the stored one by more than this part of it."""
 
 _STUCK = frozenset({Phase.UNSCHEDULABLE, Phase.FAILING, Phase.LATE})
-"""The phases of a worker that is ordered and cannot come up for now. The time that it spends in them is no start time."""
+"""The phases of a worker that is ordered and cannot come up for now. The time spent in the first two is no start time."""
+
+REMOVED_SECONDS = 8.0
+"""For how long nothing has to be left of a removed tier until it goes: longer than API pods keep a policy and publish by it."""
 
 _SILENT = "{} has not reported for {:.0f} s or longer: it, its node or its way to Redis is gone; it counts again once it reports"
 
 _HANGS = "{} is not ready {:.0f} s after it was ordered, and starts take {:.0f} s; see the Events of the pod"
-
-REMOVED_SECONDS = 8.0
-"""For how long nothing has to be left of a removed tier until it goes: longer than API pods keep a policy and publish by it."""
 
 _FAILS = "attempts on {} fail, and their jobs succeed elsewhere; it is tried again after a pause"
 
